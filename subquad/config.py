@@ -1,0 +1,119 @@
+"""Config dataclasses and their written form: strict in both directions.
+
+A config is a frozen, keyword-only dataclass of plain values. Its written form is a dict with the registered name first,
+`{"name": "local", "window": 129}`, so that a config can be stored in JSON or TOML and read back to an equal object. An
+unknown field, a missing required field or a value of another type raises; nothing is dropped and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, Union
+
+Config = TypeVar("Config")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known name, if any is near, and all known names."""
+    names = sorted(known)
+    matches = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    guess = f"did you mean {matches[0]!r}? " if matches else ""
+    return f"{guess}Known: {', '.join(names) or 'none'}."
+
+
+def field_names(config_class: type) -> list[str]:
+    """Names of the options of a config class, in the order of their declaration."""
+    return [field.name for field in dataclasses.fields(config_class)]
+
+
+def make_config(config_class: type[Config], owner: str, options: Mapping[str, Any]) -> Config:
+    """Build a config from options.
+
+    Args:
+        config_class: the frozen dataclass to build.
+        owner: the registered name, for the message.
+        options: option name to value.
+
+    Raises:
+        ValueError: an option that the class doesn't have, one that it requires and didn't get, or a wrong type.
+    """
+    known = field_names(config_class)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{owner}: unknown option {option!r}; {nearest(option, known)}")
+    for field in dataclasses.fields(config_class):  # pyright: ignore[reportArgumentType] - every config is a dataclass
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in options:
+            raise ValueError(f"{owner}: option {field.name!r} is required and has no default")
+    return config_class(**options)
+
+
+def config_fields(config: Any) -> dict[str, Any]:
+    """The options of a config as JSON-ready values; tuples become lists."""
+    return {
+        field.name: list(value) if isinstance(value := getattr(config, field.name), tuple) else value
+        for field in dataclasses.fields(config)
+    }
+
+
+def coerce_fields(config: Any, owner: str) -> None:
+    """Check every field of a frozen dataclass against its annotation; lists become tuples and ints become floats.
+
+    Meant for `__post_init__`: JSON and TOML know no tuples, and write 1.0 as 1.
+
+    Raises:
+        ValueError: a value that doesn't fit, naming the field, the expected type and the value.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        fitted = _fit(value, hints[field.name])
+        if fitted is _MISFIT:
+            expected = _describe(hints[field.name])
+            raise ValueError(f"{owner}: option {field.name!r} must be {expected}, got {value!r}")
+        if fitted is not value:
+            object.__setattr__(config, field.name, fitted)
+
+
+_MISFIT = object()
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """`value` as the annotation wants it, or `_MISFIT`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        candidates = (_fit(value, argument) for argument in arguments)
+        return next((fitted for fitted in candidates if fitted is not _MISFIT), _MISFIT)
+    if origin is Literal:
+        return value if value in arguments and type(value) in {type(choice) for choice in arguments} else _MISFIT
+    if origin is tuple:
+        return _fit_tuple(value, arguments)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is None or hint is type(None):
+        return value if value is None else _MISFIT
+    return value if type(value) is hint else _MISFIT  # exact, so that True is not an int
+
+
+def _fit_tuple(value: Any, arguments: tuple[Any, ...]) -> Any:
+    if type(value) not in (list, tuple):
+        return _MISFIT
+    items = tuple(_fit(item, arguments[0]) for item in value)  # tuple[X, ...] is the only form configs use
+    if any(item is _MISFIT for item in items):
+        return _MISFIT
+    return value if type(value) is tuple and items == value else items
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(argument) for argument in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in arguments)
+    if origin is tuple:
+        return f"a list of {_describe(arguments[0])}"
+    return "None" if hint in (None, type(None)) else hint.__name__

@@ -1,0 +1,3 @@
+"""The channel mixers: one file, one mechanism. Importing this package enters all of them in the registry."""
+
+from subquad.feedforward import mlp as mlp

@@ -1,0 +1,113 @@
+"""The base of mechanisms that are attention: projections into heads, rotary positions, and back.
+
+    q, k, v = split(x W_q), split(x W_k), split(x W_v)        out = merge(attend(q, k, v)) W_o
+
+A mechanism derived from `HeadMixer` writes one method, `attend`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from subquad.costs import Cost
+from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
+from subquad.mask import Mask, token_positions
+from subquad.ops.rotary import rotate
+from subquad.state import State
+
+
+class Heads(NamedTuple):
+    """What a mechanism attends with.
+
+    Attributes:
+        x: (B, L, D), the stream itself, for mechanisms with further projections.
+        q: (B, H, L, E).
+        k: (B, H, S, E), or None when the context lies in the state.
+        v: (B, H, S, E), or None likewise.
+        mask: facts about the queries' tokens.
+        key_mask: facts about the keys' tokens; the same object as `mask` in self-attention.
+    """
+
+    x: Tensor
+    q: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    mask: Mask
+    key_mask: Mask
+
+
+class HeadMixer(TokenMixer):
+    """Projects into heads, calls `attend`, projects back."""
+
+    def __init__(self, config: MixerConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        self.project_query = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_key = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_value = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_out = nn.Linear(dims.inner_dim, dims.embed_dim, bias=dims.bias)
+        self.dropout = nn.Dropout(dims.dropout)
+        for projection in (self.project_query, self.project_key, self.project_value, self.project_out):
+            initialise_projection(projection)
+
+    @abstractmethod
+    def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
+        """The mechanism on heads: the result (B, H, L, E), and the new state when one was given."""
+
+    def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Queries of x, keys and values of the context (of x in self-attention), split into heads."""
+        q = self.split(self.project_query(x))
+        source = context if self.dims.cross else x
+        if source is None:
+            return q, None, None
+        return q, self.split(self.project_key(source)), self.split(self.project_value(source))
+
+    def mix(
+        self, x: Tensor, context: Tensor | None, mask: Mask | None, context_mask: Mask | None, state: State | None
+    ) -> Mixed:
+        """Project, rotate, attend, project back."""
+        q, k, v = self.project(x, context)
+        key_mask = context_mask if self.dims.cross else mask
+        if self.dims.positions == "rotary":
+            q, k = self._rotate(q, k, mask, key_mask, state)
+        heads = Heads(x, q, k, v, mask or Mask(), key_mask or Mask())
+        mixed, new_state = self.attend(heads, state)
+        y = self.project_out(mixed.to(x.dtype).transpose(1, 2).flatten(2))
+        return Mixed(self.dropout(y), new_state)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, L, H * E) -> (B, H, L, E)."""
+        return x.unflatten(-1, (self.dims.num_heads, -1)).transpose(1, 2)
+
+    def _rotate(
+        self, q: Tensor, k: Tensor | None, mask: Mask | None, key_mask: Mask | None, state: State | None
+    ) -> tuple[Tensor, Tensor | None]:
+        start = None if state is None else state.length
+        positions = token_positions(mask, q.shape[0], q.shape[2], device=q.device, start=start)
+        q = rotate(q, positions)
+        if k is not None and self.dims.cross:
+            positions = token_positions(key_mask, k.shape[0], k.shape[2], device=k.device)
+        return q, None if k is None else rotate(k, positions)
+
+
+def initialise_projection(projection: nn.Linear) -> None:
+    """Xavier-uniform weights and zero biases, as in the original Transformer and Long Range Arena."""
+    nn.init.xavier_uniform_(projection.weight)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
+
+
+def projection_cost(dims: Dims, length: int, dtype_bytes: int) -> Cost:
+    """The price of the four projections of `HeadMixer`.
+
+    Autograd keeps the input x, q, k, v and the merged heads.
+    """
+    weights = dims.embed_dim * dims.inner_dim
+    biases = 3 * dims.inner_dim + dims.embed_dim if dims.bias else 0
+    return Cost(
+        flops=4 * 2 * length * weights,
+        activation_bytes=dtype_bytes * length * (dims.embed_dim + 4 * dims.inner_dim),
+        parameters=4 * weights + biases,
+    )

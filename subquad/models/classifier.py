@@ -1,0 +1,93 @@
+"""`SubquadForSequenceClassification`: the stack with a classification head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from subquad.models.backbone import SubquadModel, SubquadPreTrainedModel
+from subquad.models.configuration import SubquadConfig
+
+
+@dataclass
+class SubquadClassifierOutput(SequenceClassifierOutput):
+    """Output of the classifier: `loss` (the auxiliary loss included), `logits` (B, num_labels), `aux_loss`."""
+
+    aux_loss: Tensor | None = None
+
+
+class ClassificationHead(nn.Module):
+    """Linear, ReLU, Linear: the head of Long Range Arena."""
+
+    def __init__(self, config: SubquadConfig) -> None:
+        super().__init__()
+        self.expand = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = nn.ReLU()
+        if config.num_labels is None:
+            raise ValueError("SubquadConfig: num_labels is needed for classification")
+        self.classify = nn.Linear(config.intermediate_size, config.num_labels)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, D) -> (B, num_labels)."""
+        return self.classify(self.activation(self.expand(pooled)))
+
+
+class SubquadForSequenceClassification(SubquadPreTrainedModel):
+    """One label for a sequence, from the vector that `config.pooling` chooses."""
+
+    def __init__(self, config: SubquadConfig) -> None:
+        super().__init__(config)
+        self.model = SubquadModel(config)
+        self.head = ClassificationHead(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token table."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token table."""
+        self.model.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> SubquadClassifierOutput:
+        """Classify.
+
+        Args:
+            input_ids: int (B, L); or inputs_embeds.
+            attention_mask: (B, L), nonzero for real tokens.
+            segment_ids: int (B, L), non-decreasing.
+            global_attention_mask: (B, L), nonzero for global tokens.
+            inputs_embeds: (B, L, D) instead of input_ids.
+            labels: int (B,) for the cross-entropy loss.
+            output_hidden_states: return the stream between blocks.
+            **kwargs: passed to the loss, as trainers expect.
+        """
+        output = self.model(
+            input_ids,
+            attention_mask,
+            segment_ids,
+            global_attention_mask,
+            inputs_embeds,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.head(output.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            loss = loss if output.aux_loss is None else loss + output.aux_loss
+        return SubquadClassifierOutput(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, aux_loss=output.aux_loss
+        )

@@ -1,0 +1,146 @@
+"""The config of all models: sizes, and which mixer stands in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+from subquad.build import make_dims
+from subquad.config import nearest
+from subquad.interface import Dims, FeedforwardConfig, MixerConfig
+
+Written = str | Mapping[str, Any] | None
+"""One layer's mixer: a name, or a dict with the name and options; None for none."""
+
+_CHOICES = {
+    "positions": ("sinusoidal", "learned", "rotary", "none"),
+    "norm": ("pre", "post"),
+    "residual": ("standard",),
+    "pooling": ("cls", "first", "mean", "last"),
+    "global_tokens": ("none", "first"),
+}
+
+
+class SubquadConfig(PreTrainedConfig):
+    """Config of `SubquadModel` and the models built on it.
+
+    Args:
+        vocab_size: rows of the embedding table.
+        hidden_size: D.
+        num_hidden_layers: depth.
+        num_attention_heads: H.
+        head_dim: E; None for D / H.
+        intermediate_size: F, hidden width of the feed-forward and of the classification head.
+        mixer: the token mixer: a name, `{"name": "local", "window": 129}`, or a list of these tiled over depth.
+        feedforward: the channel mixer, in the same forms; None with mixers that own theirs.
+        cross_mixer: the mixer between decoder and encoder.
+        encoder_layers: depth of the encoder in encoder-decoder models; None for `num_hidden_layers`.
+        positions: sinusoidal or learned vectors added to the embeddings, rotary queries and keys, or none.
+        norm: layer norm before ("pre", with a final one) or after ("post") each sublayer.
+        residual: "standard".
+        feedforward_chunk: tokens that pass the feed-forward at a time; 0 for all.
+        pooling: "cls" prepends a learned vector and pools there; "first", "last": that valid token; "mean": over them.
+        causal: each token sees itself and the past only.
+        global_tokens: "first" asks for the first valid token to be global.
+        max_position_embeddings: longest input of learned positions and of mixers with parameters per position.
+        pad_token_id: id of padding.
+        bias: whether the mixers' projections have biases.
+        dropout: rate on embeddings and on the output of every sublayer.
+    """
+
+    model_type = "subquad"
+
+    vocab_size: int = 257
+    hidden_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    head_dim: int | None = None
+    intermediate_size: int = 2048
+    mixer: str | dict | list = "full"
+    feedforward: str | dict | list | None = "mlp"
+    cross_mixer: str | dict | list = "full"
+    encoder_layers: int | None = None
+    positions: Literal["sinusoidal", "learned", "axial", "rotary", "none"] = "sinusoidal"
+    norm: Literal["pre", "post"] = "pre"
+    residual: Literal["standard", "reversible"] = "standard"
+    feedforward_chunk: int = 0
+    pooling: Literal["cls", "first", "mean", "last"] = "cls"
+    causal: bool = False
+    global_tokens: Literal["none", "first"] = "none"
+    max_position_embeddings: int = 4096
+    pad_token_id: int | None = 0
+    bias: bool = True
+    dropout: float = 0.0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check ranges and choices.
+
+        Raises:
+            ValueError: naming the field, what was expected and what was got.
+        """
+        super().__post_init__(**kwargs)
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise ValueError(f"SubquadConfig: {field}={value!r} is not supported; {nearest(str(value), choices)}")
+        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
+        for field in positive:
+            if getattr(self, field) < 1:
+                raise ValueError(f"SubquadConfig: {field} must be at least 1, got {getattr(self, field)}")
+        if self.feedforward_chunk < 0:
+            raise ValueError(f"SubquadConfig: feedforward_chunk must not be negative, got {self.feedforward_chunk}")
+
+    def layer_mixers(self) -> list[MixerConfig]:
+        """The mixer of each layer.
+
+        Raises:
+            ValueError: unknown name or option.
+        """
+        written = _tile(self.mixer, self.num_hidden_layers, "mixer")
+        return [MixerConfig.from_dict(_as_dict(layer, "mixer")) for layer in written]
+
+    def layer_feedforwards(self) -> list[FeedforwardConfig | None]:
+        """The channel mixer of each layer, with this config's width and dropout where the layer names none.
+
+        Raises:
+            ValueError: unknown name or option.
+        """
+        common = {"hidden_dim": self.intermediate_size, "dropout": self.dropout}
+        layers: list[FeedforwardConfig | None] = []
+        for layer in _tile(self.feedforward, self.num_hidden_layers, "feedforward"):
+            written = None if layer is None else {**common, **_as_dict(layer, "feedforward")}
+            layers.append(None if written is None else FeedforwardConfig.from_dict(written))
+        return layers
+
+    def mixer_dims(self, layer: int, *, prepended: int = 0) -> Dims:
+        """Dims of the mixer of a layer, where `prepended` tokens stand before the input."""
+        return make_dims(
+            embed_dim=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            head_dim=self.head_dim,
+            causal=self.causal,
+            max_length=self.max_position_embeddings + prepended,
+            positions="rotary" if self.positions == "rotary" else "none",
+            bias=self.bias,
+            dropout=self.dropout,
+            layer=layer,
+            num_global=1 if self.global_tokens == "first" else 0,
+        )
+
+
+def _tile(written: Any, depth: int, field: str) -> list[Written]:
+    layers: Sequence[Written] = list(written) if isinstance(written, list | tuple) else [written]
+    if not layers:
+        raise ValueError(f"SubquadConfig: {field} is an empty list; name at least one")
+    return [layers[index % len(layers)] for index in range(depth)]
+
+
+def _as_dict(written: Written, field: str) -> dict[str, Any]:
+    if isinstance(written, str):
+        return {"name": written}
+    if isinstance(written, Mapping):
+        return dict(written)
+    raise ValueError(f"SubquadConfig: {field} must be a name, a dict with 'name', or a list of these; got {written!r}")

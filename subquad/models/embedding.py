@@ -1,0 +1,56 @@
+"""Tokens and positions into the stream."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from subquad.mask import Mask, token_positions
+from subquad.models.configuration import SubquadConfig
+
+
+def sinusoid(length: int, width: int, *, device: torch.device) -> Tensor:
+    """Fixed positions, float32 (length, width): sine in even channels, cosine in odd (arXiv 1706.03762, 3.5)."""
+    positions = torch.arange(length, device=device, dtype=torch.float64)[:, None]
+    rates = torch.exp(torch.arange(0, width, 2, device=device, dtype=torch.float64) * (-math.log(10_000.0) / width))
+    angles = positions * rates
+    table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :width]
+    return table.float()
+
+
+class Embedding(nn.Module):
+    """Token vectors plus position vectors, behind an optional learned vector for classification."""
+
+    def __init__(self, config: SubquadConfig, *, prepend_cls: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.cls = nn.Parameter(torch.zeros(config.hidden_size)) if prepend_cls else None
+        rows = config.max_position_embeddings + prepend_cls
+        self.positions = nn.Embedding(rows, config.hidden_size) if config.positions == "learned" else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, vectors: Tensor, mask: Mask | None) -> Tensor:
+        """Add the positions to vectors (B, L, D), the first of which may be `cls`.
+
+        Raises:
+            ValueError: more tokens than learned positions.
+        """
+        batch_size, length, width = vectors.shape
+        positions = token_positions(mask, batch_size, length, device=vectors.device)
+        if self.config.positions == "sinusoidal":
+            vectors = vectors + sinusoid(length, width, device=vectors.device).to(vectors.dtype)[positions]
+        if self.positions is not None:
+            if length > self.positions.num_embeddings:
+                limit = self.config.max_position_embeddings
+                raise ValueError(f"the input has {length} tokens, but max_position_embeddings={limit}; raise it")
+            vectors = vectors + self.positions(positions)
+        return self.dropout(vectors)
+
+    def prepend_cls(self, vectors: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L + 1, D), the learned vector in front, if there is one."""
+        if self.cls is None:
+            return vectors
+        return torch.cat((self.cls.expand(vectors.shape[0], 1, -1).to(vectors.dtype), vectors), dim=1)

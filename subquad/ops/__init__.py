@@ -1,0 +1,7 @@
+"""Shared compute: functions on tensors, with no module, no config and no mechanism's name in sight.
+
+In each file the definition stands first: slow, a few lines, right in float64. The fast form follows with the same
+signature, and the tests hold the two together in values and in all gradients.
+"""
+
+from subquad.ops.linear import linear_attention as linear_attention

@@ -1,0 +1,46 @@
+"""Taking padding out of a sequence and putting it back.
+
+An invalid token takes no position: a mechanism that counts positions (a window, a cache) works on sequences whose valid
+tokens stand in front, and its result is spread out again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def valid_first(valid: Tensor) -> Tensor:
+    """Order, int64 (B, L), that puts the valid tokens (bool (B, L)) of each row first and keeps their order."""
+    return torch.argsort(~valid, dim=1, stable=True)
+
+
+def take(x: Tensor, order: Tensor) -> Tensor:
+    """Reorder the tokens of x (B, H, L, E) or (B, L) by order (B, N)."""
+    if x.ndim == 2:
+        return x.gather(1, order)
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def put_back(x: Tensor, order: Tensor) -> Tensor:
+    """Inverse of `take` for a permutation: x (B, H, L, E), order (B, L)."""
+    return take(x, torch.argsort(order, dim=1))
+
+
+def append(stored: Tensor, new: Tensor, columns: Tensor, length: int) -> Tensor:
+    """Write new tokens behind stored ones, row by row, out of place.
+
+    Args:
+        stored: (B, H, T, E) or (B, T).
+        new: (B, H, L, E) or (B, L), the same dtype.
+        columns: int64 (B, L), where each new token goes; `length` or more drops it.
+        length: number of columns of the result; at least T.
+    """
+    token_dim = stored.ndim - 2 if stored.ndim == 4 else 1
+    shape = list(stored.shape)
+    shape[token_dim] = length + 1 - stored.shape[token_dim]  # one column more collects what is dropped
+    room = torch.cat((stored, stored.new_zeros(shape)), dim=token_dim)
+    index = columns.clamp_max(length)
+    if stored.ndim == 4:
+        index = index[:, None, :, None].expand_as(new)
+    return room.scatter(token_dim, index, new).narrow(token_dim, 0, length)

@@ -1,0 +1,153 @@
+"""The section of one comparison: recommendation, bubbles, table, learning curves, the commands behind each point."""
+
+from subquad.benchmark.recommendation import Recommendation, Verdict, recommend
+from subquad.records import units
+from subquad.records.queries import Comparison
+from subquad.report.bubbles import BubbleChart, bubble_chart
+from subquad.report.charts import accuracy_curves, bubble_figure, loss_curves
+from subquad.report.html import Html, element, join
+from subquad.report.palette import MAJORITY_INK, Ink
+from subquad.report.pictures import seed_dots
+from subquad.report.tables import COLUMNS, Row, cells, rows_of
+from subquad.report.widgets import Figures, card, chips, command, details, paragraphs, swatch, table
+
+HEADLINES = {
+    Verdict.USE: "Use {}",
+    Verdict.KEEP_DENSE: "Keep dense attention",
+    Verdict.TRAIN_LONGER: "Train longer: nothing has learned the task",
+    Verdict.NOTHING_FINISHED: "No recommendation",
+}
+SORT_KEYS = {
+    "best": lambda row: row.best.mean if row.best else None,
+    "last": lambda row: row.last.mean if row.last else None,
+    "speed": lambda row: row.relative_speed,
+    "step_time": lambda row: row.step_seconds,
+    "saved": lambda row: row.saved_bytes,
+    "memory": lambda row: row.peak_bytes or row.kept_bytes,
+    "parameters": lambda row: row.parameters,
+    "steps": lambda row: row.steps,
+    "train_time": lambda row: row.train_seconds,
+}
+NOTES = (
+    "Accuracy: mean over the seeds ± one standard error over the seeds (with a single seed the binomial one). ◆ marks "
+    "the Pareto front: no other row is at once as accurate, as fast and as small. * marks a model whose parameters are "
+    "more than 10 % from those of the dense model. Speed, time and kept memory are those of one mixer layer from the "
+    "speed profile at the task's length, never from the training loop."
+)
+
+
+def comparison_section(comparison: Comparison, index: int, inks: dict[str, Ink], figures: Figures) -> Html:
+    """Return the section, adding its charts to `figures`."""
+    rows = rows_of(comparison)
+    chart = bubble_chart(comparison)
+    answer = recommend(comparison)
+    labels = {entry.mixer_key: entry.label for entry in comparison.entries}
+    curves = [
+        figures.add(
+            accuracy_curves(comparison, inks), "Validation accuracy", "One line a seed; later seeds are lighter."
+        ),
+        figures.add(loss_curves(comparison, inks), "Training loss", "A cross marks where a run diverged or failed."),
+    ]
+    return card(
+        _head(comparison),
+        _recommendation(answer),
+        chips(labels, inks),
+        _bubbles(chart, inks, figures),
+        element("h3", "Results"),
+        _table(rows, inks, index),
+        element("p", NOTES, class_="note"),
+        element("div", *curves, class_="pair"),
+        details("Commands: repeat any point of this comparison", *_commands(rows)),
+        id_=f"comparison-{index}",
+        class_="card comparison",
+        data_hardware=comparison.protocol.hardware,
+    )
+
+
+def _head(comparison: Comparison) -> Html:
+    task, protocol = comparison.task, comparison.protocol
+    badge = element("span", "Long Range Arena", class_="badge good")
+    if not comparison.is_lra:
+        badge = element("span", "not Long Range Arena", class_="badge warning")
+    size = f", width {protocol.width}, depth {protocol.depth}" if protocol.width else ""
+    amount = {"steps": units.count, "time": units.seconds}.get(protocol.budget_kind, units.magnitude)
+    unit = {"steps": " steps", "parameters": " parameters", "flops": " FLOP", "time": " of training"}
+    budget = f"{amount(protocol.budget_amount)}{unit[protocol.budget_kind]}"
+    facts = (
+        f"{units.count(task.max_length)} tokens at most, {task.num_labels} classes, {units.count(task.train_size)} / "
+        f"{units.count(task.validation_size)} / {units.count(task.test_size)} examples for training / validation / test"
+    )
+    protocol_text = f"preset {protocol.preset}; equal budget of {budget}{size}; on {protocol.hardware}"
+    return element(
+        "header",
+        element("h2", task.title, " ", badge),
+        element("p", f"{task.name}@{task.data_hash}: {facts}", class_="facts"),
+        element("p", protocol_text, class_="facts"),
+    )
+
+
+def _recommendation(answer: Recommendation) -> Html:
+    headline = HEADLINES[answer.verdict].format(answer.winner.label if answer.winner else "")
+    body = paragraphs(answer.sentences, "reason")
+    kind = "recommendation" if answer.winner else "recommendation none"
+    return element("div", element("p", "Recommendation", class_="kicker"), element("h3", headline), body, class_=kind)
+
+
+def _bubbles(chart: BubbleChart, inks: dict[str, Ink], figures: Figures) -> Html:
+    caption = (
+        "Up is more accurate, right is faster. Area: bytes kept for backward by one layer (written below the name). "
+        "Bars: ± one standard error. Dashed: Pareto front of accuracy and speed; pale bubbles are beaten in accuracy, "
+        "speed and memory at once, or had a failed seed. Click a bubble for its row."
+    )
+    if not chart.points:
+        return element("p", "No entry has both an accuracy and a measured speed, so there is no chart.", class_="note")
+    figure = figures.add(bubble_figure(chart, inks), "Accuracy, speed and memory", caption, wide=True)
+    missing = [
+        element("li", swatch(inks[entry.mixer_key]), element("b", entry.label), f": {why}")
+        for entry, why in chart.missing
+    ]
+    if not missing:
+        return figure
+    return join([figure, element("div", "Not in the chart:", element("ul", *missing), class_="note missing")])
+
+
+def _table(rows: list[Row], inks: dict[str, Ink], index: int) -> Html:
+    values = [value for row in rows if row.best for value in row.best.values]
+    scale = (min(values, default=0.0), max(values, default=1.0))
+    head = [
+        element("th", element("button", title, type="button"), scope="col", data_sort=name) for name, title in COLUMNS
+    ]
+    head.insert(2, element("th", "Seeds", scope="col"))
+    return table(head, [_row(row, inks, scale, index) for row in rows], class_="results")
+
+
+def _row(row: Row, inks: dict[str, Ink], scale: tuple[float, float], index: int) -> Html:
+    ink = inks[row.entry.mixer_key] if row.entry else MAJORITY_INK
+    text = cells(row)
+    columns = [_cell(row, name, text[name]) for name, _ in COLUMNS[1:-1]]
+    dots = seed_dots(row.best.values, row.best.mean, *scale, ink.color) if row.best else "–"
+    columns.insert(1, element("td", dots, class_="seeds"))
+    mark = element("span", " ◆", title="on the Pareto front", class_="front") if row.on_pareto_front else ""
+    name = element("th", swatch(ink), text["mechanism"], mark, scope="row")
+    attributes = {"id": f"row-{index}-{row.entry.key}"} if row.entry else {}
+    return element("tr", name, *columns, _status(row), **attributes)
+
+
+def _cell(row: Row, name: str, text: str) -> Html:
+    value = SORT_KEYS[name](row)
+    marked = {"class_": "marked"} if name == "parameters" and row.unequal_parameters else {}
+    return element("td", text, data_value="" if value is None else repr(value), data_column=name, **marked)
+
+
+def _status(row: Row) -> Html:
+    good = row.status == "ok"
+    badge = element("span", row.status, class_="badge good" if good else "badge bad")
+    reason = element("span", row.reason, class_="why") if row.reason and not good else ""
+    return element("td", badge, reason, data_column="status", class_="status")
+
+
+def _commands(rows: list[Row]) -> list[Html]:
+    return [
+        element("div", element("h4", row.label), *[command(text) for text in dict.fromkeys(row.commands)])
+        for row in rows
+    ]

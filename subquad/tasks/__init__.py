@@ -1,0 +1,1 @@
+"""Tasks: where a comparison gets its examples from. Numpy only, no torch."""

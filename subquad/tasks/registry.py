@@ -1,0 +1,27 @@
+"""The tasks by name. A new task is its own file and one line here."""
+
+import difflib
+from types import MappingProxyType
+
+from subquad.tasks.base import Task
+from subquad.tasks.listops import ListopsTask
+
+_TASKS = MappingProxyType({task.name: task for task in (ListopsTask,)})
+
+
+def list_tasks() -> list[str]:
+    """Names of all tasks, sorted."""
+    return sorted(_TASKS)
+
+
+def load_task(name: str) -> Task:
+    """The task called `name`.
+
+    Raises:
+        ValueError: if there is none; names the nearest and lists them all.
+    """
+    if name not in _TASKS:
+        nearest = difflib.get_close_matches(name, _TASKS, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(f"unknown task {name!r}: {hint}expected one of: {', '.join(list_tasks())}")
+    return _TASKS[name]()

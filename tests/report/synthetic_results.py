@@ -1,0 +1,271 @@
+"""A made-up but realistic results folder: six mechanisms and the majority guess, two seeds, profiles over five lengths.
+
+One seed of Linformer diverged, Reformer has a red probe, AFT has no profile. Every number comes from a formula, so that
+tests can foretell what the page must show.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from subquad.records.mechanisms import Mechanism, Mechanisms, Picture, ProbeOutcome
+from subquad.records.schema import (
+    Budget,
+    CostRecord,
+    CurvePoint,
+    Environment,
+    Metric,
+    ProbeRecord,
+    ProfilePoint,
+    ProfileRecord,
+    ReceiptRecord,
+    RunRecord,
+    Score,
+    Status,
+    TaskInfo,
+    Timing,
+)
+from subquad.records.store import write_mechanisms, write_profile, write_run
+
+LENGTHS = (256, 512, 1024, 2048, 4096)
+SEEDS = (0, 1)
+STEPS = 2000
+WIDTH = 64
+
+ENVIRONMENT = Environment(
+    hardware="amd-epyc-2-threads",
+    cpu="AMD EPYC 7B13",
+    accelerator=None,
+    threads=2,
+    memory_bytes=8_000_000_000,
+    operating_system="Linux 6.8",
+    python="3.11.7",
+    torch="2.13.0",
+    transformers="5.23.0",
+    subquad="0.1.0",
+    commit="51ae97b",
+)
+TASK = TaskInfo(
+    name="listops-quick",
+    title="ListOps, short trees",
+    is_lra=False,
+    data_hash="3fa9c1d2",
+    train_size=20_000,
+    validation_size=2_000,
+    test_size=2_000,
+    num_labels=10,
+    max_length=1_000,
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is made up of one mechanism; `per_token` and `per_pair` are microseconds of a forward + backward."""
+
+    name: str
+    family: str
+    accuracy: float
+    parameters: int
+    per_token: float
+    per_pair: float
+    bytes_per_token: int
+    options: tuple[tuple[str, JsonValue], ...] = ()
+
+    @property
+    def mixer(self) -> dict[str, JsonValue]:
+        return {"name": self.name, **dict(self.options)}
+
+    def milliseconds(self, length: int) -> float:
+        return (self.per_token * length + self.per_pair * length**2) / 1000
+
+
+SPECS = (
+    Spec("full", "dense", 0.412, 131_402, 9.0, 0.0130, 3_100),
+    Spec("local", "sparse", 0.401, 131_402, 11.5, 0.0, 3_400, (("window", 129),)),
+    Spec("linear", "factorised", 0.372, 131_402, 6.4, 0.0, 2_700),
+    Spec("performer", "factorised", 0.366, 131_402, 16.8, 0.0, 5_900, (("features", 64),)),
+    Spec("linformer", "factorised", 0.355, 162_250, 7.2, 0.0, 2_900, (("rank", 64),)),
+    Spec("reformer", "sparse", 0.360, 127_306, 48.0, 0.0, 9_400, (("rounds", 4),)),
+    Spec("aft", "attention-free", 0.338, 131_402, 5.0, 0.002, 2_500),
+)
+TRAITS = ("bidirectional", "causal", "cross", "padding", "segments", "state", "constant_state", "global_tokens")
+
+
+def model() -> dict[str, JsonValue]:
+    return {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+
+
+def accuracy(spec: Spec, seed: int) -> float:
+    return round(spec.accuracy + (0.006 if seed else -0.006) * (1 + len(spec.name) % 3) / 2, 4)
+
+
+def curve(spec: Spec, seed: int, *, diverges: bool) -> list[CurvePoint]:
+    points = []
+    for step in range(100, STEPS + 1, 100):
+        progress = 1 - math.exp(-step / (420 + 30 * len(spec.name)))
+        wobble = 0.006 * math.sin(step / 90 + seed + len(spec.name))
+        if diverges and step > 900:
+            points.append(CurvePoint(step=step, train_loss=math.nan))
+            break
+        loss = 2.28 - 1.6 * spec.accuracy * progress + 2 * wobble + (0.0012 * step if diverges else 0)
+        points.append(
+            CurvePoint(step=step, train_loss=loss, validation=0.12 + (spec.accuracy - 0.12) * progress + wobble)
+        )
+    return points
+
+
+def run(spec: Spec, seed: int, environment: Environment = ENVIRONMENT) -> RunRecord:
+    diverged = spec.name == "linformer" and seed == 1
+    value = accuracy(spec, seed)
+    metric = Metric(
+        name="accuracy",
+        higher_is_better=True,
+        examples=TASK.test_size,
+        best_validation=Score(step=1800, validation=value + 0.004, test=value),
+        last_step=Score(step=STEPS, validation=value - 0.002, test=value - 0.003),
+    )
+    red = spec.name == "reformer"
+    leak = ProbeRecord(name="leak", passed=not red, detail="y[12] saw x[40]" if red else "", seconds=0.4)
+    return RunRecord(
+        created="2026-11-21T10:12:00+00:00",
+        command=f"subquad compare --task listops --preset quick --mixers {spec.name} --seeds {seed} --output results",
+        mixer=spec.mixer,
+        receipts=(),
+        environment=environment,
+        status=Status.DIVERGED if diverged else Status.OK,
+        message="the training loss was not finite at step 1,000" if diverged else "",
+        task=TASK,
+        placement="sublayer",
+        model=model(),
+        parameters=spec.parameters,
+        parameters_of_dense=131_402,
+        preset="quick",
+        steps=STEPS,
+        budget=Budget(kind="steps", amount=STEPS),
+        seed=seed,
+        metric=None if diverged else metric,
+        curve=curve(spec, seed, diverges=diverged),
+        train_seconds=40.0 + 3 * spec.per_token,
+        saved_bytes=40_000_000 + 4_000 * spec.bytes_per_token,
+        peak_bytes=90_000_000 + 6_000 * spec.bytes_per_token,
+        probes=(leak, ProbeRecord(name="padding", passed=True, detail="", seconds=0.2)),
+    )
+
+
+def majority() -> RunRecord:
+    score = Score(step=0, validation=0.171, test=0.1735)
+    metric = Metric(name="accuracy", higher_is_better=True, examples=2_000, best_validation=score, last_step=score)
+    return RunRecord(
+        created="2026-11-21T10:10:00+00:00",
+        command="subquad compare --task listops --preset quick --mixers majority_class --output results",
+        mixer={"name": "majority_class"},
+        environment=ENVIRONMENT,
+        status=Status.OK,
+        task=TASK,
+        placement="none",
+        model={},
+        parameters=0,
+        parameters_of_dense=None,
+        preset="quick",
+        steps=0,
+        budget=Budget(kind="steps", amount=STEPS),
+        seed=0,
+        metric=metric,
+        train_seconds=0.0,
+    )
+
+
+def timing(milliseconds: float, spread: float = 0.05) -> Timing:
+    return Timing(samples_seconds=[milliseconds / 1e3 * (1 + spread * (i - 10) / 10) for i in range(21)])
+
+
+def profile(spec: Spec, environment: Environment = ENVIRONMENT) -> ProfileRecord:
+    dense = SPECS[0]
+
+    def point(length: int) -> ProfilePoint:
+        mine, other = spec.milliseconds(length), dense.milliseconds(length)
+        return ProfilePoint(
+            length=length,
+            forward=timing(mine / 3),
+            forward_backward=timing(mine, 0.12 if spec.name == "reformer" else 0.06),
+            dense_forward=timing(other / 3),
+            dense_forward_backward=timing(other),
+            saved_bytes=spec.bytes_per_token * length,
+            dense_saved_bytes=dense.bytes_per_token * length,
+            peak_bytes=2 * spec.bytes_per_token * length,
+            dense_peak_bytes=2 * dense.bytes_per_token * length,
+            cost=cost(spec, length),
+            dense_cost=cost(dense, length),
+        )
+
+    padding = ReceiptRecord(
+        where="local attention",
+        asked="length 1,000",
+        ran="length 1,024",
+        reason="the window needs whole blocks of 64",
+        count=12,
+    )
+    return ProfileRecord(
+        created="2026-11-21T12:40:00+00:00",
+        command=f"subquad profile --mixers {spec.name} --lengths 256,512,1024,2048,4096 --output results",
+        mixer=spec.mixer,
+        receipts=(padding,) if spec.name == "local" else (),
+        environment=environment,
+        status=Status.OK,
+        embed_dim=WIDTH,
+        num_heads=4,
+        batch_size=1,
+        dtype="float32",
+        causal=False,
+        points=[point(length) for length in LENGTHS],
+    )
+
+
+def cost(spec: Spec, length: int) -> CostRecord:
+    flops = round(spec.per_token * 3_400 * length + spec.per_pair * 20_000 * length**2)
+    memory = round(0.9 * spec.bytes_per_token * length)
+    return CostRecord(flops=flops, activation_bytes=memory, state_bytes=0, parameters=16_640)
+
+
+def picture(name: str, *, causal: bool) -> Picture | None:
+    if name in ("linear", "performer", "aft", "linformer"):
+        return None
+    reach = {"full": 32, "local": 4, "reformer": 0}[name]
+
+    def sees(i: int, j: int) -> bool:
+        seen = abs(i - j) <= reach if reach else (7 * i) % 8 == (7 * j) % 8 or abs(i - j) < 2
+        return seen and (j <= i or not causal)
+
+    return Picture(length=32, rows=["".join("01"[sees(i, j)] for j in range(32)) for i in range(32)])
+
+
+def mechanism(spec: Spec) -> Mechanism:
+    red = spec.name == "reformer"
+    return Mechanism(
+        name=spec.name,
+        family=spec.family,
+        summary=f"The {spec.name} mechanism: each query sees the keys drawn here and weighs them by a softmax.",
+        paper="A. Author, B. Author: On the mechanism, 2020, arXiv:2004.05150",
+        formula="yᵢ = Σⱼ∈N(i) softmax(qᵢ·kⱼ / √d) vⱼ",
+        traits={trait: (len(spec.name) + index) % 3 != 0 for index, trait in enumerate(TRAITS)},
+        probes=(
+            ProbeOutcome(name="padding", passed=True, detail=""),
+            ProbeOutcome(name="leak", passed=not red, detail="y[12] saw x[40]" if red else ""),
+        ),
+        picture=picture(spec.name, causal=False),
+        causal_picture=picture(spec.name, causal=True),
+    )
+
+
+def write_results(output: Path) -> Path:
+    """Write the whole folder and return it."""
+    for spec in SPECS:
+        for seed in SEEDS:
+            write_run(output, run(spec, seed))
+        if spec.name != "aft":
+            write_profile(output, profile(spec))
+    write_run(output, majority())
+    write_mechanisms(output, Mechanisms(mechanisms=[mechanism(spec) for spec in SPECS]))
+    return output
