@@ -122,7 +122,7 @@ def _accuracy_sentence(winner: Entry, others: Sequence[Entry], comparison: Compa
     rivals = [(entry, entry.best) for entry in comparison.entries if entry is not winner and entry.best is not None]
     if others:
         named = _listing([f"{e.label} ({_score(e.best)})" for e in others if e.best is not None])
-        return f"{text}, which two standard errors don't separate from {named}."
+        return f"{text}, as good as {named} within two standard errors."
     if not rivals:
         return f"{text}; nothing else finished, so there is nothing to compare it with."
     second, score = max(((e, s) for e, s in rivals if s is not None), key=lambda pair: pair[1].mean)
@@ -144,8 +144,8 @@ def _speed_sentence(winner: Entry, comparison: Comparison) -> str:
     ratio = f"{units.times(speed.relative)} the speed of" if speed.relative >= 1 else "slower than"
     text = (
         f"At {tokens} tokens its forward + backward takes {units.seconds(speed.seconds)}, {ratio} dense fused "
-        f"attention ({units.seconds(speed.dense_seconds)}), and it keeps {units.size(speed.saved_bytes)} for backward "
-        f"instead of {units.size(speed.dense_saved_bytes)}"
+        f"attention ({units.seconds(speed.dense_seconds)}); for backward it keeps {units.size(speed.saved_bytes)} "
+        f"(dense {units.size(speed.dense_saved_bytes)})"
     )
     if speed.relative >= 1:
         return text + "."

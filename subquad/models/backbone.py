@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class SubquadPreTrainedModel(PreTrainedModel):
     config: SubquadConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["Block"]
+    _no_split_modules = ["Block"]  # noqa: RUF012 - transformers declares it without ClassVar
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

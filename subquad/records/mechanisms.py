@@ -25,7 +25,7 @@ class Picture(Strict):
     """Who attends whom: `length` rows of "0" and "1", row i the query, character j the key, "1" where i sees j."""
 
     length: Annotated[int, Field(ge=1, le=512)]
-    rows: Annotated[tuple[str, ...], Field(strict=False)]
+    rows: tuple[str, ...]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -45,7 +45,7 @@ class Mechanism(Strict):
     paper: str
     formula: str
     traits: dict[str, bool]
-    probes: Annotated[tuple[ProbeOutcome, ...], Field(strict=False)] = ()
+    probes: tuple[ProbeOutcome, ...] = ()
     picture: Picture | None = None
     causal_picture: Picture | None = None
 
@@ -59,4 +59,4 @@ class Mechanisms(Strict):
     """The content of `mechanisms.json`."""
 
     schema_version: Literal[1] = 1
-    mechanisms: Annotated[tuple[Mechanism, ...], Field(strict=False)] = ()
+    mechanisms: tuple[Mechanism, ...] = ()

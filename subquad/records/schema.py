@@ -150,7 +150,7 @@ class Record(Strict):
     created: str
     command: str
     mixer: dict[str, JsonValue]
-    receipts: Annotated[tuple[ReceiptRecord, ...], Field(strict=False)] = ()
+    receipts: tuple[ReceiptRecord, ...] = ()
     environment: Environment
     status: Status
     message: str = ""
@@ -200,12 +200,12 @@ class RunRecord(Record):
     budget: Budget
     seed: Count
     metric: Metric | None
-    curve: Annotated[tuple[CurvePoint, ...], Field(strict=False)] = ()
+    curve: tuple[CurvePoint, ...] = ()
     train_seconds: Seconds
     cost: CostRecord | None = None
     saved_bytes: Count | None = None
     peak_bytes: Count | None = None
-    probes: Annotated[tuple[ProbeRecord, ...], Field(strict=False)] = ()
+    probes: tuple[ProbeRecord, ...] = ()
 
     @model_validator(mode="after")
     def _check_metric(self) -> Self:
@@ -217,7 +217,7 @@ class RunRecord(Record):
 class Timing(Strict):
     """Wall-clock seconds of repeated measurements, at most 200 of them."""
 
-    samples_seconds: Annotated[tuple[Sample, ...], Field(strict=False, min_length=1, max_length=MAX_SAMPLES)]
+    samples_seconds: Annotated[tuple[Sample, ...], Field(min_length=1, max_length=MAX_SAMPLES)]
 
     @property
     def median_seconds(self) -> float:
@@ -262,7 +262,7 @@ class ProfileRecord(Record):
     batch_size: Annotated[int, Field(ge=1)]
     dtype: str
     causal: bool
-    points: Annotated[tuple[ProfilePoint, ...], Field(strict=False)] = ()
+    points: tuple[ProfilePoint, ...] = ()
 
     @model_validator(mode="after")
     def _check_points(self) -> Self:

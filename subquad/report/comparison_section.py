@@ -1,6 +1,6 @@
 """The section of one comparison: recommendation, bubbles, table, learning curves, the commands behind each point."""
 
-from subquad.benchmark.recommendation import Recommendation, Verdict, recommend
+from subquad.benchmark.recommendation import Recommendation, recommend
 from subquad.records import units
 from subquad.records.queries import Comparison
 from subquad.report.bubbles import BubbleChart, bubble_chart
@@ -9,14 +9,8 @@ from subquad.report.html import Html, element, join
 from subquad.report.palette import MAJORITY_INK, Ink
 from subquad.report.pictures import seed_dots
 from subquad.report.tables import COLUMNS, Row, cells, rows_of
-from subquad.report.widgets import Figures, card, chips, command, details, paragraphs, swatch, table
+from subquad.report.widgets import Figures, card, chips, command, details, name_cell, swatch, table
 
-HEADLINES = {
-    Verdict.USE: "Use {}",
-    Verdict.KEEP_DENSE: "Keep dense attention",
-    Verdict.TRAIN_LONGER: "Train longer: nothing has learned the task",
-    Verdict.NOTHING_FINISHED: "No recommendation",
-}
 SORT_KEYS = {
     "best": lambda row: row.best.mean if row.best else None,
     "last": lambda row: row.last.mean if row.last else None,
@@ -28,11 +22,14 @@ SORT_KEYS = {
     "steps": lambda row: row.steps,
     "train_time": lambda row: row.train_seconds,
 }
+FIGURES = ("best", "last", "speed", "step_time", "saved", "memory")
+SEEDS_COLUMN = 3
 NOTES = (
     "Accuracy: mean over the seeds ± one standard error over the seeds (with a single seed the binomial one). ◆ marks "
     "the Pareto front: no other row is at once as accurate, as fast and as small. * marks a model whose parameters are "
-    "more than 10 % from those of the dense model. Speed, time and kept memory are those of one mixer layer from the "
-    "speed profile at the task's length, never from the training loop."
+    "more than 10 % from those of the dense model. Speed, forward + backward and what is kept for backward are those "
+    "of one mixer layer from the speed profile at the task's length, never from the training loop. Training memory is "
+    "the peak of the whole model; ≥ where only what autograd keeps was measured."
 )
 
 
@@ -87,10 +84,10 @@ def _head(comparison: Comparison) -> Html:
 
 
 def _recommendation(answer: Recommendation) -> Html:
-    headline = HEADLINES[answer.verdict].format(answer.winner.label if answer.winner else "")
-    body = paragraphs(answer.sentences, "reason")
+    lead, *rest = answer.sentences
+    body = [element("p", lead, class_="lead"), *[element("p", sentence, class_="reason") for sentence in rest]]
     kind = "recommendation" if answer.winner else "recommendation none"
-    return element("div", element("p", "Recommendation", class_="kicker"), element("h3", headline), body, class_=kind)
+    return element("div", element("p", "Recommendation", class_="kicker"), *body, class_=kind)
 
 
 def _bubbles(chart: BubbleChart, inks: dict[str, Ink], figures: Figures) -> Html:
@@ -108,42 +105,46 @@ def _bubbles(chart: BubbleChart, inks: dict[str, Ink], figures: Figures) -> Html
     ]
     if not missing:
         return figure
-    return join([figure, element("div", "Not in the chart:", element("ul", *missing), class_="note missing")])
+    return join([figure, element("div", "Not in the chart:", element("ul", *missing), class_="note notes")])
 
 
 def _table(rows: list[Row], inks: dict[str, Ink], index: int) -> Html:
-    values = [value for row in rows if row.best for value in row.best.values]
+    values = [value for row in rows if row.best and row.entry for value in row.best.values]
     scale = (min(values, default=0.0), max(values, default=1.0))
     head = [
         element("th", element("button", title, type="button"), scope="col", data_sort=name) for name, title in COLUMNS
     ]
-    head.insert(2, element("th", "Seeds", scope="col"))
-    return table(head, [_row(row, inks, scale, index) for row in rows], class_="results")
+    head.insert(SEEDS_COLUMN, element("th", "Seeds", scope="col"))
+    body = table(head, [_row(row, inks, scale, index) for row in rows], class_="results")
+    partial = [element("li", element("b", row.label), f": {row.reason}") for row in rows if _is_partial(row)]
+    return join([body, element("ul", *partial, class_="note notes")]) if partial else body
+
+
+def _is_partial(row: Row) -> bool:
+    return row.has_figures and bool(row.reason)
 
 
 def _row(row: Row, inks: dict[str, Ink], scale: tuple[float, float], index: int) -> Html:
     ink = inks[row.entry.mixer_key] if row.entry else MAJORITY_INK
     text = cells(row)
-    columns = [_cell(row, name, text[name]) for name, _ in COLUMNS[1:-1]]
-    dots = seed_dots(row.best.values, row.best.mean, *scale, ink.color) if row.best else "–"
-    columns.insert(1, element("td", dots, class_="seeds"))
     mark = element("span", " ◆", title="on the Pareto front", class_="front") if row.on_pareto_front else ""
-    name = element("th", swatch(ink), text["mechanism"], mark, scope="row")
+    badge = element("span", row.status, class_="badge good" if row.status == "ok" else "badge bad")
+    first = [name_cell(ink, text["mechanism"], mark), element("td", badge, data_column="status", data_value=row.status)]
+    model = [_cell(row, name, text[name]) for name in ("parameters", "steps", "train_time")]
     attributes = {"id": f"row-{index}-{row.entry.key}"} if row.entry else {}
-    return element("tr", name, *columns, _status(row), **attributes)
+    if row.best is None:
+        reason = element("td", row.reason, colspan=str(len(FIGURES) + 1), class_="why")
+        return element("tr", *first, reason, *model, **attributes)
+    figures = [_cell(row, name, text[name]) for name in FIGURES]
+    dots = seed_dots(row.best.values, row.best.mean, *scale, ink.color) if row.entry else "–"
+    figures.insert(1, element("td", dots, class_="seeds"))
+    return element("tr", *first, *figures, *model, **attributes)
 
 
 def _cell(row: Row, name: str, text: str) -> Html:
     value = SORT_KEYS[name](row)
     marked = {"class_": "marked"} if name == "parameters" and row.unequal_parameters else {}
     return element("td", text, data_value="" if value is None else repr(value), data_column=name, **marked)
-
-
-def _status(row: Row) -> Html:
-    good = row.status == "ok"
-    badge = element("span", row.status, class_="badge good" if good else "badge bad")
-    reason = element("span", row.reason, class_="why") if row.reason and not good else ""
-    return element("td", badge, reason, data_column="status", class_="status")
 
 
 def _commands(rows: list[Row]) -> list[Html]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-CHARACTER_WIDTH = 7.2
+CHARACTER_WIDTH = 7.8
 LINE_HEIGHT = 15.0
-GAP = 3.0
+GAP = 5.0
 MARKER_PADDING = 2.0
 LINE_PARTS = 24
 

@@ -93,13 +93,13 @@
 
   function sortBy(heading) {
     const table = heading.closest("table");
-    const column = [...heading.parentElement.children].indexOf(heading);
+    const column = heading.dataset.sort;
     const descending = heading.getAttribute("aria-sort") !== "descending";
     for (const other of heading.parentElement.children) other.removeAttribute("aria-sort");
     heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
     const value = (row) => {
-      const cell = row.children[column];
-      return cell.dataset.value === undefined ? cell.textContent : cell.dataset.value;
+      const cell = column === "mechanism" ? row.cells[0] : row.querySelector(`[data-column="${column}"]`);
+      return cell?.dataset.value ?? cell?.textContent ?? "";
     };
     const order = (a, b) => {
       const [one, other] = [value(a), value(b)];

@@ -23,7 +23,7 @@ from subquad.report.mechanism_section import capability_section, gallery_section
 from subquad.report.palette import Ink, css, inks
 from subquad.report.scaling import settings
 from subquad.report.scaling_section import scaling_section
-from subquad.report.widgets import Figures, card, heading_cells, swatch, table
+from subquad.report.widgets import Figures, card, heading_cells, name_cell, table
 
 REPORT_FILE = "report.html"
 
@@ -48,9 +48,7 @@ def render(records: Records) -> str:
     """
     if not records.runs and not records.profiles:
         unreadable = f" ({len(records.unreadable)} files can't be read)" if records.unreadable else ""
-        raise ValueError(
-            f"there are no records to report{unreadable}; run `subquad compare` or `subquad profile` first."
-        )
+        raise ValueError(f"there are no records to report{unreadable}; run `subquad compare` first.")
     chosen, figures = inks(records), Figures()
     found = comparisons(records)
     sections = [comparison_section(comparison, i, chosen, figures) for i, comparison in enumerate(found)]
@@ -134,8 +132,7 @@ def _receipts(records: Records, chosen: dict[str, Ink]) -> Html:
         mine = [r for r in (*records.runs, *records.profiles) if mixer_key(r.mixer) == key]
         for receipt in receipts_of(mine):
             texts = (receipt.where, receipt.asked, receipt.ran, receipt.reason, units.count(receipt.count))
-            name = element("th", swatch(chosen[key]), label, scope="row")
-            rows.append(element("tr", name, *[element("td", text) for text in texts]))
+            rows.append(element("tr", name_cell(chosen[key], label), *[element("td", text) for text in texts]))
     intro = "Wherever something else ran than was asked for: another path, padding added, tokens dropped."
     head = heading_cells(["Mechanism", "Where", "Asked", "Ran", "Reason", "Times"])
     body = table(head, rows, class_="text") if rows else element("p", "None: everything ran as asked.", class_="note")

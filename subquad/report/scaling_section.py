@@ -50,12 +50,8 @@ def scaling_section(
 
 def _table(lines: tuple[Line, ...], inks: dict[str, Ink]) -> Html:
     lengths = sorted({point.length for line in drawn(lines) for point in line.profile.points})
-    titles = [
-        "Mechanism",
-        "Faster from",
-        *[f"{units.count(length)} tokens" for length in lengths],
-        "Kept at the longest (of dense)",
-    ]
+    columns = [f"{units.count(length)} tokens" for length in lengths]
+    titles = ["Mechanism", "Faster from", *columns, "Kept at the longest (of dense)"]
     return table(heading_cells(titles), [_row(line, lengths, inks) for line in lines], class_="profile")
 
 

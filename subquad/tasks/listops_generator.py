@@ -67,11 +67,11 @@ def generate(
     report = progress or (lambda done, total: None)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".generating-", dir=directory) as partial:
+        with TemporaryDirectory(prefix=".generating-", dir=directory) as unfinished:
             with contextlib.closing(_chunks(recipe, workers)) as chunks:
-                manifest = Manifest(recipe, _write_splits(Path(partial), recipe, chunks, report))
-            _write_durably(Path(partial) / MANIFEST_NAME, manifest.to_json().encode())
-            _publish(Path(partial), directory)
+                manifest = Manifest(recipe, _write_splits(Path(unfinished), recipe, chunks, report))
+            _write_durably(Path(unfinished) / MANIFEST_NAME, manifest.to_json().encode())
+            _publish(Path(unfinished), directory)
     except OSError as error:
         raise ValueError(
             f"cannot write ListOps data to {directory}: {error.strerror or error}; "
@@ -189,13 +189,13 @@ def _write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _publish(partial: Path, directory: Path) -> None:
+def _publish(unfinished: Path, directory: Path) -> None:
     """Move the finished files into place, the manifest last; old ones go first, so that old and new never mix."""
     names = [*FILE_NAMES.values(), MANIFEST_NAME]
     for name in reversed(names):
         (directory / name).unlink(missing_ok=True)
     for name in names:
-        (partial / name).rename(directory / name)
+        (unfinished / name).rename(directory / name)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

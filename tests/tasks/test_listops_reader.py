@@ -173,6 +173,15 @@ def test_symbols_outside_the_vocabulary_are_unknown(tmp_path: Path):
     assert split[1][0].tolist() == [16, 4, 16, 16, 15]
 
 
+@pytest.mark.parametrize(
+    "text", ["[SM 12 3 ]", "[SM 1()2 3 ]", "[SM 1 2]", "[SMX 1 2 ]", "[MINX 1 ]", "[SM] 1", "M [SM 1 ]"]
+)
+def test_symbols_run_together_are_one_unknown_symbol(tmp_path: Path, text: str):
+    tokens, _ = read(tmp_path, HEADER + text.encode() + b"\t3\n")[0]
+    assert tokens.tolist() == tokenize(text).tolist()
+    assert 16 in tokens
+
+
 def test_an_expression_longer_than_the_model_takes_is_an_error(tmp_path: Path):
     write_files(tmp_path)
     with pytest.raises(

@@ -23,7 +23,7 @@ def texts(expressions: Expressions, shape: Shape) -> list[str]:
 
 
 def length_by_definition(source: random.Random, depth: int, shape: Shape) -> int:
-    """Token count of one tree, drawn node by node as the fact sheet describes it."""
+    """Token count of one tree, drawn node by node in the order of the official generator."""
     r = source.random() if depth < shape.max_depth else 1.0
     if r > 0.25:
         return 1

@@ -1,0 +1,159 @@
+"""Presets: the settings of a comparison, as TOML files, the same for every mechanism.
+
+A preset has four tables: `[data]` (read by the task), `[model]`, `[training]` and `[profile]`. It never names a
+mechanism: what differs between the rows of a comparison is the mixer alone.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import subquad
+from subquad.config import coerce_fields, make_config, nearest
+from subquad.tasks.base import DataPreset
+
+PRESETS_DIRECTORY = Path(subquad.__file__).parent / "presets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Sizes of the model; names as in `SubquadConfig`."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    positions: Literal["sinusoidal", "learned", "rotary", "none"] = "sinusoidal"
+    pooling: Literal["cls", "first", "mean", "last"] = "cls"
+    global_tokens: Literal["none", "first"] = "first"
+    bias: bool = False
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the types."""
+        coerce_fields(self, "[model]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How every mechanism is trained: AdamW under a schedule, a fixed number of steps."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    """Peak of the schedule."""
+    schedule: Literal["inverse_sqrt", "cosine", "linear", "constant_with_warmup"]
+    warmup_steps: int
+    evaluate_every: int
+    """Steps between evaluations on the validation split; a checkpoint is written at each."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    gradient_clip: float = 0.0
+    """Largest norm of the gradient; 0 leaves it alone."""
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        coerce_fields(self, "[training]")
+        for name in ("steps", "batch_size", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"[training]: {name} must be at least 1, got {getattr(self, name)}")
+        if self.steps % self.evaluate_every:
+            raise ValueError(
+                f"[training]: steps={self.steps} must be a multiple of evaluate_every={self.evaluate_every}, "
+                "so that the last step is evaluated"
+            )
+        if self.learning_rate <= 0:
+            raise ValueError(f"[training]: learning_rate must be positive, got {self.learning_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileSettings:
+    """Where speed and memory are measured: one layer's mixer, its projections included."""
+
+    lengths: tuple[int, ...]
+    embed_dim: int
+    num_heads: int
+    batch_size: int = 1
+    rounds: int = 5
+    """Samples of each measurement; the mechanism and dense attention take turns."""
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        coerce_fields(self, "[profile]")
+        if not self.lengths or min(self.lengths) < 1 or list(self.lengths) != sorted(set(self.lengths)):
+            raise ValueError(f"[profile]: lengths must be positive and increasing, got {list(self.lengths)}")
+        for name in ("embed_dim", "num_heads", "batch_size", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"[profile]: {name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """The settings of a comparison.
+
+    Attributes:
+        task: name of the task.
+        name: of the preset; the file's name.
+        data: which examples.
+        model: sizes.
+        training: optimiser and budget.
+        profile: where speed is measured.
+    """
+
+    task: str
+    name: str
+    data: DataPreset
+    model: ModelSettings
+    training: TrainingSettings
+    profile: ProfileSettings
+
+    def model_dict(self) -> dict[str, Any]:
+        """The model's sizes, as records keep them."""
+        return asdict(self.model)
+
+
+def list_presets(task: str) -> list[str]:
+    """Names of the presets of a task."""
+    return sorted(path.stem for path in (PRESETS_DIRECTORY / task).glob("*.toml"))
+
+
+def load_preset(task: str, name: str) -> Preset:
+    """Read a preset.
+
+    Raises:
+        ValueError: unknown preset, or a file that doesn't parse or has other tables or keys than it should.
+    """
+    known = list_presets(task)
+    if name not in known:
+        raise ValueError(f"unknown preset {name!r} of task {task!r}; {nearest(name, known)}")
+    path = PRESETS_DIRECTORY / task / f"{name}.toml"
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from error
+    return preset_from_tables(task, name, tables)
+
+
+def preset_from_tables(task: str, name: str, tables: Mapping[str, Any]) -> Preset:
+    """Build a preset from its parsed tables.
+
+    Raises:
+        ValueError: missing or unknown tables or keys, or wrong types.
+    """
+    expected = {"data", "model", "training", "profile"}
+    if tables.keys() != expected:
+        raise ValueError(f"preset {name!r}: expected the tables {sorted(expected)}, got {sorted(tables)}")
+    return Preset(
+        task=task,
+        name=name,
+        data=DataPreset.from_table(name, tables["data"]),
+        model=make_config(ModelSettings, f"preset {name!r}, [model]", tables["model"]),
+        training=make_config(TrainingSettings, f"preset {name!r}, [training]", tables["training"]),
+        profile=make_config(ProfileSettings, f"preset {name!r}, [profile]", tables["profile"]),
+    )
