@@ -126,6 +126,9 @@ def make_dims(*, embed_dim: int, num_heads: int, head_dim: int | None = None, **
     Raises:
         ValueError: embed_dim is no multiple of num_heads and head_dim is not given, or a value out of range.
     """
+    for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+        if type(size) is not int:
+            raise ValueError(f"build_mixer: option {name!r} must be int, got {size!r}")
     if head_dim is None:
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(

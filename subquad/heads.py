@@ -84,6 +84,11 @@ class HeadMixer(TokenMixer):
     def _rotate(
         self, q: Tensor, k: Tensor | None, mask: Mask | None, key_mask: Mask | None, state: State | None
     ) -> tuple[Tensor, Tensor | None]:
+        if self.dims.cross and state is not None and mask is not None and mask.segments is not None:
+            raise ValueError(
+                f"{self.config.name}: rotary positions inside the segments of a cross-attention stream are not known "
+                "across calls; pass all of x in one call without a state, or positions='none'"
+            )
         start = None if state is None else state.length
         positions = token_positions(mask, q.shape[0], q.shape[2], device=q.device, start=start)
         q = rotate(q, positions)

@@ -22,7 +22,7 @@ from subquad.costs import Cost
 from subquad.mask import Mask
 from subquad.receipt import leave_receipt
 from subquad.registry import FEEDFORWARDS, MIXERS, Registry
-from subquad.state import State
+from subquad.state import State, state_dtype
 
 
 class Mixed(NamedTuple):
@@ -37,91 +37,6 @@ class Mixed(NamedTuple):
     y: Tensor
     state: State | None = None
     aux_loss: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traits:
-    """What a mechanism can do, with these options. Each True is proved by the contract tests."""
-
-    bidirectional: bool = False
-    """Every token may see tokens after it (`causal=False`)."""
-    causal: bool = False
-    """`causal=True` is offered, and f(x)[:t] == f(x[:t])."""
-    cross: bool = False
-    """`cross=True` is offered: queries from x, keys and values from `context`."""
-    padding: bool = False
-    """`Mask.valid` is honoured."""
-    segments: bool = False
-    """`Mask.segments` is honoured: packed documents don't mix."""
-    state: bool = False
-    """Causal and cross forms continue from a state."""
-    constant_state: bool = False
-    """The state of the causal form stops growing."""
-    global_tokens: bool = False
-    """`Mask.global_tokens` is honoured."""
-    fixed_length: bool = False
-    """`max_length` is required and longer input is refused."""
-    approximates_softmax: bool = False
-    """Computes or approximates softmax attention over all keys."""
-    aux_loss: bool = False
-    """Returns an auxiliary loss in training."""
-
-
-TRAIT_NAMES = tuple(field.name for field in fields(Traits))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dims:
-    """The sizes and circumstances a mixer is built for; the same for every mechanism.
-
-    Attributes:
-        embed_dim: D, width of the stream.
-        num_heads: H.
-        head_dim: E; H * E need not equal D.
-        causal: a token sees itself and what came before.
-        cross: keys and values come from `context`.
-        max_length: longest input, required by mechanisms with `fixed_length`.
-        positions: "rotary" rotates queries and keys.
-        bias: whether projections have biases.
-        dropout: rate on the output of the mixer, never on attention probabilities.
-        layer: index of the layer; with the config's seed it determines fixed random structure.
-        num_global: tokens per example that the model will ask to be global; used for the price alone.
-    """
-
-    embed_dim: int
-    num_heads: int
-    head_dim: int
-    causal: bool = False
-    cross: bool = False
-    max_length: int | None = None
-    positions: Literal["none", "rotary"] = "none"
-    bias: bool = True
-    dropout: float = 0.0
-    layer: int = 0
-    num_global: int = 0
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: naming the argument, what was expected and what was got.
-        """
-        coerce_fields(self, "build_mixer")
-        for name in ("embed_dim", "num_heads", "head_dim", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"build_mixer: {name} must be at least 1, got {value}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"build_mixer: dropout must be in [0, 1), got {self.dropout}")
-        if self.causal and self.cross:
-            raise ValueError("build_mixer: cross=True excludes causal=True; the context has no order relative to x")
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(f"build_mixer: positions='rotary' needs an even head_dim, got {self.head_dim}")
-
-    @property
-    def inner_dim(self) -> int:
-        """H * E, the width of all heads together."""
-        return self.num_heads * self.head_dim
 
 
 class _WrittenConfig:
@@ -199,22 +114,6 @@ class FeedforwardConfig(_WrittenConfig, ABC):
         """The price of one forward pass over one sequence."""
 
 
-def mixers_with(trait: str) -> list[str]:
-    """Names of the registered mechanisms that have a trait with their default options."""
-    names = []
-    for name, config_class in MIXERS.items():
-        required = [f for f in fields(config_class) if f.default is f.default_factory]
-        if not required and getattr(config_class().traits, trait):
-            names.append(name)
-    return names
-
-
-def refuse(name: str, trait: str, asked: str) -> ValueError:
-    """The error for a mechanism asked for what it can't do; names those that can."""
-    able = ", ".join(mixers_with(trait)) or "none"
-    return ValueError(f"{name}: {asked} is not supported; mechanisms that support it: {able}")
-
-
 class TokenMixer(nn.Module, ABC):
     """Mixes information between the tokens of a sequence; base of every mechanism."""
 
@@ -275,9 +174,9 @@ class TokenMixer(nn.Module, ABC):
             raise refuse(self.config.name, "state", "a state")
         if not (self.dims.causal or self.dims.cross):
             raise ValueError(f"{self.config.name}: a state needs causal=True or cross=True; this one is bidirectional")
-        parameter = next(self.parameters())
-        chosen = dtype if dtype is not None else torch.promote_types(parameter.dtype, torch.float32)
-        return self.new_state(batch_size, torch.device(device) if device else parameter.device, chosen)
+        parameter = next(self.parameters(), torch.empty(0))  # a mixer without parameters: torch's defaults
+        place = parameter.device if device is None else torch.device(device)
+        return self.new_state(batch_size, place, state_dtype(parameter.dtype, dtype))
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         """The empty state of this mechanism; written by those that have one."""
@@ -294,72 +193,12 @@ class TokenMixer(nn.Module, ABC):
         """The config, for `print(mixer)`."""
         return f"{self.config!r}, {self.dims!r}"
 
-    def _check_call(
-        self, x: Tensor, context: Tensor | None, mask: Mask | None, context_mask: Mask | None, state: State | None
-    ) -> None:
-        name, dims = self.config.name, self.dims
-        _check_stream(name, "x", x, dims.embed_dim)
-        if dims.max_length is not None and self.config.traits.fixed_length:
-            for label, tensor in (("x", x), ("context", context)):
-                if tensor is not None and tensor.shape[1] > dims.max_length:
-                    raise ValueError(
-                        f"{name}: {label} has length {tensor.shape[1]} but was built for max_length="
-                        f"{dims.max_length}; build it with a larger max_length"
-                    )
-        self._check_context(x, context, context_mask, state)
-        if state is not None and not self.config.traits.state:
-            raise refuse(name, "state", "a state")
-        if state is not None and state.length.shape[0] != x.shape[0]:
-            raise ValueError(f"{name}: the state holds {state.length.shape[0]} rows but x has {x.shape[0]}")
-        if mask is not None:
-            self._check_mask(x, mask, "mask")
-        if context is not None and context_mask is not None:
-            self._check_mask(context, context_mask, "context_mask")
-
-    def _check_context(self, x: Tensor, context: Tensor | None, context_mask: Mask | None, state: State | None) -> None:
-        name = self.config.name
-        if not self.dims.cross:
-            if context is not None or context_mask is not None:
-                raise ValueError(f"{name}: got a context, but was built with cross=False; build it with cross=True")
-            return
-        if context is None:
-            if state is None:
-                raise ValueError(
-                    f"{name}: was built with cross=True and needs context (B, S, D), or a state holding it"
-                )
-            if context_mask is not None:
-                raise ValueError(f"{name}: context_mask goes with context; the state keeps the mask of its own context")
-            return
-        _check_stream(name, "context", context, self.dims.embed_dim)
-        if context.shape[0] != x.shape[0]:
-            raise ValueError(f"{name}: context has {context.shape[0]} rows but x has {x.shape[0]}")
-
-    def _check_mask(self, tokens: Tensor, mask: Mask, label: str) -> None:
-        name, traits = self.config.name, self.config.traits
-        mask.check(name, tokens, name=label)
-        if mask.valid is not None and not traits.padding:
-            raise refuse(name, "padding", f"{label}.valid")
-        if mask.segments is not None and not traits.segments:
-            raise refuse(name, "segments", f"{label}.segments")
-        if mask.global_tokens is not None and not traits.global_tokens:
-            able = ", ".join(mixers_with("global_tokens")) or "none"
-            reason = f"{name} has no global tokens (mechanisms that have: {able})"
-            leave_receipt(name, asked="global_tokens", ran="ignored", reason=reason)
-
-
 class ChannelMixer(nn.Module, ABC):
     """Mixes the channels of each token: the second slot of a layer."""
 
     @abstractmethod
     def forward(self, x: Tensor, *, mask: Mask | None = None) -> Mixed:
         """Transform each token of x (B, L, D); `state` of the result is None."""
-
-
-def _check_stream(name: str, label: str, tensor: Tensor, embed_dim: int) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name}: {label} must be floating point, got {tensor.dtype}")
-    if tensor.ndim != 3 or tensor.shape[-1] != embed_dim:
-        raise ValueError(f"{name}: {label} must have shape (B, L, {embed_dim}), got {tuple(tensor.shape)}")
 
 
 def option_names(config_class: type) -> list[str]:

@@ -96,14 +96,16 @@ def token_positions(
     return (rank - first).clamp_min(0)
 
 
-def continue_segments(owner: str, last: Tensor, mask: Mask, length: int) -> Tensor:
+def continue_segments(owner: str, last: Tensor, seen: Tensor, mask: Mask, length: int) -> Tensor:
     """Segments, int64 (B, L), of a stream's next tokens; without given ones the last segment (B,) goes on.
+
+    A stream may begin with any number: `last` counts only in rows that have `seen` (int64 (B,)) a token.
 
     Raises:
         ValueError: segment numbers below the last one.
     """
     if mask.segments is None:
         return last[:, None].expand(-1, length)
-    if bool((mask.segments < last[:, None]).any()):
+    if bool(((mask.segments < last[:, None]) & (seen[:, None] > 0)).any()):
         raise ValueError(f"{owner}: segment numbers must not decrease along a stream; go on from {last.tolist()}")
     return mask.segments.long()

@@ -158,9 +158,7 @@ def _crossover(entry: Entry) -> str:
         return "the length from which it would pay was not measured"
     crossover = profile.crossover_length
     if crossover is None:
-        return (
-            f"it is not faster than dense attention at any measured length up to {_tokens(profile.points[-1].length)}"
-        )
+        return f"it is not faster than dense attention even at {_tokens(profile.points[-1].length)}"
     if crossover <= profile.points[0].length:
         return f"it is faster than dense attention from the shortest measured length, {_tokens(crossover)}, on"
     return f"it would pay from about {_tokens(float(f'{crossover:.2g}'))} on"

@@ -91,6 +91,7 @@ class ContextCache(State):
         values: (B, H, S, E).
         key_valid: bool (B, S).
         key_segments: int64 (B, S).
+        segmented: bool (B,), whether the context came with segments.
     """
 
     filled: Tensor
@@ -98,6 +99,7 @@ class ContextCache(State):
     values: Tensor
     key_valid: Tensor
     key_segments: Tensor
+    segmented: Tensor
 
 
 class Full(HeadMixer):
@@ -110,7 +112,7 @@ class Full(HeadMixer):
         keys = torch.zeros(shape, device=device, dtype=dtype)
         segments = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
         if self.dims.cross:
-            return ContextCache(length, length > 0, keys, keys.clone(), segments > 0, segments)
+            return ContextCache(length, length > 0, keys, keys.clone(), segments > 0, segments, length > 0)
         return KeyValueCache(length, keys, keys.clone(), segments)
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
@@ -130,7 +132,7 @@ class Full(HeadMixer):
             state = _store_context(state, heads)
             k, v = state.keys.to(heads.q.dtype), state.values.to(heads.q.dtype)
             key_valid = state.key_valid
-            key_segments = None if mask.segments is None else state.key_segments
+            key_segments = state.key_segments if bool(state.segmented.any()) else None
         assert k is not None
         assert v is not None
         if (mask.segments is None) != (key_segments is None):
@@ -161,7 +163,7 @@ def _store_keys(state: KeyValueCache, k: Tensor, v: Tensor, mask: Mask) -> tuple
     """The longer cache, the last key that each token of this call may see, and the segment of each of them (B, L)."""
     batch_size, stored, length = k.shape[0], state.keys.shape[2], k.shape[2]
     columns = token_positions(replace(mask, segments=None), batch_size, length, device=k.device, start=state.length)
-    segments = continue_segments("full", _last_segment(state), mask, length)
+    segments = continue_segments("full", _last_segment(state), state.length, mask, length)
     new_length = state.length + (length if mask.valid is None else mask.valid.sum(dim=1))
     capacity = stored + length if mask.valid is None else max(stored, int(new_length.max()))
     targets = columns if mask.valid is None else columns.masked_fill(~mask.valid, capacity)
@@ -197,6 +199,7 @@ def _store_context(state: ContextCache, heads: Heads) -> ContextCache:
             heads.v.to(state.values.dtype),
             key_valid if heads.key_mask.valid is None else heads.key_mask.valid,
             key_segments if heads.key_mask.segments is None else heads.key_mask.segments.long(),
+            torch.full_like(state.filled, heads.key_mask.segments is not None),
         )
     length, valid = heads.q.shape[2], heads.mask.valid
     return replace(state, length=state.length + (length if valid is None else valid.sum(dim=1)))

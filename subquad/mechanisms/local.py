@@ -114,7 +114,7 @@ class Local(HeadMixer):
             left, right = min(left, reach), min(right, reach)
             before = self._nothing_before(left, batch_size, q.device, q.dtype)
         last_segment = before.segments[:, -1] if left else torch.zeros_like(before.length)
-        segments = continue_segments("local", last_segment, mask, length)
+        segments = continue_segments("local", last_segment, before.length, mask, length)
         valid = torch.ones_like(segments, dtype=torch.bool) if mask.valid is None else mask.valid
         order = None if mask.valid is None else valid_first(mask.valid)
         if order is not None:

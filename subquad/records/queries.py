@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from subquad.records.measures import Speed, Summary, speed_at
-from subquad.records.mechanisms import Mechanism
 from subquad.records.schema import (
     DENSE,
     MAJORITY,
@@ -214,7 +213,7 @@ def _entries(runs: Sequence[RunRecord], records: Records, labels: dict[str, str]
     by_set_up: dict[str, list[RunRecord]] = defaultdict(list)
     for run in runs:
         by_set_up[run_hash(mixer=run.mixer, model=run.model, preset=run.preset, budget=run.budget)].append(run)
-    red = {mechanism.name: mechanism for mechanism in records.mechanisms if mechanism.red_probes}
+    red = red_probes(records)
     entries = []
     for key, seeds in by_set_up.items():
         first = seeds[0]
@@ -225,7 +224,7 @@ def _entries(runs: Sequence[RunRecord], records: Records, labels: dict[str, str]
                 label=labels[mixer_key(first.mixer)],
                 runs=tuple(sorted(seeds, key=lambda run: run.seed)),
                 profile=_profile_for(first, records.profiles),
-                red_probes=_red_probes(seeds, red.get(first.mixer_name)),
+                red_probes=red.get(mixer_key(first.mixer), ()),
             )
         )
     return tuple(sorted(entries, key=_rank))
@@ -235,10 +234,18 @@ def _rank(entry: Entry) -> tuple[bool, bool, float, str]:
     return entry.name != DENSE, entry.best is None, -(entry.best.mean if entry.best else 0.0), entry.label
 
 
-def _red_probes(runs: Sequence[RunRecord], mechanism: Mechanism | None) -> tuple[str, ...]:
-    found = [f"{probe.name} ({probe.detail})" for run in runs for probe in run.probes if not probe.passed]
-    found += [f"{probe.name} ({probe.detail})" for probe in (mechanism.red_probes if mechanism else ())]
-    return tuple(dict.fromkeys(found))
+def red_probes(records: Records) -> dict[str, tuple[str, ...]]:
+    """Return the proofs that failed by mixer key, from the runs and from `mechanisms.json`; only mixers with any."""
+    by_name = {mechanism.name: mechanism.red_probes for mechanism in records.mechanisms}
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for record in (*records.runs, *records.profiles):
+        for probe in by_name.get(record.mixer_name, ()):
+            found[mixer_key(record.mixer)][f"{probe.name} ({probe.detail})"] = None
+    for run in records.runs:
+        for probe in run.probes:
+            if not probe.passed:
+                found[mixer_key(run.mixer)][f"{probe.name} ({probe.detail})"] = None
+    return {key: tuple(texts) for key, texts in found.items()}
 
 
 def _profile_for(run: RunRecord, profiles: Sequence[ProfileRecord]) -> ProfileRecord | None:

@@ -25,6 +25,8 @@ def _scaled(value: float, units: tuple[str, ...]) -> tuple[str, str]:
 
 def seconds(value: float) -> str:
     """Write a duration given in seconds: "850 µs", "12.3 ms", "4.20 s", "3 min 20 s", "2 h 05 min"."""
+    if value == 0:
+        return "0 s"
     if value >= 3599.5:
         minutes = round(value / 60)
         return f"{minutes // 60:,} h {minutes % 60:02d} min"

@@ -142,7 +142,9 @@ def _receipts(records: Records, chosen: dict[str, Ink]) -> Html:
 def _environments(records: Records) -> Html:
     distinct = list(dict.fromkeys(record.environment for record in (*records.runs, *records.profiles)))
     titles = ["Machine", "CPU", "Accelerator", "Threads", "Memory", "System", "Python", "torch", "transformers"]
-    rows = [element("tr", *[element("td", text) for text in _environment(e)]) for e in distinct]
+    rows = []
+    for hardware, *rest in map(_environment, distinct):
+        rows.append(element("tr", element("th", hardware, scope="row"), *[element("td", text) for text in rest]))
     body = table(heading_cells([*titles, "subquad", "Commit"]), rows, class_="text")
     return card(element("h2", "Machines and software"), body, id_="machines")
 

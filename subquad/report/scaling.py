@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from subquad.records import units
 from subquad.records.measures import speed_at
-from subquad.records.queries import mixer_key, mixer_labels
+from subquad.records.queries import mixer_key, mixer_labels, red_probes
 from subquad.records.schema import DENSE, ProfilePoint, ProfileRecord, Status, Timing
 from subquad.records.store import Records
 from subquad.report.charts import Figure, axis, layout
@@ -53,13 +53,13 @@ class Line:
 def settings(records: Records) -> dict[Setting, tuple[Line, ...]]:
     """Return the profiles by setting, dense attention first, then by label."""
     labels = mixer_labels(records)
-    red = {m.name: "red probe: " + "; ".join(p.name for p in m.red_probes) for m in records.mechanisms if m.red_probes}
+    red = {key: "red probe: " + "; ".join(texts) for key, texts in red_probes(records).items()}
     groups: dict[Setting, list[Line]] = defaultdict(list)
     for p in records.profiles:
         setting = Setting(p.environment.hardware, p.causal, p.embed_dim, p.num_heads, p.batch_size, p.dtype)
         failed = "" if p.status is Status.OK else f"{p.status.value}: {p.message}"
         key = mixer_key(p.mixer)
-        groups[setting].append(Line(key, labels[key], p, red.get(p.mixer_name, "") or failed))
+        groups[setting].append(Line(key, labels[key], p, red.get(key, "") or failed))
     return {
         setting: tuple(sorted(lines, key=lambda line: (line.profile.mixer_name != DENSE, line.label)))
         for setting, lines in sorted(groups.items(), key=lambda item: item[0])

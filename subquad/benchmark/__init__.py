@@ -1,0 +1,1 @@
+"""Proofs of mechanisms, measurements of their speed and memory, and what follows from them: a recommendation."""

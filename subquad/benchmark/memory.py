@@ -1,0 +1,65 @@
+"""Memory, two ways: what autograd keeps for the backward pass, and the peak of a process of its own.
+
+Saved bytes are deterministic and the same on every machine: unique storages, parameters not included. The peak is what
+an operating system would have to provide; it is taken in a fresh process, from the high-water mark of its resident set
+(Linux) or of the CUDA allocator, less what was there before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """Bytes of the storages that autograd keeps after `forward`, those of `parameters` left out."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    storages: dict[int, int] = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        result = forward()  # kept until the count is done, so that no storage is freed and its address used again
+    total = sum(storages.values())
+    del result
+    return total
+
+
+class PeakMemory:
+    """The growth of this process's peak memory since `start`, in bytes; None where the system doesn't tell."""
+
+    def __init__(self) -> None:
+        self._cuda = torch.cuda.is_available()
+        self._before = torch.cuda.memory_allocated() if self._cuda else _status_bytes("VmRSS")
+
+    def restart(self) -> None:
+        """Forget the peak so far; the starting point stays."""
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            self._before = None
+
+    def bytes(self) -> int | None:
+        """Peak since the last `restart`, less what was in use at the start."""
+        now = torch.cuda.max_memory_allocated() if self._cuda else _status_bytes("VmHWM")
+        return None if now is None or self._before is None else max(0, now - self._before)
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(rf"^{field}:\s*(\d+) kB$", status, re.MULTILINE)
+    return None if found is None else int(found[1]) * 1024

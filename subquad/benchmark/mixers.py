@@ -1,0 +1,106 @@
+"""Mixers as a user names them on the command line.
+
+    full    local:window=65    ./mine.py:MyConfig    ./mine.py:MyConfig:window=9
+
+A name may be followed by options, each behind a colon. A path to a Python file and a class in it is a mechanism of the
+user's own: the file is run, since the user named it, and the class joins the registry. Nothing else is ever run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from subquad.build import mixer_config
+from subquad.interface import MixerConfig
+from subquad.registry import MIXERS, default_name, register
+
+
+@dataclass(frozen=True)
+class NamedMixer:
+    """A mixer as named, and what the name stands for.
+
+    Attributes:
+        text: as the user wrote it; naming it so again gives the same.
+        config: the config.
+    """
+
+    text: str
+    config: MixerConfig
+
+
+def parse_mixers(text: str) -> list[NamedMixer]:
+    """Mixers from a comma-separated list.
+
+    Raises:
+        ValueError: nothing or something twice in the list, an unknown name or option, a file or class that isn't there.
+    """
+    named = [parse_mixer(part.strip()) for part in text.split(",") if part.strip()]
+    if not named:
+        raise ValueError(f"expected mixers separated by commas, such as full,local:window=65; got {text!r}")
+    for index, mixer in enumerate(named):
+        if any(mixer.config == earlier.config for earlier in named[:index]):
+            raise ValueError(f"mixer {mixer.text!r} is named twice")
+    return named
+
+
+def parse_mixer(text: str) -> NamedMixer:
+    """One mixer.
+
+    Raises:
+        ValueError: an unknown name or option, or a file or class that isn't there.
+    """
+    name, *rest = text.split(":")
+    if name.endswith(".py"):
+        if not rest:
+            raise ValueError(f"{text!r}: name the config class in the file, as {name}:MyConfig")
+        name = load_user_mixer(Path(name), rest.pop(0))
+    return NamedMixer(text, mixer_config(name, **dict(_option(text, option) for option in rest)))
+
+
+def load_user_mixer(path: Path, class_name: str) -> str:
+    """Run the user's file, enter its config class in the registry, and return the registered name.
+
+    Raises:
+        ValueError: no such file or class, an error in the file, or a class that is no `MixerConfig`.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    module_name = f"subquad_user_{path.stem}"
+    if module_name not in sys.modules:
+        _run_file(path, module_name)
+    config_class = getattr(sys.modules[module_name], class_name, None)
+    if not (isinstance(config_class, type) and issubclass(config_class, MixerConfig)):
+        raise ValueError(f"{path}: expected a class {class_name} derived from subquad.MixerConfig, got {config_class!r}")
+    registered = next((name for name, known in MIXERS.items() if known is config_class), None)
+    if registered is None:
+        register(config_class)
+        registered = default_name(config_class)
+    return registered
+
+
+def _run_file(path: Path, module_name: str) -> None:
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise ValueError(f"{path}: running the file failed: {type(error).__name__}: {error}") from error
+
+
+def _option(text: str, option: str) -> tuple[str, Any]:
+    key, equals, value = option.partition("=")
+    if not (key and equals):
+        raise ValueError(f"{text!r}: expected options as name=value behind a colon, got {option!r}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value  # a bare word is a string

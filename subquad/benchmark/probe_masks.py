@@ -1,0 +1,181 @@
+"""Proofs about masks and batches: padding has no effect, documents and examples don't mix, global tokens reach all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from subquad.benchmark.probe_subject import (
+    CONTEXT_LENGTH,
+    LENGTH,
+    Finding,
+    Inputs,
+    Subject,
+    at_most,
+    call,
+    difference,
+    gradients,
+    largest,
+    some_segments,
+    some_valid,
+    worst,
+)
+from subquad.mask import Mask
+from subquad.receipt import receipts
+
+EXACT = 1e-12
+EQUAL = 1e-10
+
+
+def padding_content(subject: Subject) -> Finding:
+    """What padding holds changes no valid output and gets no gradient."""
+    mixer, inputs = subject.mixer(), subject.inputs()
+    valid, context_valid = some_valid(LENGTH), some_valid(CONTEXT_LENGTH)
+    mask, context_mask = Mask(valid), Mask(context_valid) if subject.dims.cross else None
+    y = call(mixer, inputs, mask, context_mask).y
+    noise = subject.inputs(salt=1)
+    moved = []
+    for scale in (1.0, 1e3, float("nan")):
+        x = torch.where(valid[..., None], inputs.x, scale * noise.x)
+        context = None
+        if inputs.context is not None and noise.context is not None:
+            context = torch.where(context_valid[..., None], inputs.context, scale * noise.context)
+        moved.append(largest([call(mixer, Inputs(x, context), mask, context_mask).y - y]))
+    of_inputs, _ = gradients(mixer, inputs, torch.ones_like(valid), mask, context_mask)
+    of_padding = largest([of_inputs.x[~valid]])
+    if of_inputs.context is not None:
+        of_padding = worst((of_padding, largest([of_inputs.context[~context_valid]])))
+    if of_padding != 0:
+        return Finding(False, f"padding gets a gradient of {of_padding:.1e}, expected exactly 0")
+    return at_most(worst(moved), EXACT, "outputs after other padding, whose gradient is exactly 0")
+
+
+def padding_output(subject: Subject) -> Finding:
+    """The output at invalid positions is exactly 0 and lets no gradient through."""
+    mixer, inputs, valid = subject.mixer(), subject.inputs(), some_valid(LENGTH)
+    y = call(mixer, inputs, Mask(valid)).y
+    of_inputs, of_parameters = gradients(mixer, inputs, ~valid, Mask(valid))
+    through = largest([tensor for tensor in of_inputs if tensor is not None] + of_parameters)
+    held = largest([y[~valid]])
+    return Finding(held == 0 and through == 0, f"invalid outputs hold {held:.1e} and pass a gradient of {through:.1e}")
+
+
+def all_padding(subject: Subject) -> Finding:
+    """An example of nothing but padding gives 0; it and an empty context leave all gradients finite."""
+    mixer, inputs = subject.mixer(), subject.inputs()
+    valid, context_valid = some_valid(LENGTH), some_valid(CONTEXT_LENGTH)
+    valid[1] = False
+    context_valid[0] = False
+    mask, context_mask = Mask(valid), Mask(context_valid) if subject.dims.cross else None
+    y = call(mixer, inputs, mask, context_mask).y
+    of_inputs, of_parameters = gradients(mixer, inputs, torch.ones_like(valid), mask, context_mask)
+    everything = [y, *of_parameters, *(tensor for tensor in of_inputs if tensor is not None)]
+    if not all(bool(tensor.isfinite().all()) for tensor in everything):
+        return Finding(False, "an example of padding alone, or an empty context, gives values that are not finite")
+    return at_most(largest([y[1]]), 0.0, "output of an example of padding alone")
+
+
+def padding_gap(subject: Subject, side: str) -> float:
+    """Largest difference between a sequence padded on one side ("left" or "right") and the sequence alone."""
+    mixer, alone = subject.mixer(), subject.inputs(21)
+    gaps = []
+    for count in (1, 3, 16):
+        padding = subject.inputs(count, salt=1).x
+        pieces = (padding, alone.x) if side == "left" else (alone.x, padding)
+        places = slice(count, None) if side == "left" else slice(21)
+        valid = torch.zeros(3, 21 + count, dtype=torch.bool)
+        valid[:, places] = True
+        y = call(mixer, Inputs(torch.cat(pieces, dim=1), alone.context), Mask(valid)).y
+        gaps.append(difference(y[:, places], call(mixer, alone).y))
+    return worst(gaps)
+
+
+def padding_sides(subject: Subject) -> Finding:
+    """Describes, without judging, on which sides padding leaves the result exactly that of the unpadded sequence."""
+    gaps = {side: padding_gap(subject, side) for side in ("right", "left")}
+    words = [f"{side}-padded {_equals(gap)}" for side, gap in gaps.items()]
+    return Finding(all(gap == gap for gap in gaps.values()), f"against the unpadded sequence: {', '.join(words)}")
+
+
+def _equals(gap: float) -> str:
+    return f"equal within {EQUAL:.0e}" if gap <= EQUAL else f"different by {gap:.1e} (structure over the padded length)"
+
+
+def batch(subject: Subject) -> Finding:
+    """An example alone gives what it gives among others, however large those are."""
+    mixer, inputs = subject.mixer(), subject.inputs()
+    gaps = []
+    for _, mask, context_mask in subject.mask_kinds():
+        for row in range(3):
+            others = torch.full((3, 1, 1), 100.0, dtype=torch.float64)
+            others[row] = 1.0
+            context = None if inputs.context is None else inputs.context * others
+            together = call(mixer, Inputs(inputs.x * others, context), mask, context_mask).y
+            context = None if inputs.context is None else inputs.context[row : row + 1]
+            alone = Inputs(inputs.x[row : row + 1], context)
+            expected = call(mixer, alone, _row(mask, row), _row(context_mask, row)).y
+            gaps.append(difference(together[row : row + 1], expected))
+    return at_most(worst(gaps), EQUAL, "an example alone against the same among others")
+
+
+def _row(mask: Mask | None, row: int) -> Mask | None:
+    if mask is None:
+        return None
+    return Mask(*(None if fact is None else fact[row : row + 1] for fact in (mask.valid, mask.segments)))
+
+
+def documents(subject: Subject) -> Finding:
+    """Packed documents don't mix, in values and gradients, and give what each gives alone."""
+    mixer, inputs = subject.mixer(), subject.inputs(batch=1)
+    segments, context_segments = some_segments(LENGTH)[2:], some_segments(CONTEXT_LENGTH)[2:]
+    mask = Mask(segments=segments)
+    context_mask = Mask(segments=context_segments) if subject.dims.cross else None
+    y = call(mixer, inputs, mask, context_mask).y
+    noise, leaks, gaps = subject.inputs(batch=1, salt=1), [], []
+    for document in segments.unique():
+        own = segments == document
+        own_context = context_segments == document
+        x = torch.where(own[..., None], inputs.x, 1000 * noise.x)
+        context = alone_context = None
+        if inputs.context is not None and noise.context is not None:
+            context = torch.where(own_context[..., None], inputs.context, 1000 * noise.context)
+            alone_context = inputs.context[:, own_context[0]]
+        leaks.append(largest([call(mixer, Inputs(x, context), mask, context_mask).y[own] - y[own]]))
+        of_inputs, _ = gradients(mixer, inputs, own, mask, context_mask)
+        leaks.append(largest([of_inputs.x[~own]]))
+        if of_inputs.context is not None:
+            leaks.append(largest([of_inputs.context[~own_context]]))
+        gaps.append(difference(call(mixer, Inputs(inputs.x[:, own[0]], alone_context)).y, y[:, own[0]]))
+    if not worst(leaks) <= EXACT:
+        return Finding(False, f"documents mix: values or gradients move by {worst(leaks):.1e}, tolerance {EXACT:.0e}")
+    return at_most(worst(gaps), EQUAL, "packed documents against each alone")
+
+
+def global_tokens(subject: Subject) -> Finding:
+    """A global token sees, and is seen by, all that causality allows; where the trait is False a receipt says so."""
+    mixer, inputs, place = subject.mixer(), subject.inputs(batch=1), 7
+    marked = torch.zeros(1, LENGTH, dtype=torch.bool)
+    marked[0, place] = True
+    if not subject.config.traits.global_tokens:
+        plain = call(mixer, inputs).y
+        with receipts() as collected:
+            ignored = call(mixer, inputs, Mask(global_tokens=marked)).y
+        noted = [receipt for receipt in collected.entries if receipt.asked == "global_tokens"]
+        same = torch.equal(plain, ignored)
+        return Finding(bool(noted) and same, f"ignored: output unchanged is {same}, receipts left: {len(noted)}")
+    mask = Mask(global_tokens=marked)
+    sees = gradients(mixer, inputs, marked, mask)[0].x[0].abs().amax(dim=1) > 0
+    seen = torch.stack([_moves(subject, mask, row, place) for row in range(LENGTH)])
+    places = torch.arange(LENGTH)
+    may_see = places <= place if subject.dims.causal else places >= 0
+    may_be_seen = places >= place if subject.dims.causal else places >= 0
+    good = torch.equal(sees, may_see) and torch.equal(seen, may_be_seen)
+    return Finding(good, f"a global token sees {int(sees.sum())} and is seen by {int(seen.sum())} of {LENGTH} tokens")
+
+
+def _moves(subject: Subject, mask: Mask, row: int, place: int) -> Tensor:
+    """Whether the output at `row` depends on the input at `place`."""
+    rows = torch.zeros(1, LENGTH, dtype=torch.bool)
+    rows[0, row] = True
+    of_inputs, _ = gradients(subject.mixer(), subject.inputs(batch=1), rows, mask)
+    return of_inputs.x[0, place].abs().amax() > 0

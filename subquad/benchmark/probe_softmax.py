@@ -1,0 +1,64 @@
+"""Does a mechanism approximate softmax attention? A criterion that can be measured, for both answers.
+
+The mechanism and dense attention get the same projections, and inputs at which softmax attention is about half as far
+from uniform averaging as the average is from 0 (beyond that random features fail, and below it everything is an
+average). The error is the distance between the two outputs in units of the distance between softmax attention and
+uniform averaging over the same keys:
+
+    error = |y - y_softmax| / |y_softmax - y_uniform|        approximates: error <= 0.5
+
+Averaging uniformly scores 1. A mechanism that says True is judged with its sizes (rank, features, ...) as asked, but no
+smaller than their defaults, and one that says False with small ones, so that no window holds the whole sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields, replace
+
+import torch
+
+from subquad.benchmark.probe_subject import Finding, Inputs, Subject, call
+from subquad.build import build_from_config, mixer_config
+from subquad.interface import MixerConfig, TokenMixer
+
+LIMIT = 0.5
+INPUT_SCALE = 0.5
+_DENSE = "full"  # the definition that the trait speaks of
+
+
+def approximates_softmax(subject: Subject) -> Finding:
+    """The trait against the criterion above."""
+    claimed = subject.config.traits.approximates_softmax
+    judged = replace(subject, config=_at_least_defaults(subject.asked) if claimed else subject.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(subject.seed)
+        mixer = build_from_config(judged.config, judged.dims).double().eval()
+        dense = build_from_config(mixer_config(_DENSE), judged.dims).double().eval()
+    own = mixer.state_dict()
+    if not dense.state_dict().keys() <= own.keys():
+        return Finding(not claimed, f"approximates_softmax={claimed}: no projections to share with dense attention")
+    dense.load_state_dict({name: own[name] for name in dense.state_dict()})
+    inputs = Inputs(*(None if t is None else INPUT_SCALE * t for t in subject.inputs(batch=8)))
+    y, softmax = call(mixer, inputs).y, call(dense, inputs).y
+    uniform = call(_without_queries(dense), inputs).y
+    error = float((y - softmax).norm() / (softmax - uniform).norm())
+    sentence = f"error {error:.2f} of softmax's distance from averaging, limit {LIMIT}"
+    return Finding((error <= LIMIT) == claimed, f"approximates_softmax={claimed}: {sentence}")
+
+
+def _without_queries(dense: TokenMixer) -> TokenMixer:
+    """Every score 0: uniform averaging over the visible keys."""
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            if name.startswith("project_query"):
+                parameter.zero_()
+    return dense
+
+
+def _at_least_defaults(config: MixerConfig) -> MixerConfig:
+    changes = {
+        field.name: max(getattr(config, field.name), field.default)
+        for field in fields(config)
+        if field.default is not MISSING and type(getattr(config, field.name)) is type(field.default) is int
+    }
+    return replace(config, **changes)

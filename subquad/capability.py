@@ -1,0 +1,110 @@
+"""What a mechanism can do (`Traits`), what a module of it is built for (`Dims`), and how the rest is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from subquad.config import coerce_fields
+from subquad.registry import MIXERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a mechanism can do, with these options. Each True is proved by the contract tests."""
+
+    bidirectional: bool = False
+    """Every token may see tokens after it (`causal=False`)."""
+    causal: bool = False
+    """`causal=True` is offered, and f(x)[:t] == f(x[:t])."""
+    cross: bool = False
+    """`cross=True` is offered: queries from x, keys and values from `context`."""
+    padding: bool = False
+    """`Mask.valid` is honoured."""
+    segments: bool = False
+    """`Mask.segments` is honoured: packed documents don't mix."""
+    state: bool = False
+    """Causal and cross forms continue from a state."""
+    constant_state: bool = False
+    """The state of the causal form stops growing."""
+    global_tokens: bool = False
+    """`Mask.global_tokens` is honoured."""
+    fixed_length: bool = False
+    """`max_length` is required and longer input is refused."""
+    approximates_softmax: bool = False
+    """Computes or approximates softmax attention over all keys."""
+    aux_loss: bool = False
+    """Returns an auxiliary loss in training."""
+
+
+TRAIT_NAMES = tuple(field.name for field in fields(Traits))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dims:
+    """The sizes and circumstances a mixer is built for; the same for every mechanism.
+
+    Attributes:
+        embed_dim: D, width of the stream.
+        num_heads: H.
+        head_dim: E; H * E need not equal D.
+        causal: a token sees itself and what came before.
+        cross: keys and values come from `context`.
+        max_length: longest input, required by mechanisms with `fixed_length`.
+        positions: "rotary" rotates queries and keys.
+        bias: whether projections have biases.
+        dropout: rate on the output of the mixer, never on attention probabilities.
+        layer: index of the layer; with the config's seed it determines fixed random structure.
+        num_global: tokens per example that the model will ask to be global; used for the price alone.
+    """
+
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    causal: bool = False
+    cross: bool = False
+    max_length: int | None = None
+    positions: Literal["none", "rotary"] = "none"
+    bias: bool = True
+    dropout: float = 0.0
+    layer: int = 0
+    num_global: int = 0
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ValueError: naming the argument, what was expected and what was got.
+        """
+        coerce_fields(self, "build_mixer")
+        for name in ("embed_dim", "num_heads", "head_dim", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"build_mixer: {name} must be at least 1, got {value}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"build_mixer: dropout must be in [0, 1), got {self.dropout}")
+        if self.causal and self.cross:
+            raise ValueError("build_mixer: cross=True excludes causal=True; the context has no order relative to x")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"build_mixer: positions='rotary' needs an even head_dim, got {self.head_dim}")
+
+    @property
+    def inner_dim(self) -> int:
+        """H * E, the width of all heads together."""
+        return self.num_heads * self.head_dim
+
+
+def mixers_with(trait: str) -> list[str]:
+    """Names of the registered mechanisms that have a trait with their default options."""
+    names = []
+    for name, config_class in MIXERS.items():
+        required = [f for f in fields(config_class) if f.default is f.default_factory]
+        if not required and getattr(config_class().traits, trait):
+            names.append(name)
+    return names
+
+
+def refuse(name: str, trait: str, asked: str) -> ValueError:
+    """The error for a mechanism asked for what it can't do; names those that can."""
+    able = ", ".join(mixers_with(trait)) or "none"
+    return ValueError(f"{name}: {asked} is not supported; mechanisms that support it: {able}")
