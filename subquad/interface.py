@@ -11,16 +11,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from subquad.calls import Call, check_call, check_state
+from subquad.capability import TRAIT_NAMES as TRAIT_NAMES
+from subquad.capability import Dims as Dims
+from subquad.capability import Traits as Traits
+from subquad.capability import mixers_with as mixers_with
+from subquad.capability import refuse as refuse
 from subquad.config import coerce_fields, config_fields, field_names, make_config
 from subquad.costs import Cost
 from subquad.mask import Mask
-from subquad.receipt import leave_receipt
 from subquad.registry import FEEDFORWARDS, MIXERS, Registry
 from subquad.state import State, state_dtype
 
@@ -149,7 +154,10 @@ class TokenMixer(nn.Module, ABC):
         Raises:
             ValueError: wrong shapes, dtypes or devices, or a constraint that this mechanism can't honour.
         """
-        self._check_call(x, context, mask, context_mask, state)
+        name = self.config.name
+        check_call(name, self.config.traits, self.dims, Call(x, context, mask, context_mask, state))
+        if state is not None:
+            check_state(name, x, state, self.init_state(0))
         x_kept = x if mask is None else mask.zero_invalid(x)
         if context is not None and context_mask is not None:
             context = context_mask.zero_invalid(context)
@@ -192,6 +200,7 @@ class TokenMixer(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The config, for `print(mixer)`."""
         return f"{self.config!r}, {self.dims!r}"
+
 
 class ChannelMixer(nn.Module, ABC):
     """Mixes the channels of each token: the second slot of a layer."""

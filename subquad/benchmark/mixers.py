@@ -75,7 +75,9 @@ def load_user_mixer(path: Path, class_name: str) -> str:
         _run_file(path, module_name)
     config_class = getattr(sys.modules[module_name], class_name, None)
     if not (isinstance(config_class, type) and issubclass(config_class, MixerConfig)):
-        raise ValueError(f"{path}: expected a class {class_name} derived from subquad.MixerConfig, got {config_class!r}")
+        raise ValueError(
+            f"{path}: expected a class {class_name} derived from subquad.MixerConfig, got {config_class!r}"
+        )
     registered = next((name for name, known in MIXERS.items() if known is config_class), None)
     if registered is None:
         register(config_class)

@@ -46,9 +46,7 @@ def future(subject: Subject) -> Finding:
     return at_most(worst(moved), EXACT, "outputs before a change of the future")
 
 
-def _other_futures(
-    subject: Subject, x: Tensor, mask: Mask | None, cut: int
-) -> list[tuple[Tensor, Mask | None]]:
+def _other_futures(subject: Subject, x: Tensor, mask: Mask | None, cut: int) -> list[tuple[Tensor, Mask | None]]:
     noise = subject.inputs(salt=1).x * 1000
     past = (torch.arange(LENGTH) < cut)[:, None]
     last = torch.zeros(LENGTH, 1, dtype=torch.bool)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from subquad.benchmark.probe_subject import (
     CONTEXT_LENGTH,
@@ -55,7 +54,7 @@ def padding_output(subject: Subject) -> Finding:
     mixer, inputs, valid = subject.mixer(), subject.inputs(), some_valid(LENGTH)
     y = call(mixer, inputs, Mask(valid)).y
     of_inputs, of_parameters = gradients(mixer, inputs, ~valid, Mask(valid))
-    through = largest([tensor for tensor in of_inputs if tensor is not None] + of_parameters)
+    through = largest(of_inputs.tensors() + of_parameters)
     held = largest([y[~valid]])
     return Finding(held == 0 and through == 0, f"invalid outputs hold {held:.1e} and pass a gradient of {through:.1e}")
 
@@ -69,7 +68,7 @@ def all_padding(subject: Subject) -> Finding:
     mask, context_mask = Mask(valid), Mask(context_valid) if subject.dims.cross else None
     y = call(mixer, inputs, mask, context_mask).y
     of_inputs, of_parameters = gradients(mixer, inputs, torch.ones_like(valid), mask, context_mask)
-    everything = [y, *of_parameters, *(tensor for tensor in of_inputs if tensor is not None)]
+    everything = [y, *of_parameters, *of_inputs.tensors()]
     if not all(bool(tensor.isfinite().all()) for tensor in everything):
         return Finding(False, "an example of padding alone, or an empty context, gives values that are not finite")
     return at_most(largest([y[1]]), 0.0, "output of an example of padding alone")
@@ -165,17 +164,13 @@ def global_tokens(subject: Subject) -> Finding:
         return Finding(bool(noted) and same, f"ignored: output unchanged is {same}, receipts left: {len(noted)}")
     mask = Mask(global_tokens=marked)
     sees = gradients(mixer, inputs, marked, mask)[0].x[0].abs().amax(dim=1) > 0
-    seen = torch.stack([_moves(subject, mask, row, place) for row in range(LENGTH)])
+    each = Inputs(inputs.x.expand(LENGTH, -1, -1), None)  # example b asks what moves the output of token b
+    of_each, _ = gradients(
+        mixer, each, torch.eye(LENGTH, dtype=torch.bool), Mask(global_tokens=marked.expand(LENGTH, -1))
+    )
+    seen = of_each.x[:, place].abs().amax(dim=1) > 0
     places = torch.arange(LENGTH)
     may_see = places <= place if subject.dims.causal else places >= 0
     may_be_seen = places >= place if subject.dims.causal else places >= 0
     good = torch.equal(sees, may_see) and torch.equal(seen, may_be_seen)
     return Finding(good, f"a global token sees {int(sees.sum())} and is seen by {int(seen.sum())} of {LENGTH} tokens")
-
-
-def _moves(subject: Subject, mask: Mask, row: int, place: int) -> Tensor:
-    """Whether the output at `row` depends on the input at `place`."""
-    rows = torch.zeros(1, LENGTH, dtype=torch.bool)
-    rows[0, row] = True
-    of_inputs, _ = gradients(subject.mixer(), subject.inputs(batch=1), rows, mask)
-    return of_inputs.x[0, place].abs().amax() > 0

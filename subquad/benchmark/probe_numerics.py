@@ -38,13 +38,14 @@ def gradient(subject: Subject) -> Finding:
     mixer = subject.mixer()
     names, parameters = zip(*mixer.named_parameters(), strict=True)
 
-    def forward(x: Tensor, context: Tensor | None, *values: Tensor) -> Tensor:
-        arguments = {"mask": mask}
-        named = dict(zip(names, values, strict=True))
-        return torch.func.functional_call(mixer, named, (x, context), arguments).y
+    count = len(inputs.tensors())
 
-    leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in (*inputs, *parameters)]
-    gradcheck(forward, tuple(leaves), fast_mode=True, eps=1e-6, atol=1e-5, rtol=1e-4)  # raises where it fails
+    def forward(*values: Tensor) -> Tensor:
+        named = dict(zip(names, values[count:], strict=True))
+        return torch.func.functional_call(mixer, named, values[:count], {"mask": mask}).y
+
+    leaves = tuple(tensor.detach().clone().requires_grad_() for tensor in (*inputs.tensors(), *parameters))
+    gradcheck(forward, leaves, fast_mode=True, eps=1e-6, atol=1e-5, rtol=1e-4)  # raises where it fails
     return Finding(True, f"numerical and analytic gradients of x and {len(names)} parameters agree, tolerance 1e-5")
 
 
@@ -59,9 +60,9 @@ def extremes(subject: Subject) -> Finding:
     }
     bad = []
     for label, change in cases.items():
-        changed = Inputs(*(None if tensor is None else change(tensor).float() for tensor in inputs))
+        changed = inputs.map(change).map(Tensor.float)
         of_inputs, of_parameters = gradients(mixer, changed, torch.ones(3, LENGTH, dtype=torch.bool))
-        everything = [call(mixer, changed).y, *of_parameters, *(t for t in of_inputs if t is not None)]
+        everything = [call(mixer, changed).y, *of_parameters, *of_inputs.tensors()]
         if not all(bool(tensor.isfinite().all()) for tensor in everything):
             bad.append(label)
     return Finding(not bad, f"outputs and gradients are not finite for: {', '.join(bad)}" if bad else _finite(cases))
@@ -76,9 +77,8 @@ def dtypes(subject: Subject) -> Finding:
     details = []
     for dtype, tolerance in _DTYPES:
         narrow = subject.mixer(dtype=dtype)
-        inputs = Inputs(*(None if tensor is None else tensor.to(dtype) for tensor in subject.inputs()))
-        exact_inputs = Inputs(*(None if tensor is None else tensor.double() for tensor in inputs))
-        exact = call(copy.deepcopy(narrow).double(), exact_inputs).y
+        inputs = _cast(subject.inputs(), dtype)
+        exact = call(copy.deepcopy(narrow).double(), inputs.map(Tensor.double)).y
         y = call(narrow, inputs).y
         if y.dtype != dtype:
             return Finding(False, f"x is {dtype} but y is {y.dtype}")
@@ -89,6 +89,10 @@ def dtypes(subject: Subject) -> Finding:
         if not error <= tolerance:
             return Finding(False, details[-1])
     return Finding(True, f"relative to float64: {'; '.join(details)}")
+
+
+def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return inputs.map(lambda tensor: tensor.to(dtype))
 
 
 def _narrow_state(subject: Subject, mixer: TokenMixer, inputs: Inputs) -> str:

@@ -17,7 +17,7 @@ from dataclasses import MISSING, fields, replace
 
 import torch
 
-from subquad.benchmark.probe_subject import Finding, Inputs, Subject, call
+from subquad.benchmark.probe_subject import Finding, Subject, call
 from subquad.build import build_from_config, mixer_config
 from subquad.interface import MixerConfig, TokenMixer
 
@@ -38,7 +38,7 @@ def approximates_softmax(subject: Subject) -> Finding:
     if not dense.state_dict().keys() <= own.keys():
         return Finding(not claimed, f"approximates_softmax={claimed}: no projections to share with dense attention")
     dense.load_state_dict({name: own[name] for name in dense.state_dict()})
-    inputs = Inputs(*(None if t is None else INPUT_SCALE * t for t in subject.inputs(batch=8)))
+    inputs = subject.inputs(batch=8).map(lambda tensor: INPUT_SCALE * tensor)
     y, softmax = call(mixer, inputs).y, call(dense, inputs).y
     uniform = call(_without_queries(dense), inputs).y
     error = float((y - softmax).norm() / (softmax - uniform).norm())

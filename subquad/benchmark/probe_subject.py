@@ -1,14 +1,14 @@
 """What a probe works on: a mechanism made small enough for proofs, its inputs, and how a finding is worded.
 
-Proofs hold for every size, so they are run at small ones, where exact comparisons take milliseconds: `miniature` shrinks
-the widths and every option that is a size known by its name (window, block, rank, ...), so that a short sequence spans
-several windows and blocks and a part of one. Options with other names are left as they are.
+What is claimed holds for every size, so it is tested at small ones, where exact comparisons take milliseconds:
+`miniature` shrinks every option that is a size known by its name (window, block, rank, ...), so that a short sequence
+spans several windows and blocks and a part of one. Options with other names are left as they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -45,6 +45,14 @@ class Inputs(NamedTuple):
 
     x: Tensor
     context: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same change to both."""
+        return Inputs(change(self.x), None if self.context is None else change(self.context))
+
+    def tensors(self) -> list[Tensor]:
+        """Those that there are."""
+        return [self.x] if self.context is None else [self.x, self.context]
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,9 @@ class Subject:
         """Label, mask of x and mask of the context, batch 3, for every constraint that the mechanism honours."""
         kinds: list[tuple[str, Mask | None, Mask | None]] = [("", None, None)]
         if self.config.traits.padding:
-            kinds.append((" with padding", Mask(some_valid(LENGTH)), self._of_context(Mask(some_valid(CONTEXT_LENGTH)))))
+            kinds.append(
+                (" with padding", Mask(some_valid(LENGTH)), self._of_context(Mask(some_valid(CONTEXT_LENGTH))))
+            )
         if self.config.traits.segments:
             context_mask = self._of_context(Mask(segments=some_segments(CONTEXT_LENGTH)))
             kinds.append((" with segments", Mask(segments=some_segments(LENGTH)), context_mask))
@@ -149,16 +159,14 @@ def gradients(
     Returns:
         Those of x and the context, and those of every parameter that got one.
     """
-    x = inputs.x.detach().clone().requires_grad_()
-    context = None if inputs.context is None else inputs.context.detach().clone().requires_grad_()
+    leaves = inputs.map(lambda tensor: tensor.detach().clone().requires_grad_())
     mixer.zero_grad()
-    y = mixer(x, context, mask=mask, context_mask=context_mask).y
+    y = mixer(*leaves, mask=mask, context_mask=context_mask).y
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
     (y * weights).masked_fill(~output_rows[..., None], 0.0).sum().backward()
-    of_x = torch.zeros_like(x) if x.grad is None else x.grad
-    of_context = None if context is None else torch.zeros_like(context) if context.grad is None else context.grad
-    return Inputs(of_x, of_context), [p.grad for p in mixer.parameters() if p.grad is not None]
+    of_inputs = leaves.map(lambda tensor: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad)
+    return of_inputs, [p.grad for p in mixer.parameters() if p.grad is not None]
 
 
 def some_valid(length: int) -> Tensor:

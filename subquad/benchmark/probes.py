@@ -124,7 +124,7 @@ def _run(probe: Probe, subject: Subject) -> ProbeResult:
     start = time.perf_counter()
     try:
         finding = probe.prove(subject)
-    except Exception as error:  # noqa: BLE001 - any error is the probe's finding, a user's mechanism may raise anything
+    except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         finding = Finding(False, f"{type(error).__name__}: {lines[0]}")
     return ProbeResult(

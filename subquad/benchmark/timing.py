@@ -1,4 +1,4 @@
-"""Timing by turns: every function once, then every function again, so that a slow phase of the machine hits all alike."""
+"""Timing by turns: every function once, then every one again, so that a slow phase of the machine hits all alike."""
 
 from __future__ import annotations
 

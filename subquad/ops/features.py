@@ -54,7 +54,7 @@ def positive_features(x: Tensor, directions: Tensor) -> Tensor:
 def query_features(q: Tensor, directions: Tensor, *, epsilon: float) -> Tensor:
     """φ of queries (B, H, L, E), each scaled by a factor of its own, which normalisation cancels; never overflows."""
     projected = q @ directions.T
-    stabilised = projected - projected.amax(dim=-1, keepdim=True).detach()
+    stabilised = projected - projected.detach().amax(dim=-1, keepdim=True)
     return (stabilised.exp() + epsilon) / math.sqrt(directions.shape[0])
 
 

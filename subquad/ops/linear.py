@@ -128,9 +128,10 @@ def causal_sums(
 
 
 def _in_chunks(x: Tensor, chunk: int) -> Tensor:
-    """(B, H, L, E) -> (B, H, N, chunk, E), zeros behind the end."""
+    """(B, H, L, E) -> (B, H, N, chunk, E), zeros behind the end; contiguous, so that no product copies it again."""
     missing = -x.shape[2] % chunk
-    return F.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, chunk))
+    padded = F.pad(x, (0, 0, 0, missing)) if missing else x
+    return padded.contiguous().unflatten(2, (-1, chunk))
 
 
 def _running(per_chunk: Tensor, before: Tensor | None) -> Tensor:

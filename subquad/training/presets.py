@@ -76,9 +76,11 @@ class TrainingSettings:
 class ProfileSettings:
     """Where speed and memory are measured: one layer's mixer, its projections included."""
 
-    lengths: tuple[int, ...]
     embed_dim: int
+    """Width of the layer; in a preset the model's."""
     num_heads: int
+    """Heads of the layer; in a preset the model's."""
+    lengths: tuple[int, ...]
     batch_size: int = 1
     rounds: int = 5
     """Samples of each measurement; the mechanism and dense attention take turns."""
@@ -149,11 +151,13 @@ def preset_from_tables(task: str, name: str, tables: Mapping[str, Any]) -> Prese
     expected = {"data", "model", "training", "profile"}
     if tables.keys() != expected:
         raise ValueError(f"preset {name!r}: expected the tables {sorted(expected)}, got {sorted(tables)}")
+    model = make_config(ModelSettings, f"preset {name!r}, [model]", tables["model"])
+    widths = {"embed_dim": model.hidden_size, "num_heads": model.num_attention_heads}
     return Preset(
         task=task,
         name=name,
         data=DataPreset.from_table(name, tables["data"]),
-        model=make_config(ModelSettings, f"preset {name!r}, [model]", tables["model"]),
+        model=model,
         training=make_config(TrainingSettings, f"preset {name!r}, [training]", tables["training"]),
-        profile=make_config(ProfileSettings, f"preset {name!r}, [profile]", tables["profile"]),
+        profile=make_config(ProfileSettings, f"preset {name!r}, [profile]", {**widths, **tables["profile"]}),
     )

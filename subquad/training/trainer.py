@@ -29,7 +29,7 @@ EVALUATION_BATCHES = 4
 """Evaluation needs no gradients, so its batches are this many times larger."""
 
 
-class Diverged(Exception):
+class DivergenceError(Exception):
     """The training loss was not finite."""
 
     def __init__(self, step: int, loss: float) -> None:
@@ -77,7 +77,7 @@ class SubquadTrainer(Trainer):
             callbacks=[ProgressCallback(progress, directory)],
         )
         self.remove_callback(PrinterCallback)
-        self._test_dataset = SplitDataset(data.test, by_length=True)
+        self._data = data
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -85,18 +85,18 @@ class SubquadTrainer(Trainer):
         """One step.
 
         Raises:
-            Diverged: the loss is not finite.
+            DivergenceError: the loss is not finite.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(value := float(loss)):
-            raise Diverged(self.state.global_step + 1, value)
+            raise DivergenceError(self.state.global_step + 1, value)
         return loss
 
     def fit(self) -> Outcome:
         """Train, from the last complete checkpoint if there is one, and score the best and the last model on test.
 
         Raises:
-            Diverged: the training loss was not finite.
+            DivergenceError: the training loss was not finite.
             CheckpointError: a checkpoint is damaged.
         """
         directory = Path(str(self.args.output_dir))
@@ -118,6 +118,13 @@ class SubquadTrainer(Trainer):
             seconds=read_seconds(directory),
         )
 
+    def first_batch(self) -> dict[str, Tensor]:
+        """The first examples of the training split as a batch on the model's device: the same for every mechanism."""
+        dataset = SplitDataset(self._data.train)
+        collate = Collator(self._data.pad_token_id)
+        batch = collate([dataset[i] for i in range(min(len(dataset), self.args.train_batch_size))])
+        return {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+
     def _resume(self, checkpoint: Path | None) -> None:
         if checkpoint is None:
             self.train()
@@ -133,7 +140,8 @@ class SubquadTrainer(Trainer):
             ) from error
 
     def _test_accuracy(self) -> float:
-        return self.evaluate(self._test_dataset, metric_key_prefix="test")["test_accuracy"]  # pyright: ignore[reportArgumentType] - transformers types datasets as its own class
+        dataset = SplitDataset(self._data.test, by_length=True)
+        return self.evaluate(dataset, metric_key_prefix="test")["test_accuracy"]
 
     def _load_weights(self, checkpoint: Path) -> None:
         assert isinstance(self.model, SubquadForSequenceClassification)

@@ -1,0 +1,163 @@
+"""Profiles of several mixers: measured in the worker, peak memory in fresh processes, one record for each mixer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from subquad.benchmark.environment import this_environment
+from subquad.benchmark.mixers import NamedMixer, parse_mixer
+from subquad.benchmark.profiler import (
+    DENSE,
+    Measured,
+    measure_length,
+    peak_bytes_in_fresh_process,
+    profile_dims,
+    profile_point,
+)
+from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
+from subquad.records.schema import ProfilePoint, ProfileRecord, Status, utc_now
+from subquad.records.store import path_of_profile, write_profile
+from subquad.training.presets import ProfileSettings
+
+Pair = tuple[Measured, Measured]
+"""A mixer and dense attention, measured by turns."""
+
+
+def profile_mixers(
+    mixers: Sequence[NamedMixer],
+    settings: ProfileSettings,
+    output: Path,
+    worker: Worker,
+    begin: Callable[[str], Progress],
+    *,
+    causal: bool = False,
+    force: bool = False,
+) -> list[Path]:
+    """Profile the mixers that have no profile yet, and write a record for each.
+
+    Args:
+        mixers: what to profile.
+        settings: lengths and sizes.
+        output: folder of the records.
+        worker: where the measuring happens.
+        begin: told that a step begins; returns what is told its progress.
+        causal: profile the causal forms.
+        force: replace profiles that are there.
+
+    Raises:
+        OutputError: the output can't be written.
+    """
+    records = {mixer.text: _record(mixer, settings, causal=causal) for mixer in mixers}
+    missing = [m for m in mixers if force or not path_of_profile(output, records[m.text]).exists()]
+    if not missing:
+        return []
+    points = _measure(missing, settings, worker, begin, causal=causal)
+    paths = []
+    for mixer in missing:
+        found, failure = points[mixer.text]
+        update: dict[str, object] = {"points": tuple(found), "created": utc_now()}
+        update |= (
+            {"status": Status.FAILED, "message": failure} if not found else {"status": Status.OK, "message": failure}
+        )
+        paths.append(write_profile(output, records[mixer.text].model_copy(update=update), force=force))
+    return paths
+
+
+def measure_in_worker(
+    texts: Sequence[str], settings: ProfileSettings, length: int, causal: bool, progress: Progress
+) -> list[Pair]:
+    """Measure mixers at one length; called in the worker process."""
+    progress(0, 1, "")
+    mixers, dense = measure_length([parse_mixer(text).config for text in texts], settings, length, causal=causal)
+    return list(zip(mixers, dense, strict=True))
+
+
+def _measure(
+    mixers: Sequence[NamedMixer],
+    settings: ProfileSettings,
+    worker: Worker,
+    begin: Callable[[str], Progress],
+    *,
+    causal: bool,
+) -> dict[str, tuple[list[ProfilePoint], str]]:
+    """Points by mixer, and why they end early, if they do."""
+    texts = [mixer.text for mixer in mixers]
+    measured: dict[tuple[str, int], Pair] = {}
+    failures = dict.fromkeys(texts, "")
+    progress = begin("profile speed")
+    for index, length in enumerate(settings.lengths):
+        progress(index, len(settings.lengths), f"{length:,} tokens")
+        alive = [text for text in texts if not failures[text]]
+        for group in _groups(alive, settings, length, worker, causal, measured):
+            failures |= group
+    progress(len(settings.lengths), len(settings.lengths), "")
+    peaks = _peaks([*dict.fromkeys([DENSE, *texts])], settings, begin, causal=causal)
+    return {
+        text: (
+            [
+                profile_point(length, *measured[text, length], peaks[text].get(length), peaks[DENSE].get(length))
+                for length in settings.lengths
+                if (text, length) in measured
+            ],
+            failures[text],
+        )
+        for text in texts
+    }
+
+
+def _groups(
+    texts: list[str],
+    settings: ProfileSettings,
+    length: int,
+    worker: Worker,
+    causal: bool,
+    measured: dict[tuple[str, int], Pair],
+) -> list[dict[str, str]]:
+    """Measure all together; if that fails, one by one, so that one mechanism's failure is its own."""
+    for together in ([texts], [[text] for text in texts]):
+        failed: list[dict[str, str]] = []
+        for group in together:
+            try:
+                pairs = worker.call(measure_in_worker, group, settings, length, causal)
+            except (WorkerDiedError, WorkError) as error:
+                failed.append(dict.fromkeys(group, f"at {length} tokens: {error}"))
+                continue
+            measured.update({(text, length): pair for text, pair in zip(group, pairs, strict=True)})
+        if not failed or together != [texts]:
+            return failed
+    return []
+
+
+def _peaks(
+    texts: list[str], settings: ProfileSettings, begin: Callable[[str], Progress], *, causal: bool
+) -> dict[str, dict[int, int]]:
+    progress, peaks = begin("profile memory"), {}
+    for index, text in enumerate(texts):
+        progress(index, len(texts), text)
+        peaks[text] = peak_bytes_in_fresh_process(text, settings, causal=causal)
+    progress(len(texts), len(texts), "")
+    return peaks
+
+
+def _record(mixer: NamedMixer, settings: ProfileSettings, *, causal: bool) -> ProfileRecord:
+    """The record without its points."""
+    dims = profile_dims(mixer.config, settings, causal=causal)
+    form = " --causal" if dims.causal and mixer.config.traits.bidirectional else ""
+    lengths = ",".join(str(length) for length in settings.lengths)
+    return ProfileRecord(
+        created=utc_now(),
+        command=(
+            f"subquad profile --mixers {mixer.text} --lengths {lengths} --embed-dim {settings.embed_dim} "
+            f"--num-heads {settings.num_heads} --batch-size {settings.batch_size} --rounds {settings.rounds}{form}"
+        ),
+        mixer=mixer.config.to_dict(),
+        environment=this_environment(),
+        status=Status.FAILED,
+        message="not measured yet",
+        embed_dim=settings.embed_dim,
+        num_heads=settings.num_heads,
+        batch_size=settings.batch_size,
+        dtype="float32",
+        causal=dims.causal,
+    )

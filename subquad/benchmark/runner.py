@@ -1,0 +1,316 @@
+"""One training run, from a plan to its record. Every end is a record: trained, diverged, out of memory, failed.
+
+The functions named `*_in_worker` run in the worker process and return plain values; the record is made by the parent,
+so that a run whose process was killed has one too.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from subquad.benchmark.environment import this_environment
+from subquad.benchmark.memory import saved_bytes
+from subquad.benchmark.mixers import NamedMixer, parse_mixer
+from subquad.benchmark.profiler import cost_record
+from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
+from subquad.receipt import Receipt, receipts
+from subquad.records.schema import (
+    DENSE,
+    MAJORITY,
+    Budget,
+    CostRecord,
+    CurvePoint,
+    Environment,
+    Metric,
+    ReceiptRecord,
+    RunRecord,
+    Score,
+    Status,
+    TaskInfo,
+    utc_now,
+)
+from subquad.records.store import OutputError
+from subquad.tasks.base import TaskData
+from subquad.tasks.registry import load_task
+from subquad.training.presets import Preset
+
+_SIGNS_OF_A_FULL_DISK = ("No space left", "PytorchStreamWriter", "Disk quota exceeded")
+_SIGNS_OF_FULL_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What decides a run.
+
+    Attributes:
+        preset: settings.
+        mixer: the mechanism.
+        seed: of initialisation, data order and dropout.
+        data: folder of the task's data.
+        generated: whether subquad generated that data, as against files of the user's.
+        checkpoints: folder for checkpoints, removed when the record is written.
+    """
+
+    preset: Preset
+    mixer: NamedMixer
+    seed: int
+    data: Path
+    generated: bool
+    checkpoints: Path
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model is causal: only where the mechanism has no other form."""
+        return not self.mixer.config.traits.bidirectional
+
+    def model_settings(self) -> dict[str, Any]:
+        """The model, the mixer aside, as `SubquadConfig` and the record take it."""
+        settings = self.preset.model_dict() | {"causal": self.causal}
+        if self.causal:
+            settings["pooling"] = "mean"  # a causal model's first position has seen nothing
+        if self.mixer.config.placement == "block":
+            settings["feedforward"] = None
+        return settings
+
+    @property
+    def budget(self) -> Budget:
+        """Steps, the same for all."""
+        return Budget(kind="steps", amount=float(self.preset.training.steps))
+
+    @property
+    def command(self) -> str:
+        """The command that makes this run again."""
+        preset, data = self.preset, "" if self.generated else f" --data {self.data}"
+        return f"subquad run --task {preset.task} --preset {preset.name} --mixer {self.mixer.text} --seed {self.seed}{data}"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the worker found."""
+
+    metric: Metric
+    curve: tuple[CurvePoint, ...]
+    train_seconds: float
+    saved_bytes: int
+    peak_bytes: int | None
+    receipts: tuple[ReceiptRecord, ...]
+
+
+def read_data(preset: Preset, directory: Path, *, generated: bool) -> TaskData:
+    """The task's data, from files that are there."""
+    task = load_task(preset.task)
+    return task.prepare(directory, preset.data) if generated else task.read(directory, preset.data)
+
+
+def task_info(data: TaskData) -> TaskInfo:
+    """A task's data, as records keep it."""
+    return TaskInfo(
+        name=data.name,
+        title=data.title,
+        is_lra=data.is_lra,
+        data_hash=data.data_hash,
+        train_size=len(data.train),
+        validation_size=len(data.validation),
+        test_size=len(data.test),
+        num_labels=data.num_labels,
+        max_length=data.max_length,
+    )
+
+
+def sketch(plan: RunPlan, data: TaskData) -> tuple[int, CostRecord]:
+    """Parameters of the run's model, and the price of its blocks for one example of full length; nothing is allocated.
+
+    Raises:
+        ValueError: the mechanism can't be built for this task.
+    """
+    with torch.device("meta"):
+        model = _build_model(plan, data)
+    return sum(parameter.numel() for parameter in model.parameters()), cost_record(model.model.cost(data.max_length))
+
+
+def execute(plan: RunPlan, data: TaskData, worker: Worker, progress: Progress | None) -> RunRecord:
+    """Run the plan in the worker and make its record."""
+    try:
+        trained = worker.call(train_in_worker, plan, progress=progress)
+        return _record(plan, data, this_environment(), trained=trained)
+    except WorkerDiedError as error:
+        status = Status.OUT_OF_MEMORY if error.out_of_memory else Status.FAILED
+        hint = "; the system does so when memory runs out" if error.out_of_memory else ""
+        return _record(plan, data, this_environment(), status=status, message=f"{error}{hint}")
+    except WorkError as error:
+        if error.kind == "CheckpointError":
+            raise ValueError(str(error)) from error
+        if any(sign in str(error) for sign in _SIGNS_OF_A_FULL_DISK):
+            raise OutputError(
+                f"{plan.checkpoints}: a checkpoint can't be written ({error}); free some space"
+            ) from error
+        return _record(plan, data, this_environment(), status=_status(error), message=_first_line(error))
+
+
+def train_in_worker(plan: RunPlan, progress: Progress) -> Trained:
+    """Train and score; called in the worker process."""
+    import transformers
+
+    from subquad.training.trainer import SubquadTrainer
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    data = read_data(plan.preset, plan.data, generated=plan.generated)
+    torch.manual_seed(plan.seed)
+    with receipts() as collected:
+        model = _build_model(plan, data)
+        trainer = SubquadTrainer(
+            model,
+            data,
+            plan.preset.training,
+            directory=plan.checkpoints,
+            seed=plan.seed,
+            progress=_with_note(progress),
+        )
+        outcome = trainer.fit()
+    batch = trainer.first_batch()
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    best, last = (Score(step=s, validation=v, test=t) for s, v, t in (outcome.best_validation, outcome.last_step))
+    return Trained(
+        metric=Metric(
+            name="accuracy", higher_is_better=True, examples=len(data.test), best_validation=best, last_step=last
+        ),
+        curve=tuple(CurvePoint(step=s, train_loss=loss, validation=v) for s, loss, v in outcome.curve),
+        train_seconds=outcome.seconds,
+        saved_bytes=saved_bytes(lambda: model.train()(**batch).loss, model.parameters()),
+        peak_bytes=peak,
+        receipts=tuple(receipt_record(receipt) for receipt in collected.entries),
+    )
+
+
+def majority_record(preset: Preset, data: TaskData, environment: Environment) -> RunRecord:
+    """The record of guessing the most frequent label: the row that every mechanism has to beat."""
+    label, accuracy = data.majority_class()
+    validation = float((data.validation.labels == label).mean())
+    score = Score(step=0, validation=validation, test=accuracy)
+    return RunRecord(
+        created=utc_now(),
+        command=f"subquad compare --task {preset.task} --preset {preset.name}",
+        mixer={"name": MAJORITY},
+        environment=environment,
+        status=Status.OK,
+        message=f"always answers {label}",
+        task=task_info(data),
+        placement="none",
+        model={},
+        parameters=0,
+        parameters_of_dense=None,
+        preset=preset.name,
+        steps=0,
+        budget=Budget(kind="steps", amount=float(preset.training.steps)),
+        seed=0,
+        metric=Metric(
+            name="accuracy", higher_is_better=True, examples=len(data.test), best_validation=score, last_step=score
+        ),
+        train_seconds=0.0,
+    )
+
+
+def not_trained_record(plan: RunPlan, data: TaskData, status: Status, message: str) -> RunRecord:
+    """The record of a run that was not begun, with the reason."""
+    return _record(plan, data, this_environment(), status=status, message=message)
+
+
+def discard_checkpoints(plan: RunPlan) -> None:
+    """Remove the checkpoints of a run whose record is written."""
+    shutil.rmtree(plan.checkpoints, ignore_errors=True)
+
+
+def receipt_record(receipt: Receipt) -> ReceiptRecord:
+    """A receipt, as records keep it."""
+    return ReceiptRecord(
+        where=receipt.where, asked=receipt.asked, ran=receipt.ran, reason=receipt.reason, count=receipt.count
+    )
+
+
+def _status(error: WorkError) -> Status:
+    if error.kind == "DivergenceError":
+        return Status.DIVERGED
+    full = error.kind in ("OutOfMemoryError", "MemoryError") or any(
+        sign in str(error) for sign in _SIGNS_OF_FULL_MEMORY
+    )
+    return Status.OUT_OF_MEMORY if full else Status.FAILED
+
+
+def _first_line(error: WorkError) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{error.kind}: {lines[0]}" if lines else error.kind
+
+
+def _build_model(plan: RunPlan, data: TaskData) -> Any:
+    from subquad.models.classifier import SubquadForSequenceClassification
+    from subquad.models.configuration import SubquadConfig
+
+    config = SubquadConfig(
+        vocab_size=data.vocab_size,
+        pad_token_id=data.pad_token_id,
+        max_position_embeddings=data.max_length,
+        mixer=plan.mixer.config.to_dict(),
+        **plan.model_settings(),
+    )
+    config.num_labels = data.num_labels
+    return SubquadForSequenceClassification(config)
+
+
+def _with_note(progress: Progress) -> Callable[[int, int, float | None], None]:
+    """Keeps the last validation accuracy beside the bar."""
+    note = ""
+
+    def report(step: int, steps: int, validation: float | None) -> None:
+        nonlocal note
+        if validation is not None:
+            note = f"validation {100 * validation:.1f} %"
+        progress(step, steps, note)
+
+    return report
+
+
+def _record(
+    plan: RunPlan,
+    data: TaskData,
+    environment: Environment,
+    *,
+    trained: Trained | None = None,
+    status: Status = Status.OK,
+    message: str = "",
+) -> RunRecord:
+    dense = replace(plan, mixer=parse_mixer(DENSE))
+    try:
+        parameters, cost = sketch(plan, data)
+    except ValueError:  # what can't be built has no size; the message says why
+        parameters, cost = 0, None
+    return RunRecord(
+        created=utc_now(),
+        command=plan.command,
+        mixer=plan.mixer.config.to_dict(),
+        receipts=trained.receipts if trained else (),
+        environment=environment,
+        status=status,
+        message=message,
+        task=task_info(data),
+        placement=plan.mixer.config.placement,
+        model=plan.model_settings(),
+        parameters=parameters,
+        parameters_of_dense=sketch(dense, data)[0],
+        preset=plan.preset.name,
+        steps=plan.preset.training.steps,
+        budget=plan.budget,
+        seed=plan.seed,
+        metric=trained.metric if trained else None,
+        curve=trained.curve if trained else (),
+        train_seconds=trained.train_seconds if trained else 0.0,
+        cost=cost,
+        saved_bytes=trained.saved_bytes if trained else None,
+        peak_bytes=trained.peak_bytes if trained else None,
+    )

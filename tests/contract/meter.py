@@ -1,0 +1,75 @@
+"""Counts what a call really costs: FLOPs by torch's counter, bytes by the tensors that autograd saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def counted_flops(forward: Callable[[], object]) -> int:
+    """FLOPs of one forward pass.
+
+    torch's counter gives 0 to the fused attention of the CPU; here it is given its *visible* pairs, read off its mask.
+    """
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={fused: _fused_attention_flops}) as counter:
+        forward()
+    return counter.get_total_flops()
+
+
+def _fused_attention_flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    out_val: Any = None,
+) -> int:
+    visible = torch.ones(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
+    if is_causal:
+        visible = visible.tril()
+    if attn_mask is not None:
+        allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > float("-inf")
+        visible = visible & allowed
+    return 2 * int(visible.sum()) * (q.shape[3] + v.shape[3])
+
+
+_fused_attention_flops._get_raw = True  # pyright: ignore[reportFunctionMemberAccess] - how the counter is told to pass tensors
+
+
+def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes of the different storages that autograd saves in one forward pass, parameters and buffers not included.
+
+    Integer and boolean facts about tokens (masks, positions) are left out: `Cost.activation_bytes` prices numbers.
+    """
+    own = [*module.parameters(), *module.buffers()]
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in own}
+    saved: WeakSet[_Saved] = WeakSet()
+
+    def pack(tensor: Tensor) -> _Saved:
+        holder = _Saved(tensor)
+        saved.add(holder)
+        return holder
+
+    with saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        y = forward()
+        kept = {holder.tensor.untyped_storage().data_ptr(): holder.tensor for holder in saved}
+    assert y.requires_grad  # and alive until here, with everything its graph keeps
+    numbers = {address: tensor for address, tensor in kept.items() if tensor.is_floating_point()}
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in numbers.items() if address not in excluded)
+
+
+class _Saved:
+    """Lives as long as the graph node that saved the tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
