@@ -104,15 +104,15 @@ def initialise_projection(projection: nn.Linear) -> None:
         nn.init.zeros_(projection.bias)
 
 
-def projection_cost(dims: Dims, length: int, dtype_bytes: int) -> Cost:
+def projection_cost(dims: Dims, length: int, dtype_bytes: int, *, kept: int = 3) -> Cost:
     """The price of the four projections of `HeadMixer`.
 
-    Autograd keeps the input x, q, k, v and the merged heads.
+    Autograd keeps the input x, the merged heads, and as many of q, k, v as are `kept` in the dtype of x.
     """
     weights = dims.embed_dim * dims.inner_dim
     biases = 3 * dims.inner_dim + dims.embed_dim if dims.bias else 0
     return Cost(
         flops=4 * 2 * length * weights,
-        activation_bytes=dtype_bytes * length * (dims.embed_dim + 4 * dims.inner_dim),
+        activation_bytes=dtype_bytes * length * (dims.embed_dim + (1 + kept) * dims.inner_dim),
         parameters=4 * weights + biases,
     )

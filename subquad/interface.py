@@ -83,6 +83,8 @@ class MixerConfig(_WrittenConfig, ABC):
     """sparse, factorised, recurrent, attention-free or conditional; lists group by it."""
     placement: ClassVar[Literal["sublayer", "block"]] = "sublayer"
     """A sublayer gets the normalised stream; a block owns norm, residual and channel mixing."""
+    padded_structure: ClassVar[str] = ""
+    """What is laid over the padded length (blocks, landmarks), so that right padding changes the result; "" if nothing."""
 
     @property
     @abstractmethod

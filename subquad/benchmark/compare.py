@@ -8,22 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from subquad.benchmark.environment import this_environment
 from subquad.benchmark.mechanism_card import mechanism_card
 from subquad.benchmark.mixers import NamedMixer, parse_mixer
+from subquad.benchmark.observer import Observer
+from subquad.benchmark.plan import RunPlan, sketch, task_info
 from subquad.benchmark.probes import ProbeResult, offered_forms, run_probes
 from subquad.benchmark.profiling import profile_mixers
-from subquad.benchmark.runner import (
-    RunPlan,
-    discard_checkpoints,
-    execute,
-    majority_record,
-    not_trained_record,
-    sketch,
-    task_info,
-)
+from subquad.benchmark.runner import discard_checkpoints, execute, majority_record, not_trained_record
 from subquad.benchmark.worker import Progress, Worker
 from subquad.build import make_dims
 from subquad.records.mechanisms import Mechanism, Mechanisms
@@ -42,22 +35,6 @@ from subquad.training.presets import Preset
 
 PICTURE_LENGTH = 32
 """Tokens in the picture of who attends whom."""
-
-
-class Observer(Protocol):
-    """Hears what a comparison is doing."""
-
-    def begin(self, what: str) -> Progress:
-        """A step begins; the returned function is told its progress."""
-        ...
-
-    def end(self, note: str) -> None:
-        """The step ended, with what came out of it."""
-        ...
-
-    def say(self, sentence: str) -> None:
-        """Something worth knowing."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +74,7 @@ class PlannedRun:
         plan: what decides it.
         parameters: of its model; None where it can't be built.
         training_flops: of the whole training, estimated as three forward passes per example of full length.
-        done: whether its record exists.
+        done: whether its record exists; one that failed is tried again.
         obstacle: why it can't be built, or "".
     """
 
@@ -122,26 +99,38 @@ def compare(request: Request, data: TaskData, observer: Observer) -> None:
         OutputError: the output can't be written.
         ValueError: a damaged checkpoint or record is in the way.
     """
+    runs = plan_runs(request, data)
     with Worker([mixer.text for mixer in request.mixers]) as worker:
-        cards = {mixer.text: _prove(mixer, worker, observer) for mixer in request.mixers}
-        _keep_cards(request.output, list(cards.values()))
-        _write_majority(request, data)
-        runs = plan_runs(request, data)
-        for planned in runs:
-            if planned.done and not request.force:
-                observer.say(f"{_title(planned.plan)}: recorded already")
-                continue
-            card = cards[planned.plan.mixer.text]
-            record = _train(planned, data, card, worker, observer)
-            outcomes = tuple(
-                ProbeRecord(name=p.name, passed=p.passed, detail=p.detail, seconds=0.0) for p in card.probes
-            )
-            write_run(request.output, record.model_copy(update={"probes": outcomes}), force=request.force)
-            discard_checkpoints(planned.plan)
+        cards = _prove_and_train(request, runs, data, worker, observer)
         unsound = {planned.plan.mixer.text for planned in runs if planned.obstacle}
         unsound |= {text for text, card in cards.items() if card.red_probes}
         sound = [mixer for mixer in request.mixers if mixer.text not in unsound]
-        profile_mixers(sound, request.preset.profile, request.output, worker, observer.begin, force=request.force)
+        profile_mixers(sound, request.preset.profile, request.output, worker, observer, force=request.force)
+
+
+def train(request: Request, data: TaskData, observer: Observer) -> list[Path]:
+    """Prove and train alone, without profiles; returns where the records lie. Raises as `compare`."""
+    runs = plan_runs(request, data)
+    with Worker([mixer.text for mixer in request.mixers]) as worker:
+        _prove_and_train(request, runs, data, worker, observer)
+    return [_record_path(request.output, planned.plan, data) for planned in runs]
+
+
+def _prove_and_train(
+    request: Request, runs: list[PlannedRun], data: TaskData, worker: Worker, observer: Observer
+) -> dict[str, Mechanism]:
+    cards = {mixer.text: _prove(mixer, worker, observer) for mixer in request.mixers}
+    _keep_cards(request.output, list(cards.values()))
+    _write_majority(request, data)
+    for planned in runs:
+        if planned.done and not request.force:
+            observer.say(f"{_title(planned.plan)}: recorded already")
+            continue
+        card = cards[planned.plan.mixer.text]
+        record = _train(planned, data, card, worker, observer)
+        write_run(request.output, record.model_copy(update={"probes": _outcomes(card)}), force=True)
+        discard_checkpoints(planned.plan)
+    return cards
 
 
 def prove_in_worker(text: str, progress: Progress) -> Mechanism:
@@ -158,13 +147,17 @@ def prove_in_worker(text: str, progress: Progress) -> Mechanism:
 
 
 def _prove(mixer: NamedMixer, worker: Worker, observer: Observer) -> Mechanism:
-    progress = observer.begin(f"prove {mixer.text}")
-    card = worker.call(prove_in_worker, mixer.text, progress=progress)
+    step = observer.begin(f"prove {mixer.text}")
+    card = worker.call(prove_in_worker, mixer.text, progress=step.progress)
     passed = sum(probe.passed for probe in card.probes)
-    observer.end(f"{passed} of {len(card.probes)} proofs hold")
+    step.end(f"{passed} of {len(card.probes)} proofs hold", failed=bool(card.red_probes))
     for probe in card.red_probes:
         observer.say(f"{mixer.text}: {probe.name}: {probe.detail}")
     return card
+
+
+def _outcomes(card: Mechanism) -> tuple[ProbeRecord, ...]:
+    return tuple(ProbeRecord(name=p.name, passed=p.passed, detail=p.detail, seconds=0.0) for p in card.probes)
 
 
 def _train(planned: PlannedRun, data: TaskData, card: Mechanism, worker: Worker, observer: Observer) -> RunRecord:
@@ -175,9 +168,9 @@ def _train(planned: PlannedRun, data: TaskData, card: Mechanism, worker: Worker,
     if card.red_probes:
         names = ", ".join(dict.fromkeys(probe.name for probe in card.red_probes))
         return not_trained_record(plan, data, Status.FAILED, f"not trained, since proofs failed: {names}")
-    progress = observer.begin(f"train {_title(plan)}")
-    record = execute(plan, data, worker, progress)
-    observer.end(_outcome(record))
+    step = observer.begin(f"train {_title(plan)}")
+    record = execute(plan, data, worker, step.progress)
+    step.end(_outcome(record), failed=record.metric is None)
     return record
 
 
@@ -222,8 +215,7 @@ def _is_recorded(output: Path, plan: RunPlan, data: TaskData) -> bool:
     path = _record_path(output, plan, data)
     if not path.exists():
         return False
-    read_run(path)  # a damaged record is an error here, with the path, and not a finished run
-    return True
+    return read_run(path).status is not Status.FAILED  # a damaged record raises, with its path
 
 
 def _write_majority(request: Request, data: TaskData) -> None:

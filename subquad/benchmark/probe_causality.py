@@ -74,7 +74,7 @@ def partition(subject: Subject) -> Finding:
     """A stream cut into calls, token by token too, gives what one call gives; padding takes no part."""
     mixer, inputs = subject.mixer(), subject.inputs()
     gaps = []
-    for label, mask, context_mask in subject.mask_kinds():
+    for label, mask, context_mask in _stream_kinds(subject):
         y = call(mixer, inputs, mask, context_mask).y
         valid = torch.ones(3, LENGTH) if mask is None or mask.valid is None else mask.valid
         for pieces in ((LENGTH,), *_PARTITIONS):
@@ -91,7 +91,7 @@ def rows(subject: Subject) -> Finding:
     mixer, inputs = subject.mixer(), subject.inputs()
     order = torch.tensor([2, 0, 0])
     gaps = []
-    for _, mask, context_mask in subject.mask_kinds():
+    for _, mask, context_mask in _stream_kinds(subject):
         y = call(mixer, inputs, mask, context_mask).y
         _, state = _stream(mixer, inputs, (14,), mask, context_mask)
         rest = Inputs(inputs.x[order, 14:], None)
@@ -125,6 +125,13 @@ def state_size(subject: Subject) -> Finding:
     sizes = f"{early.nbytes} bytes after 48 tokens, {late.nbytes} after 64"
     claimed = subject.config.traits.constant_state
     return Finding(stops == claimed, f"constant_state={claimed}: {sizes}")
+
+
+def _stream_kinds(subject: Subject) -> list[tuple[str, Mask | None, Mask | None]]:
+    """The kinds of masks; rotary positions inside the segments of a cross-attention stream are refused."""
+    refused = subject.dims.cross and subject.dims.positions == "rotary"
+    kinds = subject.mask_kinds()
+    return [kind for kind in kinds if not (refused and kind[1] is not None and kind[1].segments is not None)]
 
 
 def _stream(

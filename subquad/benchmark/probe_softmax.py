@@ -7,13 +7,14 @@ uniform averaging over the same keys:
 
     error = |y - y_softmax| / |y_softmax - y_uniform|        approximates: error <= 0.5
 
-Averaging uniformly scores 1. A mechanism that says True is judged with its sizes (rank, features, ...) as asked, but no
-smaller than their defaults, and one that says False with small ones, so that no window holds the whole sequence.
+Averaging uniformly scores 1. Windows, blocks and the like are small, so that none holds the whole sequence; but a
+mechanism that says True is judged with the sizes of its approximation (rank, features, landmarks) as asked, and no
+smaller than their defaults: they set the error, which the trait doesn't promise to be small at any size.
 """
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 
 import torch
 
@@ -23,13 +24,14 @@ from subquad.interface import MixerConfig, TokenMixer
 
 LIMIT = 0.5
 INPUT_SCALE = 0.5
+_APPROXIMATION_SIZES = ("rank", "features", "landmarks")
 _DENSE = "full"  # the definition that the trait speaks of
 
 
 def approximates_softmax(subject: Subject) -> Finding:
     """The trait against the criterion above."""
     claimed = subject.config.traits.approximates_softmax
-    judged = replace(subject, config=_at_least_defaults(subject.asked) if claimed else subject.config)
+    judged = replace(subject, config=_as_good_as_asked(subject)) if claimed else subject
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(subject.seed)
         mixer = build_from_config(judged.config, judged.dims).double().eval()
@@ -55,10 +57,12 @@ def _without_queries(dense: TokenMixer) -> TokenMixer:
     return dense
 
 
-def _at_least_defaults(config: MixerConfig) -> MixerConfig:
-    changes = {
-        field.name: max(getattr(config, field.name), field.default)
-        for field in fields(config)
-        if field.default is not MISSING and type(getattr(config, field.name)) is type(field.default) is int
-    }
-    return replace(config, **changes)
+def _as_good_as_asked(subject: Subject) -> MixerConfig:
+    """The small config with the sizes of its approximation as asked or by default, whichever is larger."""
+    defaults = {field.name: field.default for field in fields(subject.asked) if field.name in _APPROXIMATION_SIZES}
+    asked = {name: getattr(subject.asked, name) for name in defaults}
+    return replace(subject.config, **{name: max(asked[name], _size(default)) for name, default in defaults.items()})
+
+
+def _size(default: object) -> int:
+    return default if type(default) is int else 0

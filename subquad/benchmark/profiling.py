@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from subquad.benchmark.environment import this_environment
 from subquad.benchmark.mixers import NamedMixer, parse_mixer
+from subquad.benchmark.observer import Observer
 from subquad.benchmark.profiler import (
     DENSE,
     Measured,
@@ -17,7 +18,7 @@ from subquad.benchmark.profiler import (
 )
 from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
 from subquad.records.schema import ProfilePoint, ProfileRecord, Status, utc_now
-from subquad.records.store import path_of_profile, write_profile
+from subquad.records.store import path_of_profile, read_profile, write_profile
 from subquad.training.presets import ProfileSettings
 
 Pair = tuple[Measured, Measured]
@@ -29,7 +30,7 @@ def profile_mixers(
     settings: ProfileSettings,
     output: Path,
     worker: Worker,
-    begin: Callable[[str], Progress],
+    observer: Observer,
     *,
     causal: bool = False,
     force: bool = False,
@@ -41,7 +42,7 @@ def profile_mixers(
         settings: lengths and sizes.
         output: folder of the records.
         worker: where the measuring happens.
-        begin: told that a step begins; returns what is told its progress.
+        observer: hears what happens.
         causal: profile the causal forms.
         force: replace profiles that are there.
 
@@ -52,7 +53,7 @@ def profile_mixers(
     missing = [m for m in mixers if force or not path_of_profile(output, records[m.text]).exists()]
     if not missing:
         return []
-    points = _measure(missing, settings, worker, begin, causal=causal)
+    points = _measure(missing, settings, worker, observer, causal=causal)
     paths = []
     for mixer in missing:
         found, failure = points[mixer.text]
@@ -62,6 +63,17 @@ def profile_mixers(
         )
         paths.append(write_profile(output, records[mixer.text].model_copy(update=update), force=force))
     return paths
+
+
+def find_profiles(
+    mixers: Sequence[NamedMixer], settings: ProfileSettings, output: Path, *, causal: bool = False
+) -> list[ProfileRecord]:
+    """The recorded profiles of the mixers, in their order.
+
+    Raises:
+        ValueError: a record can't be read.
+    """
+    return [read_profile(path_of_profile(output, _record(mixer, settings, causal=causal))) for mixer in mixers]
 
 
 def measure_in_worker(
@@ -77,7 +89,7 @@ def _measure(
     mixers: Sequence[NamedMixer],
     settings: ProfileSettings,
     worker: Worker,
-    begin: Callable[[str], Progress],
+    observer: Observer,
     *,
     causal: bool,
 ) -> dict[str, tuple[list[ProfilePoint], str]]:
@@ -85,14 +97,14 @@ def _measure(
     texts = [mixer.text for mixer in mixers]
     measured: dict[tuple[str, int], Pair] = {}
     failures = dict.fromkeys(texts, "")
-    progress = begin("profile speed")
+    step = observer.begin("profile speed")
     for index, length in enumerate(settings.lengths):
-        progress(index, len(settings.lengths), f"{length:,} tokens")
+        step.progress(index, len(settings.lengths), f"{length:,} tokens")
         alive = [text for text in texts if not failures[text]]
         for group in _groups(alive, settings, length, worker, causal, measured):
             failures |= group
-    progress(len(settings.lengths), len(settings.lengths), "")
-    peaks = _peaks([*dict.fromkeys([DENSE, *texts])], settings, begin, causal=causal)
+    step.end(f"{len(texts)} mixers at {len(settings.lengths)} lengths", failed=any(failures.values()))
+    peaks = _peaks([*dict.fromkeys([DENSE, *texts])], settings, observer, causal=causal)
     return {
         text: (
             [
@@ -130,13 +142,14 @@ def _groups(
 
 
 def _peaks(
-    texts: list[str], settings: ProfileSettings, begin: Callable[[str], Progress], *, causal: bool
+    texts: list[str], settings: ProfileSettings, observer: Observer, *, causal: bool
 ) -> dict[str, dict[int, int]]:
-    progress, peaks = begin("profile memory"), {}
+    step = observer.begin("profile memory")
+    peaks: dict[str, dict[int, int]] = {}
     for index, text in enumerate(texts):
-        progress(index, len(texts), text)
+        step.progress(index, len(texts), text)
         peaks[text] = peak_bytes_in_fresh_process(text, settings, causal=causal)
-    progress(len(texts), len(texts), "")
+    step.end(f"{len(texts)} fresh processes")
     return peaks
 
 

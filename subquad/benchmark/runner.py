@@ -9,22 +9,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from subquad.benchmark.environment import this_environment
 from subquad.benchmark.memory import saved_bytes
-from subquad.benchmark.mixers import NamedMixer, parse_mixer
-from subquad.benchmark.profiler import cost_record
+from subquad.benchmark.mixers import parse_mixer
+from subquad.benchmark.plan import RunPlan, build_model, read_data, sketch, task_info
 from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
 from subquad.receipt import Receipt, receipts
 from subquad.records.schema import (
     DENSE,
     MAJORITY,
     Budget,
-    CostRecord,
     CurvePoint,
     Environment,
     Metric,
@@ -32,62 +29,14 @@ from subquad.records.schema import (
     RunRecord,
     Score,
     Status,
-    TaskInfo,
     utc_now,
 )
 from subquad.records.store import OutputError
 from subquad.tasks.base import TaskData
-from subquad.tasks.registry import load_task
 from subquad.training.presets import Preset
 
 _SIGNS_OF_A_FULL_DISK = ("No space left", "PytorchStreamWriter", "Disk quota exceeded")
 _SIGNS_OF_FULL_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """What decides a run.
-
-    Attributes:
-        preset: settings.
-        mixer: the mechanism.
-        seed: of initialisation, data order and dropout.
-        data: folder of the task's data.
-        generated: whether subquad generated that data, as against files of the user's.
-        checkpoints: folder for checkpoints, removed when the record is written.
-    """
-
-    preset: Preset
-    mixer: NamedMixer
-    seed: int
-    data: Path
-    generated: bool
-    checkpoints: Path
-
-    @property
-    def causal(self) -> bool:
-        """Whether the model is causal: only where the mechanism has no other form."""
-        return not self.mixer.config.traits.bidirectional
-
-    def model_settings(self) -> dict[str, Any]:
-        """The model, the mixer aside, as `SubquadConfig` and the record take it."""
-        settings = self.preset.model_dict() | {"causal": self.causal}
-        if self.causal:
-            settings["pooling"] = "mean"  # a causal model's first position has seen nothing
-        if self.mixer.config.placement == "block":
-            settings["feedforward"] = None
-        return settings
-
-    @property
-    def budget(self) -> Budget:
-        """Steps, the same for all."""
-        return Budget(kind="steps", amount=float(self.preset.training.steps))
-
-    @property
-    def command(self) -> str:
-        """The command that makes this run again."""
-        preset, data = self.preset, "" if self.generated else f" --data {self.data}"
-        return f"subquad run --task {preset.task} --preset {preset.name} --mixer {self.mixer.text} --seed {self.seed}{data}"
 
 
 @dataclass(frozen=True)
@@ -100,38 +49,6 @@ class Trained:
     saved_bytes: int
     peak_bytes: int | None
     receipts: tuple[ReceiptRecord, ...]
-
-
-def read_data(preset: Preset, directory: Path, *, generated: bool) -> TaskData:
-    """The task's data, from files that are there."""
-    task = load_task(preset.task)
-    return task.prepare(directory, preset.data) if generated else task.read(directory, preset.data)
-
-
-def task_info(data: TaskData) -> TaskInfo:
-    """A task's data, as records keep it."""
-    return TaskInfo(
-        name=data.name,
-        title=data.title,
-        is_lra=data.is_lra,
-        data_hash=data.data_hash,
-        train_size=len(data.train),
-        validation_size=len(data.validation),
-        test_size=len(data.test),
-        num_labels=data.num_labels,
-        max_length=data.max_length,
-    )
-
-
-def sketch(plan: RunPlan, data: TaskData) -> tuple[int, CostRecord]:
-    """Parameters of the run's model, and the price of its blocks for one example of full length; nothing is allocated.
-
-    Raises:
-        ValueError: the mechanism can't be built for this task.
-    """
-    with torch.device("meta"):
-        model = _build_model(plan, data)
-    return sum(parameter.numel() for parameter in model.parameters()), cost_record(model.model.cost(data.max_length))
 
 
 def execute(plan: RunPlan, data: TaskData, worker: Worker, progress: Progress | None) -> RunRecord:
@@ -164,7 +81,7 @@ def train_in_worker(plan: RunPlan, progress: Progress) -> Trained:
     data = read_data(plan.preset, plan.data, generated=plan.generated)
     torch.manual_seed(plan.seed)
     with receipts() as collected:
-        model = _build_model(plan, data)
+        model = build_model(plan, data)
         trainer = SubquadTrainer(
             model,
             data,
@@ -246,21 +163,6 @@ def _status(error: WorkError) -> Status:
 def _first_line(error: WorkError) -> str:
     lines = str(error).strip().splitlines()
     return f"{error.kind}: {lines[0]}" if lines else error.kind
-
-
-def _build_model(plan: RunPlan, data: TaskData) -> Any:
-    from subquad.models.classifier import SubquadForSequenceClassification
-    from subquad.models.configuration import SubquadConfig
-
-    config = SubquadConfig(
-        vocab_size=data.vocab_size,
-        pad_token_id=data.pad_token_id,
-        max_position_embeddings=data.max_length,
-        mixer=plan.mixer.config.to_dict(),
-        **plan.model_settings(),
-    )
-    config.num_labels = data.num_labels
-    return SubquadForSequenceClassification(config)
 
 
 def _with_note(progress: Progress) -> Callable[[int, int, float | None], None]:

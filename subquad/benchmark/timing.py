@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -35,3 +36,11 @@ def _seconds(function: Callable[[], object]) -> float:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def matmul_flops_per_second(size: int = 1024, *, rounds: int = 7) -> float:
+    """The rate of a float32 product of two size x size matrices on this machine: the yardstick of every other rate."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.rand(size, size, device=device) for _ in range(2))
+    seconds = interleaved_seconds({"product": lambda: a @ b}, rounds=rounds, warm_up=2)["product"]
+    return 2 * size**3 / statistics.median(seconds)

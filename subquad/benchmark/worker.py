@@ -1,7 +1,7 @@
 """A process of our own for the heavy work, so that what kills it doesn't kill a comparison.
 
 The parent sends a function and its arguments, receives progress and in the end the result. When the system ends the
-worker, usually because memory ran out, the parent learns it as `WorkerDiedError`, and the next call starts a new process.
+worker, usually because memory ran out, the parent gets a `WorkerDiedError`, and the next call starts a new process.
 Ctrl-C reaches the parent alone.
 """
 

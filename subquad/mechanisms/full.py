@@ -54,12 +54,13 @@ class FullConfig(MixerConfig):
         return Full(self, dims)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """Projections, visible pairs, and the log-sum-exp of every row (float32)."""
+        """Projections, visible pairs, and the log-sum-exp of every row; a context is as long as x."""
         pairs = visible_pairs(length, right=0) if dims.causal else visible_pairs(length)
+        wide_bytes = max(4, dtype_bytes)
         core = Cost(
             flops=2 * 2 * pairs * dims.inner_dim,
-            activation_bytes=4 * dims.num_heads * length,
-            state_bytes=2 * length * dims.inner_dim * max(4, dtype_bytes) if dims.causal else 0,
+            activation_bytes=wide_bytes * dims.num_heads * length,
+            state_bytes=2 * length * dims.inner_dim * wide_bytes if dims.causal or dims.cross else 0,
         )
         return projection_cost(dims, length, dtype_bytes) + core
 

@@ -54,16 +54,27 @@ class LinearConfig(MixerConfig):
         return Linear(self, dims)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """One E x E product per token and head to write the sums and one to read them.
+        """One E x E product per token and head to write the sums and one to read them, and E for the denominator.
 
-        Autograd keeps, besides the projections, φ of q and k and what the maps and the division need.
+        The causal form adds the pairs inside its chunks. Autograd keeps, besides the projections, q, k and φ of both,
+        v, the sums (one for each chunk), the pairs inside chunks, and the fraction. A context is as long as x.
         """
         inner, heads, width = dims.inner_dim, dims.num_heads, dims.head_dim
-        wide_bytes = max(4, dtype_bytes)
-        return projection_cost(dims, length, dtype_bytes) + Cost(
-            flops=2 * 2 * length * inner * width,
-            activation_bytes=wide_bytes * length * (5 * inner + heads),
-            state_bytes=wide_bytes * (inner * width + inner) if dims.causal else 0,
+        wide_bytes, sums = max(4, dtype_bytes), inner * (width + 1)
+        if dims.causal:
+            chunk = max(1, min(self.chunk, length))
+            chunks = -(-length // chunk)
+            tokens = chunks * chunk  # the last chunk is filled up
+            pairs = tokens * chunk
+            stored_sums = max(2, chunks)  # those before each chunk; with one chunk those after it share their memory
+            kept = 4 * length * inner + tokens * (4 * inner + heads) + pairs * heads + stored_sums * sums
+        else:
+            tokens, pairs = length, 0
+            kept = length * (8 * inner + heads) + sums
+        return projection_cost(dims, length, dtype_bytes, kept=0) + Cost(
+            flops=2 * tokens * inner * (2 * width + 1) + 2 * 2 * pairs * inner,
+            activation_bytes=wide_bytes * kept,
+            state_bytes=wide_bytes * sums if dims.causal or dims.cross else 0,
         )
 
 

@@ -73,7 +73,8 @@ class LinformerConfig(MixerConfig):
         attend = 2 * 2 * length * self.rank * dims.inner_dim
         return projection_cost(dims, length, dtype_bytes) + Cost(
             flops=compress + attend,
-            activation_bytes=dtype_bytes * 2 * self.rank * dims.inner_dim + 4 * dims.num_heads * length,
+            activation_bytes=dtype_bytes * 2 * self.rank * dims.inner_dim
+            + max(4, dtype_bytes) * dims.num_heads * length,
             parameters=count * heads * self.rank * dims.max_length,
         )
 

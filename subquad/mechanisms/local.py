@@ -19,12 +19,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from subquad.costs import Cost, visible_pairs
+from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import continue_segments
 from subquad.ops.packing import put_back, take, valid_first
-from subquad.ops.window import Window, window_attention, window_sides
+from subquad.ops.window import Window, window_attention, window_cost, window_sides
 from subquad.registry import register
 from subquad.state import State, state_dataclass
 
@@ -59,14 +59,12 @@ class LocalConfig(MixerConfig):
         return Local(self, dims)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """Projections and the pairs inside the window; autograd keeps the queries once more, cut into blocks."""
+        """Projections and the pairs inside the window."""
         left, right = window_sides("local", self.window, causal=dims.causal)
         stored = self.window - 1 if dims.causal else 0
-        return projection_cost(dims, length, dtype_bytes) + Cost(
-            flops=2 * 2 * visible_pairs(length, left=left, right=right) * dims.inner_dim,
-            activation_bytes=0,
-            state_bytes=2 * stored * dims.inner_dim * max(4, dtype_bytes),
-        )
+        attention = window_cost(length, left, right, dims.inner_dim, dtype_bytes)
+        state = Cost(state_bytes=2 * stored * dims.inner_dim * max(4, dtype_bytes))
+        return projection_cost(dims, length, dtype_bytes) + attention + state
 
 
 @state_dataclass

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.costs import Cost, visible_pairs
+from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads, initialise_projection, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import token_positions
 from subquad.ops.packing import take, valid_first
 from subquad.ops.rotary import rotate
 from subquad.ops.softmax import KeySet, sliced_attention
-from subquad.ops.window import ExtraKeys, Window, window_attention, window_sides
+from subquad.ops.window import ExtraKeys, Window, window_attention, window_cost, window_sides
 from subquad.registry import register
 from subquad.state import State
 
@@ -64,15 +64,29 @@ class LongformerConfig(MixerConfig):
         return Longformer(self, dims)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """Projections, the window, and for G global tokens their columns, rows and projections."""
+        """Projections, the window, and for G global tokens, the first ones, their columns, rows and projections."""
         left, right = window_sides("longformer", self.window, causal=dims.causal)
-        count = min(dims.num_global, length)
-        weights, biases = dims.embed_dim * dims.inner_dim, dims.inner_dim if dims.bias else 0
-        global_flops = 2 * (2 * length + count) * weights + 2 * 2 * 2 * length * count * dims.inner_dim if count else 0
-        return projection_cost(dims, length, dtype_bytes) + Cost(
-            flops=2 * 2 * visible_pairs(length, left=left, right=right) * dims.inner_dim + global_flops,
-            activation_bytes=dtype_bytes * 2 * length * dims.inner_dim if count else 0,
-            parameters=3 * (weights + biases),
+        attention = window_cost(length, left, right, dims.inner_dim, dtype_bytes)
+        parameters = 3 * (dims.embed_dim + 1 if dims.bias else dims.embed_dim) * dims.inner_dim
+        total = projection_cost(dims, length, dtype_bytes) + attention + Cost(parameters=parameters)
+        return total + self._global_cost(dims, length, dtype_bytes) if dims.num_global and length else total
+
+    def _global_cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
+        """What the global tokens add; a key that is global leaves the window, where it would count twice.
+
+        Autograd keeps the second k and v, the first ones from which the global columns are taken, x and q of the global
+        rows, and without causality their result and mask (causally both are made again).
+        """
+        left, right = window_sides("longformer", self.window, causal=dims.causal)
+        count, inner = min(dims.num_global, length), dims.inner_dim
+        in_windows = sum(min(length, key + left + 1) - max(0, key - right) for key in range(count))
+        causal_rows = count * (count + 1) // 2
+        columns = count * length - (causal_rows - count if dims.causal else 0)
+        rows = causal_rows if dims.causal else count * length
+        kept = 4 * length * inner + count * (dims.embed_dim + inner) + (0 if dims.causal else count * inner + length)
+        return Cost(
+            flops=2 * (2 * length + count) * dims.embed_dim * inner + 2 * 2 * (columns + rows - in_windows) * inner,
+            activation_bytes=dtype_bytes * kept + (0 if dims.causal else max(4, dtype_bytes) * dims.num_heads * count),
         )
 
 

@@ -65,15 +65,15 @@ class PerformerConfig(MixerConfig):
         return Performer(self, dims)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """Random projections of q and k, and one product to write and one to read the sums.
+        """Random projections of q and k, one product to write and one to read the sums, and the denominator.
 
-        Autograd keeps, besides the projections, the scaled q and k, φ of both before and after ε, and the division.
+        Autograd keeps, besides the projections, φ of q and k before and after ε, the scaled k, v, the sums, and the
+        fraction. A context is as long as x.
         """
-        mapped = length * self.features * dims.num_heads
-        wide_bytes = max(4, dtype_bytes)
-        return projection_cost(dims, length, dtype_bytes) + Cost(
-            flops=2 * 2 * mapped * dims.head_dim + 2 * 2 * mapped * dims.head_dim,
-            activation_bytes=wide_bytes * (4 * mapped + length * (3 * dims.inner_dim + dims.num_heads)),
+        mapped, sums = length * self.features * dims.num_heads, self.features * (dims.inner_dim + dims.num_heads)
+        kept = 4 * mapped + length * (3 * dims.inner_dim + dims.num_heads) + sums
+        return projection_cost(dims, length, dtype_bytes, kept=0) + Cost(
+            flops=2 * mapped * (4 * dims.head_dim + 1), activation_bytes=max(4, dtype_bytes) * kept
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -145,7 +145,10 @@ class SubquadModel(SubquadPreTrainedModel):
         )
 
     def cost(self, length: int, *, dtype_bytes: int = 4) -> Cost:
-        """Price of the blocks for one sequence of `length` input tokens; embeddings and head are not counted."""
+        """Price of all mixers for one sequence of `length` input tokens; embeddings, norms and head are not counted.
+
+        A parameter that layers share counts once.
+        """
         total, tokens = Cost(), length + self.prepended
         for index, (mixer, feedforward) in enumerate(
             zip(self.config.layer_mixers(), self.config.layer_feedforwards(), strict=True)
@@ -153,7 +156,8 @@ class SubquadModel(SubquadPreTrainedModel):
             total += mixer.cost(self.config.mixer_dims(index, prepended=self.prepended), tokens, dtype_bytes)
             if feedforward is not None:
                 total += feedforward.cost(self.config.hidden_size, tokens, dtype_bytes)
-        return total
+        shared = sum(self.get_parameter(name).numel() for name in self._tied_weights_keys)
+        return replace(total, parameters=total.parameters - shared)
 
     def _mask(
         self, x: Tensor, attention: Tensor | None, segments: Tensor | None, global_tokens: Tensor | None

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from subquad.costs import Cost, visible_pairs
 from subquad.ops.softmax import softmax_attention
 
 
@@ -80,6 +81,21 @@ def window_attention_by_mask(q: Tensor, k: Tensor, v: Tensor, window: Window, ex
     return softmax_attention(q, k, v, visible)
 
 
+def window_cost(length: int, left: int, right: int, inner_dim: int, dtype_bytes: int) -> Cost:
+    """The price of `window_attention` beyond projected q, k and v: the pairs inside the window.
+
+    Autograd keeps q filled up to whole blocks, and k and v with the columns before the sequence.
+    """
+    if not length:
+        return Cost()
+    left, right = min(left, length - 1), min(right, length - 1)
+    columns = -length % block_size(left, right, length) + 2 * left
+    return Cost(
+        flops=2 * 2 * visible_pairs(length, left=left, right=right) * inner_dim,
+        activation_bytes=dtype_bytes * columns * inner_dim,
+    )
+
+
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: Window, extra: ExtraKeys | None = None) -> Tensor:
     """Softmax attention inside a window.
 
@@ -93,7 +109,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: Window, extra: Ext
     Returns:
         (B, H, L, E); 0 for a query that sees nothing.
     """
-    block = _block_size(window, q.shape[2])
+    block = block_size(window.left, window.right, q.shape[2])
     q_blocks, length = _pad_blocks(q, block), q.shape[2]
     # Stretches and their masks are made again in the backward pass: kept, they would weigh several times k and v.
     out = checkpoint(
@@ -102,9 +118,12 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: Window, extra: Ext
     return out.flatten(2, 3)[:, :, :length]
 
 
-def _block_size(window: Window, length: int) -> int:
-    """About half the window, a power of two, so that little outside the band is computed; no more than the sequence."""
-    half = max(1, (window.left + window.right) // 2)
+def block_size(left: int, right: int, length: int) -> int:
+    """Queries per block.
+
+    About half the window, a power of two, so that little outside the band is computed; no more than the sequence.
+    """
+    half = max(1, (left + right) // 2)
     return min(max(32, min(256, 1 << (half - 1).bit_length())), max(1, length))
 
 

@@ -157,6 +157,17 @@ def _write_record(path: Path, record: RunRecord | ProfileRecord, *, force: bool)
     return path
 
 
+def check_writable(output: Path) -> None:
+    """Make the output folder and try to write in it, before any work is done.
+
+    Raises:
+        OutputError: it can't be made or written.
+    """
+    probe = output / ".writable"
+    write_atomically(probe, "")
+    probe.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader or a crash sees the old content or the new, never a part.
 

@@ -20,7 +20,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from subquad.models.classifier import SubquadForSequenceClassification
 from subquad.tasks.base import TaskData
-from subquad.training.checkpoint import CheckpointError, checkpoint_path, checkpoint_step, last_complete_checkpoint
+from subquad.training.checkpoint import (
+    check_checkpoint,
+    checkpoint_path,
+    checkpoint_step,
+    last_complete_checkpoint,
+    read_state,
+)
 from subquad.training.dataset import Collator, SplitDataset
 from subquad.training.presets import TrainingSettings
 from subquad.training.progress import Progress, ProgressCallback, read_seconds
@@ -97,10 +103,17 @@ class SubquadTrainer(Trainer):
 
         Raises:
             DivergenceError: the training loss was not finite.
-            CheckpointError: a checkpoint is damaged.
+            CheckpointError: a checkpoint that is needed is damaged.
         """
         directory = Path(str(self.args.output_dir))
-        self._resume(last_complete_checkpoint(directory))
+        checkpoint = last_complete_checkpoint(directory)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint)
+        if checkpoint is not None and checkpoint_step(checkpoint) >= self.args.max_steps:  # only the scoring is missing
+            self._load_weights(checkpoint)
+            self.state = read_state(checkpoint)
+        else:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         history = self.state.log_history
         validation = [(int(entry["step"]), entry["eval_accuracy"]) for entry in history if "eval_accuracy" in entry]
         best_step, best_accuracy = max(validation, key=lambda point: (point[1], -point[0]))
@@ -108,7 +121,9 @@ class SubquadTrainer(Trainer):
         last_test = self._test_accuracy()
         best_test = last_test
         if best_step != last_step:
-            self._load_weights(checkpoint_path(directory, best_step))
+            best_checkpoint = checkpoint_path(directory, best_step)
+            check_checkpoint(best_checkpoint)
+            self._load_weights(best_checkpoint)
             best_test = self._test_accuracy()
         losses = {int(entry["step"]): entry["loss"] for entry in history if "loss" in entry}
         return Outcome(
@@ -124,20 +139,6 @@ class SubquadTrainer(Trainer):
         collate = Collator(self._data.pad_token_id)
         batch = collate([dataset[i] for i in range(min(len(dataset), self.args.train_batch_size))])
         return {name: tensor.to(self.args.device) for name, tensor in batch.items()}
-
-    def _resume(self, checkpoint: Path | None) -> None:
-        if checkpoint is None:
-            self.train()
-            return
-        try:
-            self.train(resume_from_checkpoint=str(checkpoint))
-        except (OSError, EOFError, KeyError, RuntimeError, ValueError) as error:
-            if self.state.global_step > checkpoint_step(checkpoint) or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise CheckpointError(
-                f"{checkpoint}: the checkpoint is damaged ({error}); delete this folder to continue from the one "
-                f"before, or {checkpoint.parent} to begin the run again"
-            ) from error
 
     def _test_accuracy(self) -> float:
         dataset = SplitDataset(self._data.test, by_length=True)

@@ -1,0 +1,111 @@
+"""What a training run is before it is made: preset, mechanism, seed, data; its model, its size and its price."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from subquad.benchmark.mixers import NamedMixer
+from subquad.benchmark.profiler import cost_record
+from subquad.records.schema import Budget, CostRecord, TaskInfo
+from subquad.tasks.base import TaskData
+from subquad.tasks.registry import load_task
+from subquad.training.presets import Preset
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What decides a run.
+
+    Attributes:
+        preset: settings.
+        mixer: the mechanism.
+        seed: of initialisation, data order and dropout.
+        data: folder of the task's data.
+        generated: whether subquad generated that data, as against files of the user's.
+        checkpoints: folder for checkpoints, removed when the record is written.
+    """
+
+    preset: Preset
+    mixer: NamedMixer
+    seed: int
+    data: Path
+    generated: bool
+    checkpoints: Path
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model is causal: only where the mechanism has no other form."""
+        return not self.mixer.config.traits.bidirectional
+
+    def model_settings(self) -> dict[str, Any]:
+        """The model, the mixer aside, as `SubquadConfig` and the record take it."""
+        settings = self.preset.model_dict() | {"causal": self.causal}
+        if self.causal:
+            settings["pooling"] = "mean"  # a causal model's first position has seen nothing
+        if self.mixer.config.placement == "block":
+            settings["feedforward"] = None
+        return settings
+
+    @property
+    def budget(self) -> Budget:
+        """Steps, the same for all."""
+        return Budget(kind="steps", amount=float(self.preset.training.steps))
+
+    @property
+    def command(self) -> str:
+        """The command that makes this run again."""
+        preset, data = self.preset, "" if self.generated else f" --data {self.data}"
+        run = f"subquad run --task {preset.task} --preset {preset.name}"
+        return f"{run} --mixer {self.mixer.text} --seed {self.seed}{data}"
+
+
+def read_data(preset: Preset, directory: Path, *, generated: bool) -> TaskData:
+    """The task's data, from files that are there."""
+    task = load_task(preset.task)
+    return task.prepare(directory, preset.data) if generated else task.read(directory, preset.data)
+
+
+def task_info(data: TaskData) -> TaskInfo:
+    """A task's data, as records keep it."""
+    return TaskInfo(
+        name=data.name,
+        title=data.title,
+        is_lra=data.is_lra,
+        data_hash=data.data_hash,
+        train_size=len(data.train),
+        validation_size=len(data.validation),
+        test_size=len(data.test),
+        num_labels=data.num_labels,
+        max_length=data.max_length,
+    )
+
+
+def sketch(plan: RunPlan, data: TaskData) -> tuple[int, CostRecord]:
+    """Parameters of the run's model, and the price of its blocks for one example of full length; nothing is allocated.
+
+    Raises:
+        ValueError: the mechanism can't be built for this task.
+    """
+    with torch.device("meta"):
+        model = build_model(plan, data)
+    return sum(parameter.numel() for parameter in model.parameters()), cost_record(model.model.cost(data.max_length))
+
+
+def build_model(plan: RunPlan, data: TaskData) -> Any:
+    """The run's classifier, freshly initialised (typed loosely: naming its class here would load transformers)."""
+    from subquad.models.classifier import SubquadForSequenceClassification
+    from subquad.models.configuration import SubquadConfig
+
+    config = SubquadConfig(
+        vocab_size=data.vocab_size,
+        pad_token_id=data.pad_token_id,
+        max_position_embeddings=data.max_length,
+        mixer=plan.mixer.config.to_dict(),
+        **plan.model_settings(),
+    )
+    config.num_labels = data.num_labels
+    return SubquadForSequenceClassification(config)

@@ -1,0 +1,43 @@
+"""`subquad compare`: train, prove and profile mechanisms under one budget, and say which one to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from subquad.cli.options import Data, DryRun, Force, Json, MixersOption, Output, PresetOption, Seed, TaskOption
+
+
+def command(
+    task: TaskOption = "listops",
+    preset: PresetOption = "quick",
+    mixers: MixersOption = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each mechanism.")] = 1,
+    seed: Seed = 0,
+    output: Output = Path("subquad-results"),
+    data: Data = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train every named mechanism under one budget, profile it, write records and report, and name a winner.
+
+    Interrupted? Run the same command again: what is recorded stays, and a run goes on from its last checkpoint.
+    """
+    from subquad.cli.comparison import prepare_request, run_comparison, show_plan
+
+    request, task_data = prepare_request(
+        task=task,
+        preset=preset,
+        mixers=mixers,
+        seeds=tuple(range(seed, seed + seeds)),
+        output=output,
+        data=data,
+        force=force,
+    )
+    if dry_run:
+        show_plan(request.with_dense(), task_data, as_json=as_json)
+    else:
+        run_comparison(request.with_dense(), task_data, as_json=as_json)

@@ -1,0 +1,108 @@
+"""What the verbs `compare` and `run` do once their options are read: data, plan, work, results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from subquad.benchmark.compare import PlannedRun, Request, compare, plan_runs, train
+from subquad.benchmark.data import data_directory
+from subquad.benchmark.mixers import NamedMixer, parse_mixer, parse_mixers
+from subquad.benchmark.timing import matmul_flops_per_second
+from subquad.build import list_mixers
+from subquad.cli.console import heading, output_console, plain_table, print_document, progress_console
+from subquad.cli.observer import BarObserver
+from subquad.cli.progress import Progress
+from subquad.cli.results import print_results, results_document
+from subquad.records.store import check_writable, read_all
+from subquad.report.page import write_report
+from subquad.tasks.base import TaskData
+from subquad.tasks.registry import load_task
+from subquad.training.presets import load_preset
+
+USEFUL_SHARE = 0.2
+"""Share of the machine's matrix-product rate that training reaches; for the minutes that --dry-run expects."""
+
+
+def prepare_request(
+    *, task: str, preset: str, mixers: str, seeds: tuple[int, ...], output: Path, data: Path | None, force: bool
+) -> tuple[Request, TaskData]:
+    """Check everything that can be checked before any work, then read or generate the task's data.
+
+    Raises:
+        ValueError: an unknown name or option, data that can't be read, an output that can't be written.
+    """
+    loader = load_task(task)
+    settings = load_preset(task, preset)
+    chosen = tuple(parse_mixers(mixers)) if mixers else _every_mixer()
+    check_writable(output)
+    directory = data if data is not None else data_directory(output, task, preset)
+    request = Request(settings, chosen, seeds, output, directory, data is None, force)
+    with Progress(progress_console()) as bars:
+        bar = bars.start(f"data of {settings.data.title}", total=None)
+        if data is not None:
+            task_data = loader.read(directory, settings.data)
+        else:
+            task_data = loader.prepare(
+                directory, settings.data, progress=lambda done, total: bar.update(done, total=total)
+            )
+        sizes = (len(split) for split in (task_data.train, task_data.validation, task_data.test))
+        bar.finish(" / ".join(f"{size:,}" for size in sizes) + " examples")
+    return request, task_data
+
+
+def show_plan(request: Request, data: TaskData, *, as_json: bool) -> None:
+    """Print the runs, their sizes, and the minutes they will take on this machine, roughly."""
+    planned, rate = plan_runs(request, data), matmul_flops_per_second()
+    rows = [_plan_row(run, rate) for run in planned]
+    minutes = sum(row["expected_minutes"] for row in rows if row["state"] == "to run")
+    if as_json:
+        print_document({"runs": rows, "expected_minutes": round(minutes, 1)})
+        return
+    console, table = output_console(), plain_table()
+    for column in ("mixer", "seed", "parameters", "minutes", "state"):
+        table.add_column(column, justify="left" if column in ("mixer", "state") else "right")
+    for row in rows:
+        size = "-" if row["parameters"] is None else f"{row['parameters']:,}"
+        table.add_row(row["mixer"], str(row["seed"]), size, f"{row['expected_minutes']:.1f}", row["state"])
+    console.print(heading(request.preset.data.title), table, sep="\n")
+    console.print(f"About {minutes:.0f} minutes of training on this machine; proofs and profiles come on top.")
+
+
+def run_comparison(request: Request, data: TaskData, *, as_json: bool) -> None:
+    """Compare, write the report, print table and recommendation."""
+    with Progress(progress_console()) as bars:
+        compare(request, data, BarObserver(bars))
+    page = write_report(request.output)
+    records = read_all(request.output)
+    if as_json:
+        print_document(results_document(records, page))
+    else:
+        print_results(output_console(), records, page)
+
+
+def run_once(request: Request, data: TaskData, *, as_json: bool) -> None:
+    """Train what the request names and print where the records lie."""
+    with Progress(progress_console()) as bars:
+        paths = train(request, data, BarObserver(bars))
+    if as_json:
+        print_document({"records": [str(path) for path in paths]})
+        return
+    for path in paths:
+        output_console().print(f"record: {path}", soft_wrap=True, markup=False)
+
+
+def _every_mixer() -> tuple[NamedMixer, ...]:
+    return tuple(parse_mixer(name) for name in list_mixers())
+
+
+def _plan_row(run: PlannedRun, flops_per_second: float) -> dict[str, Any]:
+    seconds = run.training_flops / (USEFUL_SHARE * flops_per_second)
+    state = "recorded" if run.done else f"not applicable: {run.obstacle}" if run.obstacle else "to run"
+    return {
+        "mixer": run.plan.mixer.text,
+        "seed": run.plan.seed,
+        "parameters": run.parameters,
+        "expected_minutes": round(seconds / 60, 2),
+        "state": state,
+    }

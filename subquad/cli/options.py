@@ -1,0 +1,26 @@
+"""Options that several verbs share, written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TaskOption = Annotated[str, typer.Option("--task", help="The task; see `subquad data --help`.")]
+PresetOption = Annotated[str, typer.Option("--preset", help="Settings of the task: quick, small, release or paper.")]
+MixersOption = Annotated[
+    str,
+    typer.Option(
+        "--mixers",
+        help="Mechanisms, separated by commas: name, name:option=value, ./file.py:ConfigClass. Default: all.",
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="First seed of initialisation, data order and dropout.")]
+Output = Annotated[Path, typer.Option(help="Folder of records and report.")]
+Data = Annotated[Path | None, typer.Option(help="Folder with the task's own files, instead of generated ones.")]
+Force = Annotated[bool, typer.Option("--force", help="Measure again what is recorded already.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the runs, their sizes and the expected minutes; run nothing.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]

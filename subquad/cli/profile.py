@@ -1,0 +1,38 @@
+"""`subquad profile`: time, memory and FLOPs over lengths on this machine, against fused dense attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from subquad.cli.options import DryRun, Force, Json, MixersOption, Output
+
+
+def command(
+    mixers: MixersOption = "",
+    lengths: Annotated[str, typer.Option(help="Lengths in tokens, separated by commas.")] = "256,512,1024,2048,4096",
+    embed_dim: Annotated[int, typer.Option(min=1, help="Width of the layer.")] = 512,
+    num_heads: Annotated[int, typer.Option(min=1, help="Heads of the layer.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, max=200, help="Samples of each measurement.")] = 7,
+    causal: Annotated[bool, typer.Option("--causal", help="Profile the causal forms.")] = False,
+    output: Output = Path("subquad-results"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Measure forward and backward time, memory and the length from which a mechanism beats dense attention."""
+    from subquad.cli.profiles import run_profile
+
+    run_profile(
+        mixers=mixers,
+        lengths=lengths,
+        sizes={"embed_dim": embed_dim, "num_heads": num_heads, "batch_size": batch_size, "rounds": rounds},
+        causal=causal,
+        output=output,
+        force=force,
+        dry_run=dry_run,
+        as_json=as_json,
+    )

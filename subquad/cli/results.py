@@ -1,0 +1,175 @@
+"""What is printed of finished work: the tables, which mechanism to use and why, and where the page lies.
+
+`compare` and `report` end with it. The numbers are those of the page, from `report.tables`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from subquad.benchmark.recommendation import Recommendation, Verdict, recommend
+from subquad.cli.console import ACCENT, BAD, GOOD, QUIET, WARNING, plain_table
+from subquad.records import units
+from subquad.records.measures import Summary
+from subquad.records.queries import Comparison, Entry, comparisons
+from subquad.records.store import Records
+from subquad.report.tables import Row, cells, rows_of
+
+COLUMNS = (
+    ("mechanism", "Mechanism"),
+    ("best", "Test accuracy"),
+    ("speed", "Speed"),
+    ("step_time", "Fwd + bwd"),
+    ("saved", "Kept"),
+    ("parameters", "Parameters"),
+    ("train_time", "Training"),
+    ("memory", "Memory"),
+    ("status", "Status"),
+)
+"""Columns as the page calls them, with headings short enough for a terminal."""
+
+_DISPENSABLE = ("memory", "train_time", "parameters", "saved")
+"""Columns that are left out, in this order, where the terminal is too narrow."""
+
+_STYLES = {
+    Verdict.USE: GOOD,
+    Verdict.KEEP_DENSE: GOOD,
+    Verdict.TRAIN_LONGER: WARNING,
+    Verdict.NOTHING_FINISHED: BAD,
+}
+
+
+def print_results(console: Console, records: Records, page: Path) -> None:
+    """Print the table and the recommendation of every comparison in the records, and the path of the page."""
+    found = comparisons(records)
+    for comparison in found:
+        _print_comparison(console, comparison)
+    if not found:
+        count = len(records.profiles)
+        console.print(f"No training runs yet; {count} speed profile{'' if count == 1 else 's'} in the page.")
+    for file in records.unreadable:
+        console.print(Text(f"Left out: {file.reason}", WARNING), soft_wrap=True)
+    console.print(Text.assemble(("Report  ", f"bold {ACCENT}"), str(page.resolve())), soft_wrap=True)
+
+
+def _print_comparison(console: Console, comparison: Comparison) -> None:
+    rows, recommendation = rows_of(comparison), recommend(comparison)
+    seeds = max(len(entry.runs) for entry in comparison.entries)
+    facts = (
+        f"{comparison.protocol.preset} preset, {seeds} seed{'' if seeds == 1 else 's'}, {comparison.protocol.hardware}"
+    )
+    console.print(Text(comparison.task.title, "bold"), Text(facts, QUIET), "", sep="\n")
+    console.print(comparison_table(rows, console.width, recommendation.winner), "", sep="\n")
+    for note in _notes(rows, comparison):
+        console.print(Text(note, QUIET))
+    console.print("", recommendation_text(recommendation), "", sep="\n")
+
+
+def comparison_table(rows: Sequence[Row], width: int, winner: Entry | None = None) -> Table:
+    """The rows as a table of at most `width` columns of text; the least telling columns give way."""
+    texts = [cells(row) | {"mechanism": f"{row.label}{' ◆' if row.on_pareto_front else ''}"} for row in rows]
+    columns = _fitting(texts, width)
+    table = plain_table()
+    for key, title in columns:
+        table.add_column(title, justify="left" if key in ("mechanism", "status") else "right", no_wrap=True)
+    for row, text in zip(rows, texts, strict=True):
+        table.add_row(*(text[key] for key, _ in columns), style=_row_style(row, winner))
+    return table
+
+
+def _row_style(row: Row, winner: Entry | None) -> str:
+    if row.entry is None:
+        return QUIET
+    if row.entry is winner:
+        return f"bold {GOOD}"
+    return "none" if row.has_figures else WARNING
+
+
+def _fitting(texts: Sequence[dict[str, str]], width: int) -> list[tuple[str, str]]:
+    columns = [(key, title) for key, title in COLUMNS if key != "memory" or any(text[key] != "–" for text in texts)]
+    for dispensable in _DISPENSABLE:
+        widths = [max(len(title), *(len(text[key]) for text in texts)) for key, title in columns]
+        if sum(widths) + 2 * len(widths) <= width:
+            break
+        columns = [(key, title) for key, title in columns if key != dispensable]
+    return columns
+
+
+def _notes(rows: Sequence[Row], comparison: Comparison) -> list[str]:
+    tokens = units.count(comparison.task.max_length)
+    notes = [
+        f"Accuracy at the step with the best validation score, ± standard error. Speed, Fwd + bwd and Kept (for "
+        f"backward): the mechanism alone at {tokens} tokens; speed against dense fused attention."
+    ]
+    if any(row.on_pareto_front for row in rows):
+        notes.append("◆ on the Pareto front: none is better in accuracy, speed and memory at once.")
+    unequal = [row.label for row in rows if row.unequal_parameters]
+    if unequal:
+        notes.append(f"* parameters more than 10 % from those of the dense model: {', '.join(unequal)}.")
+    return notes + [f"{row.label}: {row.reason}" for row in rows if row.entry is not None and row.reason]
+
+
+def recommendation_text(recommendation: Recommendation) -> Padding:
+    """The recommendation in its sentences, with a bar in the colour of the verdict."""
+    style = _STYLES[recommendation.verdict]
+    first, *others = recommendation.sentences
+    table = Table.grid(padding=(0, 1))
+    table.add_row(Text("➜", f"bold {style}"), Text.assemble((first, "bold"), *(f" {text}" for text in others)))
+    return Padding(table, 0)
+
+
+def results_document(records: Records, page: Path) -> dict[str, Any]:
+    """The same as one JSON document, figures raw: accuracies in 0..1, seconds, bytes."""
+    return {
+        "page": str(page.resolve()),
+        "comparisons": [_comparison_document(comparison) for comparison in comparisons(records)],
+        "profiles": len(records.profiles),
+        "unreadable": [{"path": str(file.path), "reason": file.reason} for file in records.unreadable],
+    }
+
+
+def _comparison_document(comparison: Comparison) -> dict[str, Any]:
+    recommendation = recommend(comparison)
+    return {
+        "task": comparison.task.name,
+        "title": comparison.task.title,
+        "preset": comparison.protocol.preset,
+        "hardware": comparison.protocol.hardware,
+        "rows": [_row_document(row) for row in rows_of(comparison)],
+        "recommendation": {
+            "verdict": recommendation.verdict.value,
+            "winner": recommendation.winner and recommendation.winner.label,
+            "equals": [entry.label for entry in recommendation.equals],
+            "sentences": list(recommendation.sentences),
+        },
+    }
+
+
+def _row_document(row: Row) -> dict[str, Any]:
+    plain = ("relative_speed", "step_seconds", "saved_bytes", "kept_bytes", "peak_bytes", "parameters", "steps")
+    return {
+        "mechanism": row.label,
+        "mixer": row.entry.runs[0].mixer if row.entry else None,
+        "best": _summary_document(row.best),
+        "last": _summary_document(row.last),
+        **{name: getattr(row, name) for name in plain},
+        "train_seconds": row.train_seconds,
+        "unequal_parameters": row.unequal_parameters,
+        "on_pareto_front": row.on_pareto_front,
+        "status": row.status,
+        "reason": row.reason,
+        "commands": list(row.commands),
+    }
+
+
+def _summary_document(summary: Summary | None) -> dict[str, Any] | None:
+    if summary is None:
+        return None
+    return {"mean": summary.mean, "standard_error": summary.standard_error, "seeds": list(summary.values)}

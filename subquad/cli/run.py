@@ -1,0 +1,33 @@
+"""`subquad run`: one training run of one mechanism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from subquad.cli.options import Data, DryRun, Force, Json, Output, PresetOption, Seed, TaskOption
+
+
+def command(
+    mixer: Annotated[str, typer.Option("--mixer", help="Name, name:option=value, or ./file.py:ConfigClass.")],
+    task: TaskOption = "listops",
+    preset: PresetOption = "quick",
+    seed: Seed = 0,
+    output: Output = Path("subquad-results"),
+    data: Data = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train one mechanism once and write its record."""
+    from subquad.cli.comparison import prepare_request, run_once, show_plan
+
+    request, task_data = prepare_request(
+        task=task, preset=preset, mixers=mixer, seeds=(seed,), output=output, data=data, force=force
+    )
+    if dry_run:
+        show_plan(request, task_data, as_json=as_json)
+    else:
+        run_once(request, task_data, as_json=as_json)

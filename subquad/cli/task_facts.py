@@ -1,0 +1,142 @@
+"""What `subquad data` does and prints: the files of a task, and what one should know of them before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from subquad.benchmark.data import data_directory
+from subquad.cli.console import ACCENT, QUIET, plain_table, progress_console
+from subquad.cli.cores import cores
+from subquad.cli.progress import Bar, Progress
+from subquad.records import units
+from subquad.tasks.base import Split, TaskData
+from subquad.tasks.registry import load_task
+from subquad.training.presets import load_preset
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """A task's data and where it lies."""
+
+    directory: Path
+    files: dict[str, int]
+    data: TaskData
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The three splits by name."""
+        return {"train": self.data.train, "validation": self.data.validation, "test": self.data.test}
+
+
+def obtain(task: str, preset: str, directory: Path | None, *, seed: int, workers: int | None, check: bool) -> TaskFacts:
+    """Read the data of a task, generating it first where that is wanted, with a progress bar.
+
+    Args:
+        task: its name.
+        preset: name of the preset.
+        directory: of the files; None for the place where `compare` looks, too.
+        seed: of the generator.
+        workers: processes that generate; None for one a core.
+        check: read what is there and generate nothing.
+
+    Raises:
+        ValueError: unknown task or preset, files that are missing, malformed or another's, a folder not writable.
+    """
+    loader, settings = load_task(task), load_preset(task, preset)
+    directory = directory or data_directory(Path("subquad-results"), task, preset)
+    with Progress(progress_console()) as bars:
+        if check:
+            bar = bars.start(f"reading {directory}")
+            data = loader.read(directory, settings.data)
+        else:
+            bar = bars.start(f"preparing {task}, {preset}")
+            data = loader.prepare(
+                directory,
+                settings.data,
+                seed=seed,
+                workers=workers or cores(),
+                progress=lambda done, total: _move(bar, done, total),
+            )
+        bar.finish(f"{units.count(sum(map(len, (data.train, data.validation, data.test))))} examples")
+    files = {
+        str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()
+    }
+    return TaskFacts(directory.resolve(), files, data)
+
+
+def _move(bar: Bar, done: int, total: int) -> None:
+    bar.update(done, total=total, note="reading" if done == total else "generating")
+
+
+def document(facts: TaskFacts) -> dict[str, Any]:
+    """The facts, JSON-ready."""
+    data = facts.data
+    label, share = data.majority_class()
+    return {
+        "task": data.name,
+        "preset": data.preset,
+        "title": data.title,
+        "is_lra": data.is_lra,
+        "directory": str(facts.directory),
+        "files": facts.files,
+        "data_hash": data.data_hash,
+        "vocab_size": data.vocab_size,
+        "num_labels": data.num_labels,
+        "max_length": data.max_length,
+        "majority_class": {"label": label, "test_share": share},
+        "splits": {name: split_document(split) for name, split in facts.splits.items()},
+    }
+
+
+def split_document(split: Split) -> dict[str, Any]:
+    """Number of examples, their lengths in tokens, and how many have each label."""
+    lengths = split.lengths
+    labels, counts = np.unique(split.labels, return_counts=True)
+    return {
+        "examples": len(split),
+        "shortest": int(lengths.min()),
+        "median_length": float(np.median(lengths)),
+        "mean_length": float(lengths.mean()),
+        "longest": int(lengths.max()),
+        "labels": {str(label): int(count) for label, count in zip(labels, counts, strict=True)},
+    }
+
+
+def render(facts: TaskFacts) -> Group:
+    """The facts for a terminal."""
+    data = facts.data
+    label, share = data.majority_class()
+    described = {
+        "folder": str(facts.directory),
+        "size": f"{units.size(sum(facts.files.values()))} in {len(facts.files)} files",
+        "checksum": f"{data.data_hash}, the same on every machine",
+        "vocabulary": f"{data.vocab_size} token ids, {data.num_labels} labels",
+        "longest allowed": f"{units.count(data.max_length)} tokens",
+        "majority class": f"always answering {label} is right for {units.percent(share)} of the test split",
+    }
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style=ACCENT)
+    for name, value in described.items():
+        table.add_row(f"  {name}", Text(value, overflow="fold"))
+    return Group(Text(data.title, "bold"), table, "", Padding(_split_table(facts), (0, 0, 0, 2)))
+
+
+def _split_table(facts: TaskFacts) -> Table:
+    table = plain_table()
+    table.add_column("split")
+    for title in ("examples", "shortest", "median", "mean", "longest"):
+        table.add_column(title, justify="right")
+    for name, split in facts.splits.items():
+        row = split_document(split)
+        lengths = (row["shortest"], row["median_length"], row["mean_length"], row["longest"])
+        table.add_row(name, units.count(row["examples"]), *(units.count(length) for length in lengths))
+    table.caption, table.caption_style, table.caption_justify = "lengths in tokens", QUIET, "left"
+    return table

@@ -1,0 +1,101 @@
+"""Any length, batch and padding: y has the shape and dtype of x, is finite, and is 0 at invalid positions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import WIDE_HEADS, form_of, forms, small_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from subquad import Mask
+from subquad.build import build_from_config, list_mixers
+from subquad.interface import Dims
+
+CASES = [pytest.param(name, dims, id=f"{name}-{form_of(dims)}") for name in list_mixers() for dims in forms(name)]
+LENGTHS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 31, 32, 33, 70])
+
+
+@st.composite
+def masks(draw: st.DrawFn, batch: int, length: int) -> torch.Tensor:
+    """Padding of any kind: none, on the right, on the left, holes, everything."""
+    rows = []
+    for _ in range(batch):
+        kind = draw(st.sampled_from(["none", "right", "left", "holes", "all"]))
+        count = draw(st.integers(0, length))
+        row = torch.ones(length, dtype=torch.bool)
+        if kind == "right":
+            row[count:] = False
+        elif kind == "left":
+            row[:count] = False
+        elif kind == "holes":
+            row = torch.rand(length, generator=torch.Generator().manual_seed(count)) < 0.6
+        elif kind == "all":
+            row[:] = False
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+@given(data=st.data(), length=LENGTHS, source_length=LENGTHS, batch=st.integers(1, 3))
+def test_any_shape_and_padding_is_served(
+    name: str, dims: Dims, data: st.DataObject, length: int, source_length: int, batch: int
+) -> None:
+    mixer = build_from_config(small_config(name), dims)
+    x = torch.randn(batch, length, dims.embed_dim, requires_grad=True)
+    context = torch.randn(batch, source_length, dims.embed_dim) if dims.cross else None
+    mask = context_mask = None
+    if mixer.config.traits.padding:
+        mask = Mask(data.draw(masks(batch, length)))
+        context_mask = Mask(data.draw(masks(batch, source_length))) if dims.cross else None
+    y, state, _ = mixer(x, context, mask=mask, context_mask=context_mask)
+    assert y.shape == x.shape
+    assert y.dtype == x.dtype
+    assert state is None
+    assert bool(y.isfinite().all())
+    if mask is not None and mask.valid is not None:
+        assert not y[~mask.valid].any()
+    y.square().sum().backward()
+    gradients = [x.grad, *(parameter.grad for parameter in mixer.parameters())]
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_an_empty_batch_gives_an_empty_batch(name: str, dims: Dims) -> None:
+    mixer = build_from_config(small_config(name), dims)
+    x = torch.randn(0, 9, dims.embed_dim)
+    assert mixer(x, x if dims.cross else None).y.shape == (0, 9, dims.embed_dim)
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_inputs_are_not_modified_and_may_have_any_strides(name: str, dims: Dims) -> None:
+    mixer = build_from_config(small_config(name), dims).eval()
+    x = torch.randn(dims.embed_dim, 9, 2).permute(2, 1, 0)
+    context = torch.randn(dims.embed_dim, 7, 2).permute(2, 1, 0) if dims.cross else None
+    before = x.clone()
+    strided = mixer(x, context).y
+    dense = mixer(x.contiguous(), None if context is None else context.contiguous()).y
+    torch.testing.assert_close(strided, dense)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_dropout_acts_in_training_alone(name: str, dims: Dims) -> None:
+    mixer = build_from_config(small_config(name), replace(dims, dropout=0.5))
+    x = torch.randn(2, 9, dims.embed_dim)
+    context = x if dims.cross else None
+    dropped = (mixer.train()(x, context).y == 0).float().mean()
+    assert 0.3 < float(dropped) < 0.7
+    assert not (mixer.eval()(x, context).y == 0).any()
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_a_module_saved_and_loaded_gives_the_same_bits(name: str, dims: Dims) -> None:
+    first, second = (build_from_config(small_config(name), dims).eval() for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(2, 9, dims.embed_dim)
+    context = x if dims.cross else None
+    assert torch.equal(first(x, context).y, second(x, context).y)
+    assert repr(first.config) in repr(first)

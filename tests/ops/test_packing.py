@@ -1,0 +1,47 @@
+"""Taking padding out of a sequence, putting it back, and growing a store of tokens."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from subquad.ops.packing import append, put_back, take, valid_first
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3))
+def test_valid_tokens_come_first_in_their_order_and_go_back(rows: list[list[bool]]) -> None:
+    valid = torch.tensor(rows)
+    order = valid_first(valid)
+    assert torch.equal(take(valid, order), valid.sort(dim=1, descending=True, stable=True).values)
+    places = torch.arange(6).expand_as(valid)
+    for row, taken, count in zip(valid, take(places, order), valid.sum(dim=1).tolist(), strict=True):
+        assert taken[:count].tolist() == row.nonzero()[:, 0].tolist()
+    x = torch.randn(len(rows), 2, 6, 3)
+    assert torch.equal(put_back(take(x, order), order), x)
+
+
+def test_take_may_repeat_and_leave_out_tokens() -> None:
+    x = torch.randn(1, 2, 4, 3)
+    assert torch.equal(take(x, torch.tensor([[3, 3, 0]])), x[:, :, [3, 3, 0]])
+
+
+def test_new_tokens_are_written_behind_the_stored_ones_of_each_row() -> None:
+    stored = torch.tensor([[1, 2, 3], [4, 0, 0]])
+    columns = torch.tensor([[3, 9], [1, 2]])
+    grown = append(stored, torch.tensor([[5, 6], [7, 8]]), columns, 4)
+    assert grown.tolist() == [[1, 2, 3, 5], [4, 7, 8, 0]]
+    assert stored.tolist() == [[1, 2, 3], [4, 0, 0]]
+
+
+def test_heads_are_appended_like_ids_and_pass_gradients() -> None:
+    stored = torch.randn(2, 3, 1, 4, requires_grad=True)
+    new = torch.randn(2, 3, 2, 4, requires_grad=True)
+    grown = append(stored, new, torch.tensor([[1, 2], [2, 1]]), 3)
+    assert torch.equal(grown[0], torch.cat((stored[0], new[0]), dim=1))
+    assert torch.equal(grown[1], torch.cat((stored[1], new[1].flip(1)), dim=1))
+    grown.sum().backward()
+    assert stored.grad is not None
+    assert new.grad is not None
+    assert bool((stored.grad == 1).all())
+    assert bool((new.grad == 1).all())
