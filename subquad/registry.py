@@ -50,6 +50,15 @@ class Registry(Generic[ConfigClass]):
             raise ValueError(f"unknown {self.slot} {name!r}; {nearest(name, self._classes)}")
         return self._classes[name]
 
+    def remove(self, name: str) -> None:
+        """Take a class out again; for tests that register their own.
+
+        Raises:
+            ValueError: unknown name.
+        """
+        self.lookup(name)
+        del self._classes[name]
+
     def items(self) -> list[tuple[str, ConfigClass]]:
         """All names and classes, in alphabetical order of the names."""
         return sorted(self._classes.items())

@@ -2,7 +2,7 @@
 
 It shows what a mechanism does and not what its description says, works for every mechanism, attention or not, and costs
 one forward and one backward pass. Block mixers show their residual and norm too. Cross-attention: j runs over the
-context, as many tokens as queries.
+context, as many tokens as queries. Mechanisms with global tokens are drawn with the first token global.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from subquad.benchmark.probe_subject import Subject, miniature, small_subject
 from subquad.interface import Dims, MixerConfig
+from subquad.mask import Mask
 
 
 def attention_picture(
@@ -53,6 +54,13 @@ def attention_strength(
     return relative.tolist()
 
 
+def _first_is_global(subject: Subject, x: torch.Tensor) -> Mask | None:
+    """A mechanism with global tokens is drawn with one, the first."""
+    if not subject.config.traits.global_tokens or subject.dims.cross:
+        return None
+    return Mask(global_tokens=(torch.arange(x.shape[1]) == 0).expand(x.shape[0], -1))
+
+
 def _jacobian(subject: Subject, length: int, salt: int) -> torch.Tensor:
     """Norm of ∂(c·y_i)/∂x_j for random c, float64 (length, length); row b of the batch asks for token b."""
     mixer = subject.mixer()
@@ -63,7 +71,7 @@ def _jacobian(subject: Subject, length: int, salt: int) -> torch.Tensor:
         other = subject.inputs(length, batch=1, salt=salt + 2).x.repeat(length, 1, 1)
         context = source = other
     source.requires_grad_()
-    y = mixer(x, context).y
+    y = mixer(x, context, mask=_first_is_global(subject, x)).y
     direction = subject.inputs(1, batch=1, salt=salt + 4).x[0, 0]
     (gradient,) = torch.autograd.grad((y.diagonal(dim1=0, dim2=1).T @ direction).sum(), source)
     return gradient.norm(dim=2)

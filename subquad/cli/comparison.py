@@ -10,7 +10,7 @@ from subquad.benchmark.data import data_directory
 from subquad.benchmark.mixers import NamedMixer, parse_mixer, parse_mixers
 from subquad.benchmark.timing import matmul_flops_per_second
 from subquad.build import list_mixers
-from subquad.cli.console import heading, output_console, plain_table, print_document, progress_console
+from subquad.cli.console import output_console, plain_table, print_document, progress_console
 from subquad.cli.observer import BarObserver
 from subquad.cli.progress import Progress
 from subquad.cli.results import print_results, results_document
@@ -65,7 +65,7 @@ def show_plan(request: Request, data: TaskData, *, as_json: bool) -> None:
     for row in rows:
         size = "-" if row["parameters"] is None else f"{row['parameters']:,}"
         table.add_row(row["mixer"], str(row["seed"]), size, f"{row['expected_minutes']:.1f}", row["state"])
-    console.print(heading(request.preset.data.title), table, sep="\n")
+    console.print(request.preset.data.title, table, sep="\n", markup=False)
     console.print(f"About {minutes:.0f} minutes of training on this machine; proofs and profiles come on top.")
 
 

@@ -60,10 +60,11 @@ def _(error: MemoryError) -> Failure:
 
 @failure_of.register
 def _(error: ImportError) -> Failure:
-    extra = extra_of_module(error.name or "")
+    package = (error.name or "").partition(".")[0]
+    extra = extra_of_module(package)
     if extra is None:
         return failure_of.dispatch(Exception)(error)
-    return Failure(f"this command needs {error.name}: install it with pip install 'subquad[{extra}]'.", WRONG_USE)
+    return Failure(f"this command needs {package}: install it with pip install 'subquad[{extra}]'.", WRONG_USE)
 
 
 @failure_of.register

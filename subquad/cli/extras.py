@@ -36,6 +36,5 @@ def required_version(package: str) -> str:
 
 
 def extra_of_module(module: str) -> str | None:
-    """The extra that brings a module which could not be imported, or None if none does."""
-    name = module.partition(".")[0]
-    return optional_packages().get(_IMPORT_NAMES.get(name, name).lower())
+    """The extra that brings a top-level module which could not be imported, or None if none does."""
+    return optional_packages().get(_IMPORT_NAMES.get(module, module).lower())

@@ -7,11 +7,12 @@ beyond the standard library is imported before it is needed, so that a missing p
 from __future__ import annotations
 
 import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-from subquad.cli.errors import INTERRUPTED, failure_of, print_failure
+from subquad.cli.errors import INTERRUPTED, MISTAKE, failure_of, print_failure
 
 TRACEBACK = "--traceback"
 
@@ -30,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exit_code = run_verb([argument for argument in given if argument != TRACEBACK])
         if exit_code == INTERRUPTED:  # typer has caught the interrupt
             print_failure(failure_of(KeyboardInterrupt()))
+        sys.stdout.flush()
         return exit_code
+    except BrokenPipeError:  # the reader has seen enough, as in `subquad list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return MISTAKE
     except (Exception, KeyboardInterrupt) as error:
         if TRACEBACK in given:
             traceback.print_exc()

@@ -107,8 +107,8 @@ def run_verb(arguments: list[str]) -> int:
     try:
         outcome = typer.main.get_command(app).main(arguments or ["--help"], prog_name="subquad", standalone_mode=False)
     except typer.TyperException as error:
-        verb = next((argument for argument in arguments if argument in VERBS), None)
-        hint = f"see `{' '.join(filter(None, ('subquad', verb)))} --help`"
+        command = f"subquad {arguments[0]}" if arguments and arguments[0] in VERBS else "subquad"
+        hint = f"see `{command} --help`"
         raise UsageError(f"{_plain(error.format_message())}; {hint}") from error
     return outcome if isinstance(outcome, int) else 0
 
@@ -122,11 +122,16 @@ def _plain(message: str) -> str:
     return f"unknown option {unknown[1]}{guess}"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(subquad.__version__)
+        raise typer.Exit
+
+
 def _subquad(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="After an error, print where it came from.")] = False,
 ) -> None:
     """Which efficient-Transformer mechanism pays for your task, length and machine: measured here, fairly."""
-    if version:
-        typer.echo(subquad.__version__)
-        raise typer.Exit

@@ -109,7 +109,7 @@ def test_small_differs_from_the_published_data_in_numbers_only():
 def test_quick_says_that_it_is_not_long_range_arena():
     quick = load_preset("quick")
     assert not quick.is_lra
-    assert "NOT Long Range Arena" in quick.title
+    assert "not Long Range Arena" in quick.title
 
 
 def test_quick_has_enough_different_expressions(tmp_path: Path):

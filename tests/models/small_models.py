@@ -1,0 +1,54 @@
+"""Models small enough for tests, one for every mechanism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.benchmark.probe_subject import miniature
+from subquad.build import list_mixers, mixer_config
+from subquad.models import SubquadConfig, SubquadForSequenceClassification
+
+VOCABULARY = 11
+
+
+def small(name: str) -> dict[str, Any]:
+    """The written form of a mechanism with its sizes shrunk."""
+    return miniature(mixer_config(name)).to_dict()
+
+
+MIXERS: dict[str, Any] = {name: small(name) for name in list_mixers(bidirectional=True)}
+MIXERS["a mixed list"] = [small(name) for name in list_mixers(bidirectional=True)]
+
+
+def config(**changes: Any) -> SubquadConfig:
+    """Three layers of width 16."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "num_labels": 3,
+        "max_position_embeddings": 40,
+    }
+    return SubquadConfig(**(sizes | changes))
+
+
+def classifier(**changes: Any) -> SubquadForSequenceClassification:
+    """A classifier with random parameters, in evaluation mode; biases and the learned vector are not 0."""
+    torch.manual_seed(0)
+    model = SubquadForSequenceClassification(config(**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def batch(length: int = 13, rows: int = 3) -> tuple[Tensor, Tensor]:
+    """Random tokens and a right-padded attention mask."""
+    tokens = torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+    kept = torch.tensor([length, length - 4, 2][:rows])
+    return tokens, (torch.arange(length) < kept[:, None]).long()

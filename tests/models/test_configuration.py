@@ -1,0 +1,130 @@
+"""The models' config: tiling, errors, and the written form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from small_models import classifier, config, small
+
+from subquad import Cost, Dims, MixerConfig, TokenMixer, Traits
+from subquad.build import make_dims
+from subquad.mechanisms.full import Full
+from subquad.models import SubquadConfig
+from subquad.models.block import Block
+from subquad.registry import MIXERS, register
+
+
+def test_mixers_are_tiled_over_the_depth() -> None:
+    listed = config(mixer=["full", {"name": "local", "window": 5}], num_hidden_layers=5)
+    assert [mixer.name for mixer in listed.layer_mixers()] == ["full", "local", "full", "local", "full"]
+    assert listed.layer_mixers()[1].to_dict() == {"name": "local", "window": 5}
+
+
+def test_the_feedforward_takes_width_and_dropout_from_the_config_unless_it_names_its_own() -> None:
+    listed = config(feedforward=["mlp", {"name": "mlp", "hidden_dim": 7}, None], dropout=0.25)
+    first, second, third = listed.layer_feedforwards()
+    assert first is not None
+    assert second is not None
+    assert third is None
+    assert first.to_dict() == {"name": "mlp", "dropout": 0.25, "hidden_dim": 24, "activation": "gelu"}
+    assert second.to_dict()["hidden_dim"] == 7
+
+
+def test_a_layer_may_have_no_feedforward() -> None:
+    model = classifier(feedforward=None)
+    assert all(block.feedforward is None for block in model.model.blocks)
+    assert model(torch.ones(1, 4, dtype=torch.int64)).logits.shape == (1, 3)
+
+
+def test_the_config_survives_its_written_form() -> None:
+    listed = config(mixer=[small("longformer"), "full"], global_tokens="first", head_dim=4, positions="rotary")
+    again = SubquadConfig.from_dict(listed.to_dict())
+    assert again.to_dict() == listed.to_dict()
+    assert again.layer_mixers() == listed.layer_mixers()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "pst"}, r"norm='pst' is not supported; did you mean 'post'\?|norm"),
+        ({"pooling": "max"}, "pooling"),
+        ({"positions": "axial"}, "positions='axial' is not supported; .*Known: learned, none, rotary, sinusoidal"),
+        ({"residual": "reversible"}, "residual='reversible' is not supported; Known: standard"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings must be at least 1, got 0"),
+        ({"feedforward_chunk": -1}, "feedforward_chunk must not be negative, got -1"),
+    ],
+)
+def test_a_bad_field_is_refused_when_the_config_is_made(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixer": "fulll"}, "unknown token mixer 'fulll'; did you mean 'full'"),
+        ({"mixer": {"name": "local", "windw": 3}}, "local: unknown option 'windw'; did you mean 'window'"),
+        ({"mixer": {"window": 3}}, "needs its 'name'"),
+        ({"mixer": []}, "mixer is an empty list; name at least one"),
+        ({"mixer": ["full", 3]}, "mixer must be a name, a dict with 'name', or a list of these; got 3"),
+        ({"feedforward": "mpl"}, "unknown channel mixer 'mpl'; did you mean 'mlp'"),
+        ({"mixer": "linformer", "causal": True}, "linformer: causal=True is not supported; mechanisms that support it"),
+        ({"mixer": {"name": "local", "window": 4}}, "must be odd; got 4, use 3 or 5"),
+        ({"num_attention_heads": 3}, "embed_dim=16 is not divisible by num_heads=3"),
+    ],
+)
+def test_a_bad_layer_is_refused_when_the_model_is_built(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        classifier(**changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeBlockConfig(MixerConfig):
+    """A mixer that owns its residual."""
+
+    placement: ClassVar[Literal["sublayer", "block"]] = "block"
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(bidirectional=True, padding=True)
+
+    def build(self, dims: Dims) -> TokenMixer:
+        return Full(self, dims)
+
+    def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
+        return Cost()
+
+
+@pytest.fixture
+def whole_block() -> Iterator[str]:
+    register("whole_block")(WholeBlockConfig)
+    yield "whole_block"
+    MIXERS.remove("whole_block")
+
+
+def test_a_block_mixer_refuses_a_feedforward(whole_block: str) -> None:
+    with pytest.raises(ValueError, match="whole_block: owns its channel mixing; use feedforward=None with it"):
+        classifier(mixer=whole_block)
+
+
+def test_the_output_of_a_block_mixer_is_used_as_it_is(whole_block: str) -> None:
+    model = classifier(mixer=[whole_block, "full"], feedforward=[None, "mlp"], num_hidden_layers=2)
+    block, x = model.model.blocks[0], torch.randn(1, 5, 16)
+    assert isinstance(block, Block)
+    assert block.mixer_norm is None
+    torch.testing.assert_close(block(x)[0], block.mixer(x).y)
+    assert model(torch.ones(1, 4, dtype=torch.int64)).logits.shape == (1, 3)
+
+
+def test_dims_of_a_layer() -> None:
+    dims = config(global_tokens="first", positions="rotary", bias=False, dropout=0.5).mixer_dims(2, prepended=1)
+    expected = make_dims(
+        embed_dim=16, num_heads=2, max_length=41, positions="rotary", bias=False, dropout=0.5, layer=2, num_global=1
+    )
+    assert dims == expected

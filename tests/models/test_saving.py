@@ -1,0 +1,95 @@
+"""A saved model loaded again gives the same logits, by its class and by the Auto classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import MIXERS, batch, classifier, small
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from subquad.models import SubquadConfig, SubquadForSequenceClassification, SubquadModel
+
+
+@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+def test_a_loaded_model_gives_the_same_logits(mixer: Any, tmp_path: Path) -> None:
+    model, (tokens, attention) = classifier(mixer=mixer), batch()
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)  # nothing may be drawn anew
+    loaded = SubquadForSequenceClassification.from_pretrained(tmp_path).eval()
+    expected = model(tokens, attention_mask=attention).logits
+    assert torch.equal(loaded(tokens, attention_mask=attention).logits, expected)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert loaded.config.layer_mixers() == model.config.layer_mixers()
+
+
+@pytest.mark.parametrize("changes", [{"positions": "learned"}, {"positions": "rotary"}, {"pooling": "mean"}])
+def test_other_embeddings_and_poolings_load_too(changes: dict[str, Any], tmp_path: Path) -> None:
+    model, (tokens, attention) = classifier(**changes), batch()
+    model.save_pretrained(tmp_path)
+    loaded = SubquadForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(tokens, attention).logits, model(tokens, attention).logits)
+
+
+def test_the_auto_classes_know_the_models(tmp_path: Path) -> None:
+    model, (tokens, _) = classifier(), batch()
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), SubquadConfig)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, SubquadForSequenceClassification)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    stack = AutoModel.from_pretrained(tmp_path).eval()
+    assert isinstance(stack, SubquadModel)
+    assert torch.equal(stack(tokens).pooler_output, model.model(tokens).pooler_output)
+
+
+def test_one_compression_serves_all_layers_before_and_after_loading(tmp_path: Path) -> None:
+    layerwise = small("linformer") | {"sharing": "layerwise"}
+    model = classifier(mixer=layerwise)
+    model.save_pretrained(tmp_path)
+    loaded = SubquadForSequenceClassification.from_pretrained(tmp_path).eval()
+    for stack in (model.model, loaded.model):
+        first, *others = (block.mixer.compress_key for block in stack.blocks)
+        assert all(other is first for other in others)
+        counted = sum(p.numel() for block in stack.blocks for p in (*block.mixer.parameters(),)) - 2 * first.numel()
+        assert stack.cost(10).parameters == counted + sum(
+            p.numel() for block in stack.blocks for p in block.feedforward.parameters()
+        )
+    tokens, attention = batch()
+    assert torch.equal(loaded(tokens, attention).logits, model(tokens, attention).logits)
+    loaded.train()(tokens, attention, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert first.grad is not None
+
+
+def test_layers_of_other_configs_share_nothing() -> None:
+    layers = [small("linformer") | {"sharing": "layerwise", "rank": rank} for rank in (3, 5)]
+    model = classifier(mixer=layers, num_hidden_layers=4)
+    matrices = [block.mixer.compress_key for block in model.model.blocks]
+    assert matrices[2] is matrices[0]
+    assert matrices[3] is matrices[1]
+    assert matrices[0] is not matrices[1]
+
+
+def test_a_fresh_model_is_initialised_as_documented() -> None:
+    torch.manual_seed(0)
+    fresh = SubquadForSequenceClassification(classifier(mixer=small("linformer"), hidden_size=64).config)
+    assert not fresh.model.embedding.cls.any()
+    assert float(fresh.model.embedding.tokens.weight.detach().std()) == pytest.approx(1.0, abs=0.1)
+    for name, parameter in fresh.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any()
+        if "norm.weight" in name:
+            assert bool((parameter == 1).all())
+    mixer = fresh.model.blocks[0].mixer
+    assert float(mixer.compress_key.detach().std()) == pytest.approx(41**-0.5, rel=0.1)
+    bound = (6 / (64 + 64)) ** 0.5
+    weight = mixer.project_query.weight.detach()
+    assert float(weight.abs().max()) <= bound
+    assert float(weight.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_nothing_but_safetensors_and_json_is_written(tmp_path: Path) -> None:
+    classifier().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
