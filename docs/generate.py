@@ -1,18 +1,15 @@
 """Writes what follows from the registry: the table in the README and a page for each mechanism.
 
-    python docs/generate.py            # write
-    python docs/generate.py --check    # exit with 1 and name the files that are out of date
+`python docs/generate.py` writes; with `--check` it names the files that are out of date and exits with 1.
 """
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import inspect
 import sys
 from pathlib import Path
-from types import ModuleType
 
+from subquad.benchmark.mechanism_card import describe_options, read_documentation
 from subquad.build import list_mixers, mixer_config
 from subquad.interface import TRAIT_NAMES, MixerConfig
 
@@ -51,19 +48,19 @@ def readme_table() -> str:
     for name in sorted(list_mixers(), key=lambda name: (mixer_config(name).family, name)):
         config = mixer_config(name)
         marks = ["●" if getattr(config.traits, trait) else "" for trait in SHOWN_TRAITS]
-        rows.append([f"[`{name}`](docs/mechanisms/{name}.md)", config.family, _paper(_home(config)), *marks])
+        rows.append([f"[`{name}`](docs/mechanisms/{name}.md)", config.family, _paper(config), *marks])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def mechanism_page(name: str) -> str:
     """The page of a mechanism: its docstring, options and traits."""
     config = mixer_config(name)
-    module = _home(config)
-    options = "".join(f"| `{field}` | `{default!r}` | {text} |\n" for field, default, text in _options(config))
+    cards = describe_options(type(config))
+    options = "".join(f"| `{card.name}` | `{card.default!r}` | {card.description} |\n" for card in cards)
     table = f"| option | default | meaning |\n| --- | --- | --- |\n{options}" if options else "None.\n"
     traits = "".join(f"| {name.replace('_', ' ')} | {_yes(config, name)} |\n" for name in TRAIT_NAMES)
     return (
-        f"# {name}\n\n{inspect.cleandoc(module.__doc__ or '')}\n\n"
+        f"# {name}\n\n{_prose(config)}\n\n"
         f"## Options\n\n{table}\n"
         f"## Traits of the default options\n\n| trait | |\n| --- | :-: |\n{traits}\n"
         f"Family: {config.family}. Placement: {config.placement}. "
@@ -75,26 +72,14 @@ def _yes(config: MixerConfig, trait: str) -> str:
     return "yes" if getattr(config.traits, trait) else "no"
 
 
-def _home(config: MixerConfig) -> ModuleType:
-    return sys.modules[type(config).__module__]
+def _prose(config: MixerConfig) -> str:
+    return inspect.cleandoc(sys.modules[type(config).__module__].__doc__ or "")
 
 
-def _paper(module: ModuleType) -> str:
-    """The second paragraph of the docstring up to the year, with the arXiv id."""
-    paragraph = " ".join(inspect.cleandoc(module.__doc__ or "").split("\n\n")[1].split())
-    identifier = paragraph.partition("arXiv:")[2][:10]
-    return f"{paragraph.partition(',')[0]}, arXiv:{identifier}"
-
-
-def _options(config: MixerConfig) -> list[tuple[str, object, str]]:
-    """Name, default and description of each option, the description being the string below the field."""
-    tree = ast.parse(inspect.cleandoc(inspect.getsource(type(config))))
-    (definition,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
-    texts: dict[str, str] = {}
-    for field, below in zip(definition.body, definition.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-            texts[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
-    return [(field.name, field.default, texts.get(field.name, "")) for field in dataclasses.fields(config)]
+def _paper(config: MixerConfig) -> str:
+    """First author, year and arXiv id."""
+    citation = read_documentation(type(config)).paper
+    return f"{citation.partition(',')[0]}, arXiv:{citation.partition('arXiv:')[2][:10]}"
 
 
 if __name__ == "__main__":

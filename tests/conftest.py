@@ -1,5 +1,8 @@
 """Settings that all tests share."""
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import settings
 
@@ -22,3 +25,19 @@ def fixed_seed() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def registry_as_it_was() -> Iterator[None]:
+    """What a test registers, or loads from a user's file, is gone after it."""
+    import subquad.build  # noqa: F401 - fills the registry
+    from subquad.registry import FEEDFORWARDS, MIXERS
+
+    before = [dict(registry._classes) for registry in (MIXERS, FEEDFORWARDS)]
+    modules = set(sys.modules)
+    yield
+    for registry, classes in zip((MIXERS, FEEDFORWARDS), before, strict=True):
+        registry._classes.clear()
+        registry._classes.update(classes)
+    for name in {name for name in sys.modules if name.startswith("subquad_user_")} - modules:
+        del sys.modules[name]

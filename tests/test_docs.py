@@ -2,11 +2,15 @@
 
 import importlib.util
 import re
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
+
+from subquad.benchmark.mixers import parse_mixer
+from subquad.benchmark.probes import run_probes
+from subquad.build import make_dims
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,28 +39,18 @@ def test_no_page_is_left_of_a_mechanism_that_is_gone():
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/concepts.md"])
-def test_python_of_a_document_runs(document):
+def test_python_of_a_document_runs(document, tmp_path):
     torch.manual_seed(0)
-    blocks = python_blocks(document)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, document, "exec"), {"__name__": "example"})  # noqa: S102 - our own document
+    script = tmp_path / "example.py"
+    script.write_text("\n".join(python_blocks(document)), encoding="utf-8")
+    assert runpy.run_path(str(script))["subquad"]
 
 
 def test_mechanism_of_the_contributing_guide_passes_every_probe(tmp_path):
-    from subquad.benchmark.mixers import parse_mixer
-    from subquad.benchmark.probes import run_probes
-    from subquad.build import make_dims
-    from subquad.registry import MIXERS
-
     (block,) = python_blocks("CONTRIBUTING.md")
     path = tmp_path / "average.py"
     path.write_text(block, encoding="utf-8")
-    try:
-        config = parse_mixer(f"{path}:AverageConfig").config
-        results = run_probes(config, make_dims(embed_dim=16, num_heads=2))
-        assert [f"{r.name}: {r.detail}" for r in results if not r.passed] == []
-        assert len(results) > 10
-    finally:
-        MIXERS.remove("average")
-        sys.modules.pop("subquad_user_average", None)
+    config = parse_mixer(f"{path}:AverageConfig").config
+    results = run_probes(config, make_dims(embed_dim=16, num_heads=2))
+    assert [f"{r.name}: {r.detail}" for r in results if not r.passed] == []
+    assert len(results) > 10

@@ -91,6 +91,8 @@ def test_names_are_listed_in_alphabetical_order() -> None:
     assert [name for name, _ in registry.items()] == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize(("name", "expected"), [("LocalConfig", "local"), ("MyOwnConfig", "my_own"), ("Plain", "plain")])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("LocalConfig", "local"), ("MyOwnConfig", "my_own"), ("Plain", "plain")]
+)
 def test_default_names(name: str, expected: str) -> None:
     assert default_name(type(name, (), {})) == expected

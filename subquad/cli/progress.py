@@ -119,18 +119,21 @@ class Progress:
 
 
 def _live_bars(console: Console) -> rich.progress.Progress:
-    def text(template: str, width: int | None = None, style: str = "none") -> TextColumn:
+    described, remaining, noted = (36 if console.width >= 100 else 28), 17, 18
+    # The last columns stay free: the terminal echoes ^C there, and a line that it makes too long is not erased.
+    bar = max(4, console.width - described - remaining - noted - 8)
+
+    def text(template: str, width: int, style: str = "none") -> TextColumn:
         column = Column(no_wrap=True, overflow="ellipsis", min_width=width, max_width=width)
         return TextColumn(template, style=style, markup=False, table_column=column)
 
     return rich.progress.Progress(
         SpinnerColumn(style=ACCENT, table_column=Column(width=1)),
-        text("{task.description}", 36 if console.width >= 100 else 28),
-        BarColumn(bar_width=None, complete_style=ACCENT, finished_style=ACCENT, table_column=Column(ratio=1)),
-        _Remaining(table_column=Column(no_wrap=True, width=17)),
-        text("{task.fields[note]}", 18, QUIET),
+        text("{task.description}", described),
+        BarColumn(bar_width=bar, complete_style=ACCENT, finished_style=ACCENT),
+        _Remaining(table_column=Column(no_wrap=True, width=remaining)),
+        text("{task.fields[note]}", noted, QUIET),
         console=console,
-        expand=True,
         transient=True,
     )
 

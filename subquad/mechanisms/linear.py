@@ -24,6 +24,7 @@ from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.ops.features import elu_plus_one
 from subquad.ops.linear import Sums, all_sums, causal_sums, read_sums, zero_keys
+from subquad.ops.precision import full_precision
 from subquad.registry import register
 from subquad.state import State, state_dataclass
 
@@ -107,7 +108,11 @@ class Linear(HeadMixer):
         return LinearState(length, length > 0, values, features)
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
-        """Sum keys and values, read with the queries."""
+        """Sum keys and values, read with the queries; never narrowed by autocast."""
+        with full_precision(heads.q.device):
+            return self._attend_wide(heads, state)
+
+    def _attend_wide(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         wide = torch.promote_types(heads.q.dtype, torch.float32)
         q = elu_plus_one(heads.q.to(wide))
         before = None

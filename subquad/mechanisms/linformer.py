@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.ops.packing import take, valid_first
+from subquad.ops.packing import has_gaps, take, valid_first
 from subquad.registry import register
 from subquad.state import State
 
@@ -109,8 +109,10 @@ class Linformer(HeadMixer):
         assert heads.v is not None
         k, v, valid = heads.k, heads.v, heads.key_mask.valid
         if valid is not None:
-            order = valid_first(valid)
-            k, v = (take(tensor.masked_fill(~valid[:, None, :, None], 0.0), order) for tensor in (k, v))
+            k, v = (tensor.masked_fill(~valid[:, None, :, None], 0.0) for tensor in (k, v))
+            if has_gaps(valid):
+                order = valid_first(valid)
+                k, v = take(k, order), take(v, order)
         length = k.shape[2]
         compress_value = self.compress_key if self.compress_value is None else self.compress_value
         k = self.compress_key[..., :length] @ k  # (B, H, R, E)

@@ -23,7 +23,7 @@ from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import continue_segments
-from subquad.ops.packing import put_back, take, valid_first
+from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.window import Window, window_attention, window_cost, window_sides
 from subquad.registry import register
 from subquad.state import State, state_dataclass
@@ -114,7 +114,7 @@ class Local(HeadMixer):
         last_segment = before.segments[:, -1] if left else torch.zeros_like(before.length)
         segments = continue_segments("local", last_segment, before.length, mask, length)
         valid = torch.ones_like(segments, dtype=torch.bool) if mask.valid is None else mask.valid
-        order = None if mask.valid is None else valid_first(mask.valid)
+        order = valid_first(mask.valid) if mask.valid is not None and has_gaps(mask.valid) else None
         if order is not None:
             q, k, v, valid, segments = (take(tensor, order) for tensor in (q, k, v, valid, segments))
         k, v = (torch.cat((old.to(q.dtype), new), dim=2) for old, new in ((before.keys, k), (before.values, v)))

@@ -25,6 +25,7 @@ from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.ops.features import key_features, orthogonal_features, query_features
 from subquad.ops.linear import all_sums, read_sums
+from subquad.ops.precision import full_precision
 from subquad.registry import register
 from subquad.state import State
 
@@ -90,7 +91,11 @@ class Performer(HeadMixer):
         self.register_buffer("directions", directions.to(self.project_query.weight.dtype))
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
-        """Map queries and keys to features, then attend linearly."""
+        """Map queries and keys to features, then attend linearly; never narrowed by autocast."""
+        with full_precision(heads.q.device):
+            return self._attend_wide(heads), None
+
+    def _attend_wide(self, heads: Heads) -> Tensor:
         assert heads.k is not None
         assert heads.v is not None
         wide = torch.promote_types(heads.q.dtype, torch.float32)
@@ -100,4 +105,4 @@ class Performer(HeadMixer):
         k = key_features(heads.k.to(wide) * scale, directions, epsilon=epsilon, valid=heads.key_mask.valid)
         # Makes 0 of 0 / 0 in an example without valid keys, with finite gradients, and changes nothing else.
         smallest = torch.finfo(wide).tiny ** 0.5
-        return read_sums(q, all_sums(k, heads.v.to(wide)), epsilon=smallest), None
+        return read_sums(q, all_sums(k, heads.v.to(wide)), epsilon=smallest)

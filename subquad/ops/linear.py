@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.ops.precision import full_precision
+
 DENOMINATOR_EPSILON = 1e-6
 """Added to every denominator, so that a row without keys gives 0 (the value of the official Linear Transformer)."""
 
@@ -71,9 +73,10 @@ def linear_attention(
     _check_shapes(q, k, v, causal, valid)
     wide = torch.promote_types(q.dtype, torch.float32)
     k_wide = zero_keys(k.to(wide), valid)
-    if causal:
-        return causal_sums(q.to(wide), k_wide, v.to(wide), None, normalize=normalize)[0].to(q.dtype)
-    return read_sums(q.to(wide), all_sums(k_wide, v.to(wide)), normalize=normalize).to(q.dtype)
+    with full_precision(q.device):
+        if causal:
+            return causal_sums(q.to(wide), k_wide, v.to(wide), None, normalize=normalize)[0].to(q.dtype)
+        return read_sums(q.to(wide), all_sums(k_wide, v.to(wide)), normalize=normalize).to(q.dtype)
 
 
 def zero_keys(k: Tensor, valid: Tensor | None) -> Tensor:

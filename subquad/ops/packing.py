@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def has_gaps(valid: Tensor) -> bool:
+    """Whether an invalid token precedes a valid one in some row of valid (bool (B, L)); False for right padding."""
+    return bool((valid[:, 1:] & ~valid[:, :-1]).any())
+
+
 def valid_first(valid: Tensor) -> Tensor:
     """Order, int64 (B, L), that puts the valid tokens (bool (B, L)) of each row first and keeps their order."""
     return torch.argsort(~valid, dim=1, stable=True)

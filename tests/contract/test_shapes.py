@@ -99,3 +99,17 @@ def test_a_module_saved_and_loaded_gives_the_same_bits(name: str, dims: Dims) ->
     context = x if dims.cross else None
     assert torch.equal(first(x, context).y, second(x, context).y)
     assert repr(first.config) in repr(first)
+
+
+@pytest.mark.parametrize(("name", "dims"), CASES)
+def test_autocast_stays_close_and_returns_the_dtype_of_x(name: str, dims: Dims) -> None:
+    mixer = build_from_config(small_config(name), dims)
+    x = torch.randn(2, 40, dims.embed_dim)
+    context = torch.randn(2, 30, dims.embed_dim) if dims.cross else None
+    exact = mixer(x, context).y.detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = mixer(x, context).y
+    assert y.dtype == torch.float32
+    assert float((y.detach() - exact).norm() / exact.norm()) < 0.03
+    y.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in mixer.parameters() if p.grad is not None)

@@ -80,7 +80,9 @@ def test_a_missing_or_unknown_name_is_refused(config_class: type[Config]) -> Non
         base.from_dict({})
     with pytest.raises(ValueError, match="needs its 'name'"):
         base.from_dict({"name": 3})
-    with pytest.raises(ValueError, match=rf"unknown .* mixer '{config_class.name}x'; did you mean '{config_class.name}'"):
+    with pytest.raises(
+        ValueError, match=rf"unknown .* mixer '{config_class.name}x'; did you mean '{config_class.name}'"
+    ):
         base.from_dict({"name": f"{config_class.name}x"})
 
 
@@ -88,7 +90,9 @@ def test_a_missing_or_unknown_name_is_refused(config_class: type[Config]) -> Non
 def test_configs_are_values(config_class: type[Config]) -> None:
     assert config_class() == config_class()
     assert hash(config_class()) == hash(config_class())
-    assert all(config_class(**{option: value}) != config_class() for option, value in other_values(config_class).items())
+    assert all(
+        config_class(**{option: value}) != config_class() for option, value in other_values(config_class).items()
+    )
     for option in other_values(config_class):
         with pytest.raises(FrozenInstanceError):
             setattr(config_class(), option, 1)

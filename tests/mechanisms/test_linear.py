@@ -31,9 +31,13 @@ def definition(mixer: HeadMixer, x: Tensor, source: Tensor, mask: Mask | None, s
     out = []
     for b in range(x.shape[0]):
         for i in range(x.shape[1]):
-            keys = [j for j in range(source.shape[1]) if is_valid(source_mask, b, j) and (j <= i or not mixer.dims.causal)]
+            keys = [
+                j for j in range(source.shape[1]) if is_valid(source_mask, b, j) and (j <= i or not mixer.dims.causal)
+            ]
             weights = torch.einsum("he,nhe->nh", q[b, i], k[b, keys])
-            out.append(torch.einsum("nh,nhe->he", weights, v[b, keys]) / (weights.sum(0) + DENOMINATOR_EPSILON)[:, None])
+            out.append(
+                torch.einsum("nh,nhe->he", weights, v[b, keys]) / (weights.sum(0) + DENOMINATOR_EPSILON)[:, None]
+            )
     return finish(mixer, torch.stack(out).unflatten(0, x.shape[:2]), mask)
 
 

@@ -135,5 +135,7 @@ def test_longer_input_and_context_are_refused() -> None:
 def test_bad_options_are_refused() -> None:
     with pytest.raises(ValueError, match="linformer: rank must be at least 1, got 0"):
         linformer(rank=0)
-    with pytest.raises(ValueError, match="option 'sharing' must be one of 'none', 'headwise', 'key_value', 'layerwise'"):
+    with pytest.raises(
+        ValueError, match="option 'sharing' must be one of 'none', 'headwise', 'key_value', 'layerwise'"
+    ):
         linformer("head")

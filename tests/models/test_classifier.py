@@ -145,8 +145,8 @@ def test_the_first_token_can_be_global(name: str) -> None:
     assert torch.equal(reach[wide], attention.bool())
     asked = torch.zeros_like(tokens)
     asked[:, 3] = 1
-    more = wide(tokens, attention_mask=attention, global_attention_mask=asked).logits
-    assert not torch.allclose(more, wide(tokens, attention_mask=attention).logits)
+    more = wide.model(tokens, attention_mask=attention, global_attention_mask=asked).last_hidden_state
+    assert not torch.allclose(more, wide.model(tokens, attention_mask=attention).last_hidden_state)
 
 
 def test_global_tokens_leave_a_receipt_where_they_are_ignored() -> None:
@@ -171,7 +171,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(mixer: Any) -> None:
     for checkpointed in (False, True):
         model = classifier(mixer=mixer).double().train()
         if checkpointed:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
+            assert all(block.gradient_checkpointing for block in model.model.blocks)
         tokens, attention = batch()
         model(tokens, attention_mask=attention, labels=torch.tensor([0, 1, 2])).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -181,6 +182,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(mixer: Any) -> None:
 
 
 @BY_MIXER
+@torch.no_grad()
 def test_bfloat16_stays_close_to_float32(mixer: Any) -> None:
     model, (tokens, attention) = classifier(mixer=mixer), batch()
     exact = model(tokens, attention_mask=attention).logits

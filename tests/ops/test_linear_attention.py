@@ -79,7 +79,11 @@ def test_it_is_public() -> None:
         (((2, 3, 4, 4), (2, 3, 5, 4), (2, 3, 4, 4)), {}, r"expected q \(B, H, L, F\)"),
         (((2, 3, 4, 4), (2, 3, 5, 4), (2, 3, 5, 4)), {"causal": True}, "causal=True needs as many keys as queries"),
         (((2, 3, 4, 4),) * 3, {"valid": torch.ones(2, 4)}, r"valid must be bool \(2, 4\), got torch.float32"),
-        (((2, 3, 4, 4),) * 3, {"valid": torch.ones(2, 5, dtype=torch.bool)}, r"valid must be bool \(2, 4\), .* \(2, 5\)"),
+        (
+            ((2, 3, 4, 4),) * 3,
+            {"valid": torch.ones(2, 5, dtype=torch.bool)},
+            r"valid must be bool \(2, 4\), .* \(2, 5\)",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(
@@ -88,3 +92,11 @@ def test_shapes_that_do_not_fit_are_refused(
     q, k, v = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=message):
         linear_attention(q, k, v, **{"causal": False, **options})  # pyright: ignore[reportArgumentType] - cases
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_autocast_does_not_narrow_the_sums(causal: bool) -> None:
+    q, k, v = (torch.rand(1, 2, 300, 4) for _ in range(3))
+    expected = linear_attention(q, k, v, causal=causal)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linear_attention(q, k, v, causal=causal), expected)
