@@ -84,7 +84,7 @@ class MixerConfig(_WrittenConfig, ABC):
     placement: ClassVar[Literal["sublayer", "block"]] = "sublayer"
     """A sublayer gets the normalised stream; a block owns norm, residual and channel mixing."""
     padded_structure: ClassVar[str] = ""
-    """What is laid over the padded length (blocks, landmarks), so that right padding changes the result; "" if nothing."""
+    """What is laid over the padded length (blocks, landmarks), so that right padding changes the result; or nothing."""
 
     @property
     @abstractmethod

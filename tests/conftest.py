@@ -19,6 +19,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def every_warning() -> None:
+    """Torch warns once in a process: whether a test fails by it would depend on those that ran before."""
+    import torch
+
+    torch.set_warn_always(True)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """Every test draws the same numbers, alone or among others."""

@@ -68,7 +68,7 @@ def test_a_wrong_type_is_refused_with_what_was_expected(field: str, value: Any, 
 def test_unknown_and_missing_options_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^mine: unknown option 'cuont'; did you mean 'count'\? Known: count, flag"):
         make_config(Options, "mine", {"cuont": 1})
-    with pytest.raises(ValueError, match="^mine: option 'count' is required and has no default$"):
+    with pytest.raises(ValueError, match=r"^mine: option 'count' is required and has no default$"):
         make_config(Options, "mine", {})
 
 

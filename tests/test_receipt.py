@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from threading import Thread
 
+import pytest
+
 from subquad import Receipt, receipts
 from subquad.receipt import leave_receipt
 
@@ -35,12 +37,12 @@ def test_nested_blocks_each_get_every_receipt() -> None:
 
 def test_nobody_collects_outside_a_block_or_after_an_error() -> None:
     leave()
-    try:
-        with receipts() as collected:
+    with receipts() as outer:
+        with pytest.raises(KeyError), receipts() as inner:
             raise KeyError
-    except KeyError:
         leave()
-    assert collected.entries == []
+    assert inner.entries == []
+    assert len(outer.entries) == 1
 
 
 def test_a_block_belongs_to_its_own_thread() -> None:

@@ -9,18 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from subquad.benchmark.environment import this_environment
-from subquad.benchmark.mechanism_card import mechanism_card
+from subquad.benchmark.environment import hardware_name, this_environment
 from subquad.benchmark.mixers import NamedMixer, parse_mixer
 from subquad.benchmark.observer import Observer
-from subquad.benchmark.plan import RunPlan, sketch, task_info
-from subquad.benchmark.probes import ProbeResult, offered_forms, run_probes
+from subquad.benchmark.plan import RunPlan, Sketch, sketch, task_info
+from subquad.benchmark.profiler import profile_dims
 from subquad.benchmark.profiling import profile_mixers
+from subquad.benchmark.proving import probe_records, prove
 from subquad.benchmark.runner import discard_checkpoints, execute, majority_record, not_trained_record
-from subquad.benchmark.worker import Progress, Worker
-from subquad.build import make_dims
+from subquad.benchmark.worker import Worker
 from subquad.records.mechanisms import Mechanism, Mechanisms
-from subquad.records.schema import DENSE, ProbeRecord, RunRecord, Status
+from subquad.records.schema import DENSE, RunRecord, Status
 from subquad.records.store import (
     MECHANISMS_FILE,
     path_of_run,
@@ -32,9 +31,6 @@ from subquad.records.store import (
 )
 from subquad.tasks.base import TaskData
 from subquad.training.presets import Preset
-
-PICTURE_LENGTH = 32
-"""Tokens in the picture of who attends whom."""
 
 
 @dataclass(frozen=True)
@@ -72,24 +68,33 @@ class PlannedRun:
 
     Attributes:
         plan: what decides it.
-        parameters: of its model; None where it can't be built.
-        training_flops: of the whole training, estimated as three forward passes per example of full length.
+        sketch: size and price of its model, or why it can't be built.
         done: whether its record exists; one that failed is tried again.
-        obstacle: why it can't be built, or "".
     """
 
     plan: RunPlan
-    parameters: int | None
-    training_flops: float
+    sketch: Sketch
     done: bool
-    obstacle: str = ""
+
+    @property
+    def training_flops(self) -> float:
+        """Of the whole training, estimated as three forward passes per example of full length; 0 if not built."""
+        training = self.plan.preset.training
+        flops = 0 if self.sketch.cost is None else self.sketch.cost.flops
+        return 3.0 * flops * training.batch_size * training.steps
 
 
 def plan_runs(request: Request, data: TaskData) -> list[PlannedRun]:
-    """The runs of a comparison, seed by seed, so that every mechanism has one before any has two."""
-    return [
-        _planned(request, _plan(request, mixer, seed, data), data) for seed in request.seeds for mixer in request.mixers
-    ]
+    """The runs of a comparison, seed by seed, so that every mechanism has one before any has two.
+
+    Raises:
+        ValueError: the preset doesn't go with dense attention, hence with none; or a record is damaged.
+    """
+    sketches = {mixer.text: sketch(_plan(request, mixer, 0, data), data) for mixer in request.mixers}
+    if DENSE in sketches and (obstacle := sketches[DENSE].obstacle):
+        raise ValueError(f"preset {request.preset.source}: even dense attention can't be built: {obstacle}")
+    runs = [(mixer, _plan(request, mixer, seed, data)) for seed in request.seeds for mixer in request.mixers]
+    return [PlannedRun(plan, sketches[mixer.text], _is_recorded(request.output, plan, data)) for mixer, plan in runs]
 
 
 def compare(request: Request, data: TaskData, observer: Observer) -> None:
@@ -102,9 +107,10 @@ def compare(request: Request, data: TaskData, observer: Observer) -> None:
     runs = plan_runs(request, data)
     with Worker([mixer.text for mixer in request.mixers]) as worker:
         cards = _prove_and_train(request, runs, data, worker, observer)
-        unsound = {planned.plan.mixer.text for planned in runs if planned.obstacle}
+        unsound = {planned.plan.mixer.text for planned in runs if planned.sketch.obstacle}
         unsound |= {text for text, card in cards.items() if card.red_probes}
         sound = [mixer for mixer in request.mixers if mixer.text not in unsound]
+        sound = [mixer for mixer in sound if _can_be_profiled(mixer, request, observer)]
         profile_mixers(sound, request.preset.profile, request.output, worker, observer, force=request.force)
 
 
@@ -119,8 +125,12 @@ def train(request: Request, data: TaskData, observer: Observer) -> list[Path]:
 def _prove_and_train(
     request: Request, runs: list[PlannedRun], data: TaskData, worker: Worker, observer: Observer
 ) -> dict[str, Mechanism]:
-    cards = {mixer.text: _prove(mixer, worker, observer) for mixer in request.mixers}
-    _keep_cards(request.output, list(cards.values()))
+    """Cards of what was proved now, by the mixer's text: all that will be trained, or has no card yet."""
+    known = _known_cards(request.output)
+    due = {planned.plan.mixer.text for planned in runs if request.force or not planned.done}
+    proved = [mixer for mixer in request.mixers if mixer.text in due or mixer.config.name not in known]
+    cards = {mixer.text: prove(mixer, worker, observer) for mixer in proved}
+    _keep_cards(request.output, known, list(cards.values()))
     _write_majority(request, data)
     for planned in runs:
         if planned.done and not request.force:
@@ -128,43 +138,16 @@ def _prove_and_train(
             continue
         card = cards[planned.plan.mixer.text]
         record = _train(planned, data, card, worker, observer)
-        write_run(request.output, record.model_copy(update={"probes": _outcomes(card)}), force=True)
+        write_run(request.output, record.model_copy(update={"probes": probe_records(card)}), force=True)
         discard_checkpoints(planned.plan)
     return cards
 
 
-def prove_in_worker(text: str, progress: Progress) -> Mechanism:
-    """Every probe of every form that a mechanism offers, and its pictures; called in the worker process."""
-    config = parse_mixer(text).config
-    dims = make_dims(embed_dim=16, num_heads=2, max_length=64)
-    results: list[tuple[str, ProbeResult]] = []
-    forms = offered_forms(config, dims)
-    for index, form in enumerate(forms):
-        kind = "causal" if form.causal else "cross" if form.cross else "bidirectional"
-        progress(index, len(forms), kind)
-        results += [(kind, result) for result in run_probes(config, form)]
-    return mechanism_card(config, results, length=PICTURE_LENGTH)
-
-
-def _prove(mixer: NamedMixer, worker: Worker, observer: Observer) -> Mechanism:
-    step = observer.begin(f"prove {mixer.text}")
-    card = worker.call(prove_in_worker, mixer.text, progress=step.progress)
-    passed = sum(probe.passed for probe in card.probes)
-    step.end(f"{passed} of {len(card.probes)} proofs hold", failed=bool(card.red_probes))
-    for probe in card.red_probes:
-        observer.say(f"{mixer.text}: {probe.name}: {probe.detail}")
-    return card
-
-
-def _outcomes(card: Mechanism) -> tuple[ProbeRecord, ...]:
-    return tuple(ProbeRecord(name=p.name, passed=p.passed, detail=p.detail, seconds=0.0) for p in card.probes)
-
-
 def _train(planned: PlannedRun, data: TaskData, card: Mechanism, worker: Worker, observer: Observer) -> RunRecord:
-    plan = planned.plan
-    if planned.obstacle:
-        observer.say(f"{_title(plan)}: not applicable: {planned.obstacle}")
-        return not_trained_record(plan, data, Status.NOT_APPLICABLE, planned.obstacle)
+    plan, obstacle = planned.plan, planned.sketch.obstacle
+    if obstacle:
+        observer.say(f"{_title(plan)}: {planned.sketch.status.value}: {obstacle}")
+        return not_trained_record(plan, data, planned.sketch.status, obstacle)
     if card.red_probes:
         names = ", ".join(dict.fromkeys(probe.name for probe in card.red_probes))
         return not_trained_record(plan, data, Status.FAILED, f"not trained, since proofs failed: {names}")
@@ -180,6 +163,15 @@ def _outcome(record: RunRecord) -> str:
     return f"test {100 * record.metric.best_validation.test:.1f} %"
 
 
+def _can_be_profiled(mixer: NamedMixer, request: Request, observer: Observer) -> bool:
+    try:
+        profile_dims(mixer.config, request.preset.profile)
+    except ValueError as error:
+        observer.say(f"{mixer.text}: no profile: {error}")
+        return False
+    return True
+
+
 def _plan(request: Request, mixer: NamedMixer, seed: int, data: TaskData) -> RunPlan:
     plan = RunPlan(request.preset, mixer, seed, request.data, request.generated, request.output)
     record = _record_path(request.output, plan, data)
@@ -188,20 +180,10 @@ def _plan(request: Request, mixer: NamedMixer, seed: int, data: TaskData) -> Run
     )
 
 
-def _planned(request: Request, plan: RunPlan, data: TaskData) -> PlannedRun:
-    done = _is_recorded(request.output, plan, data)
-    try:
-        parameters, cost = sketch(plan, data)
-    except ValueError as error:
-        return PlannedRun(plan, None, 0.0, done, str(error))
-    training = plan.preset.training
-    return PlannedRun(plan, parameters, 3.0 * cost.flops * training.batch_size * training.steps, done)
-
-
 def _record_path(output: Path, plan: RunPlan, data: TaskData) -> Path:
     return run_path(
         output,
-        hardware=this_environment().hardware,
+        hardware=hardware_name(),
         task=task_info(data),
         preset=plan.preset.name,
         mixer=plan.mixer.config.to_dict(),
@@ -224,15 +206,18 @@ def _write_majority(request: Request, data: TaskData) -> None:
         write_run(request.output, record, force=request.force)
 
 
-def _keep_cards(output: Path, cards: list[Mechanism]) -> None:
-    """Write the cards, one for each name; those of mechanisms that are not in this comparison stay."""
-    known = read_mechanisms(output / MECHANISMS_FILE).mechanisms if (output / MECHANISMS_FILE).exists() else ()
-    by_name = {card.name: card for card in known}
+def _known_cards(output: Path) -> dict[str, Mechanism]:
+    path = output / MECHANISMS_FILE
+    return {card.name: card for card in read_mechanisms(path).mechanisms} if path.exists() else {}
+
+
+def _keep_cards(output: Path, known: dict[str, Mechanism], cards: list[Mechanism]) -> None:
+    """Write the cards, one for each name; those of mechanisms that were not proved now stay."""
+    by_name = dict(known)
     for name in {card.name for card in cards}:
         same = [card for card in cards if card.name == name]
         by_name[name] = same[0].model_copy(update={"probes": tuple(probe for card in same for probe in card.probes)})
-    everything = [by_name[name] for name in sorted(by_name)]
-    write_mechanisms(output, Mechanisms(mechanisms=tuple(everything)))
+    write_mechanisms(output, Mechanisms(mechanisms=tuple(by_name[name] for name in sorted(by_name))))
 
 
 def _title(plan: RunPlan) -> str:

@@ -18,14 +18,11 @@ from subquad.records.store import slug
 
 def this_environment() -> Environment:
     """What the measurements of this process depend on."""
-    cpu, threads = cpu_name(), torch.get_num_threads()
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    parts = (cpu, f"{threads}-threads") if accelerator is None else (accelerator,)
     return Environment(
-        hardware=slug("-".join(parts)),
-        cpu=cpu,
-        accelerator=accelerator,
-        threads=threads,
+        hardware=hardware_name(),
+        cpu=cpu_name(),
+        accelerator=_accelerator(),
+        threads=torch.get_num_threads(),
         memory_bytes=memory_bytes(),
         operating_system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
@@ -34,6 +31,16 @@ def this_environment() -> Environment:
         subquad=subquad.__version__,
         commit=commit(),
     )
+
+
+def hardware_name() -> str:
+    """What the folder of this machine's records is called: its accelerator, or processor and threads."""
+    accelerator = _accelerator()
+    return slug(f"{cpu_name()}-{torch.get_num_threads()}-threads" if accelerator is None else accelerator)
+
+
+def _accelerator() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def cpu_name() -> str:

@@ -8,7 +8,10 @@ user's own: the file is run, since the user named it, and the class joins the re
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
+import inspect
 import json
 import sys
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.build import mixer_config
+from subquad.config import nearest
 from subquad.interface import MixerConfig
 from subquad.registry import MIXERS, default_name, register
 
@@ -59,7 +63,15 @@ def parse_mixer(text: str) -> NamedMixer:
         if not rest:
             raise ValueError(f"{text!r}: name the config class in the file, as {name}:MyConfig")
         name = load_user_mixer(Path(name), rest.pop(0))
-    return NamedMixer(text, mixer_config(name, **dict(_option(text, option) for option in rest)))
+    options = dict(_option(text, option) for option in rest)
+    try:
+        config = mixer_config(name, **options)
+        _ = config.traits
+    except ValueError:
+        raise
+    except Exception as error:  # only a mechanism of the user's own raises anything else
+        raise ValueError(f"{text}: the config can't be made: {type(error).__name__}: {error}") from error
+    return NamedMixer(text, config)
 
 
 def load_user_mixer(path: Path, class_name: str) -> str:
@@ -70,19 +82,32 @@ def load_user_mixer(path: Path, class_name: str) -> str:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    module_name = f"subquad_user_{path.stem}"
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]  # files of equal name are different files
+    module_name = f"subquad_user_{path.stem}_{digest}"
     if module_name not in sys.modules:
         _run_file(path, module_name)
-    config_class = getattr(sys.modules[module_name], class_name, None)
-    if not (isinstance(config_class, type) and issubclass(config_class, MixerConfig)):
-        raise ValueError(
-            f"{path}: expected a class {class_name} derived from subquad.MixerConfig, got {config_class!r}"
-        )
+    config_class = _config_class(path, vars(sys.modules[module_name]), class_name)
     registered = next((name for name, known in MIXERS.items() if known is config_class), None)
     if registered is None:
         register(config_class)
         registered = default_name(config_class)
     return registered
+
+
+def _config_class(path: Path, names: dict[str, Any], class_name: str) -> type[MixerConfig]:
+    candidates = {
+        name: value for name, value in names.items() if isinstance(value, type) and issubclass(value, MixerConfig)
+    }
+    config_class = candidates.get(class_name)
+    if config_class is None:
+        own = [name for name, value in candidates.items() if value.__module__ == names["__name__"]]
+        raise ValueError(
+            f"{path}: no class {class_name!r} derived from subquad.MixerConfig; {nearest(class_name, own)}"
+        )
+    if inspect.isabstract(config_class):
+        missing = ", ".join(sorted(config_class.__abstractmethods__))
+        raise ValueError(f"{path}: {class_name} is incomplete: it needs {missing}")
+    return config_class
 
 
 def _run_file(path: Path, module_name: str) -> None:
@@ -92,8 +117,9 @@ def _run_file(path: Path, module_name: str) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise ValueError(f"{path}: running the file failed: {type(error).__name__}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from subquad.benchmark.mixers import NamedMixer
 from subquad.benchmark.profiler import cost_record
-from subquad.records.schema import Budget, CostRecord, TaskInfo
+from subquad.records.schema import Budget, CostRecord, Status, TaskInfo
 from subquad.tasks.base import TaskData
 from subquad.tasks.registry import load_task
 from subquad.training.presets import Preset
@@ -58,9 +59,27 @@ class RunPlan:
     @property
     def command(self) -> str:
         """The command that makes this run again."""
-        preset, data = self.preset, "" if self.generated else f" --data {self.data}"
-        run = f"subquad run --task {preset.task} --preset {preset.name}"
-        return f"{run} --mixer {self.mixer.text} --seed {self.seed}{data}"
+        preset = self.preset
+        words = ["subquad", "run", "--task", preset.task, "--preset", preset.source, "--mixer", self.mixer.text]
+        words += ["--seed", str(self.seed), *([] if self.generated else ["--data", str(self.data)])]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What is known of a run's model before it is trained.
+
+    Attributes:
+        parameters: their number; 0 where the model can't be built.
+        cost: price of its blocks for one example of full length; None where the model can't be built.
+        status: ok, or not applicable (the mechanism refuses this task), or failed (it raised something else).
+        obstacle: why it can't be built, or "".
+    """
+
+    parameters: int = 0
+    cost: CostRecord | None = None
+    status: Status = Status.OK
+    obstacle: str = ""
 
 
 def read_data(preset: Preset, directory: Path, *, generated: bool) -> TaskData:
@@ -84,15 +103,23 @@ def task_info(data: TaskData) -> TaskInfo:
     )
 
 
-def sketch(plan: RunPlan, data: TaskData) -> tuple[int, CostRecord]:
-    """Parameters of the run's model, and the price of its blocks for one example of full length; nothing is allocated.
+def sketch(plan: RunPlan, data: TaskData) -> Sketch:
+    """Size and price of the run's model, or why it can't be built; nothing is allocated."""
+    try:
+        with torch.device("meta"):
+            model = build_model(plan, data)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        return Sketch(size, cost_record(model.model.cost(data.max_length)))
+    except ValueError as error:
+        return Sketch(status=Status.NOT_APPLICABLE, obstacle=str(error))
+    except Exception as error:  # a mechanism of the user's own may raise anything
+        return Sketch(status=Status.FAILED, obstacle=first_line(type(error).__name__, str(error)))
 
-    Raises:
-        ValueError: the mechanism can't be built for this task.
-    """
-    with torch.device("meta"):
-        model = build_model(plan, data)
-    return sum(parameter.numel() for parameter in model.parameters()), cost_record(model.model.cost(data.max_length))
+
+def first_line(kind: str, message: str) -> str:
+    """An error as a record keeps it: its kind and the first line of its message."""
+    lines = message.strip().splitlines()
+    return f"{kind}: {lines[0]}" if lines else kind
 
 
 def build_model(plan: RunPlan, data: TaskData) -> Any:

@@ -8,7 +8,7 @@ turns, sample by sample. Dense is the mechanism `full`, in the same form.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from subquad.benchmark.memory import PeakMemory, saved_bytes
 from subquad.benchmark.mixers import parse_mixer
 from subquad.benchmark.timing import interleaved_seconds
+from subquad.benchmark.worker import become_worker, start_process
 from subquad.build import build_from_config, check_dims, make_dims, mixer_config
 from subquad.costs import Cost
 from subquad.interface import Dims, MixerConfig, TokenMixer
@@ -27,9 +28,6 @@ from subquad.training.presets import ProfileSettings
 
 DENSE = "full"
 """The mechanism that all others are compared with."""
-
-Progress = Callable[[int, int, str], None]
-"""Called as `progress(done, total, what)`."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +128,8 @@ def peak_bytes_in_fresh_process(text: str, settings: ProfileSettings, *, causal:
     Returns:
         Bytes by length; lengths that the process did not survive, or whose peak the system doesn't tell, are missing.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_peaks, args=(sender, text, settings, causal), daemon=True)
-    process.start()
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = start_process(_send_peaks, sender, text, settings, causal, torch.get_num_threads())
     sender.close()
     peaks: dict[int, int] = {}
     try:
@@ -147,15 +143,19 @@ def peak_bytes_in_fresh_process(text: str, settings: ProfileSettings, *, causal:
     return peaks
 
 
-def _send_peaks(sender: Connection, text: str, settings: ProfileSettings, causal: bool) -> None:
+def _send_peaks(sender: Connection, text: str, settings: ProfileSettings, causal: bool, threads: int) -> None:
+    become_worker(threads)
     torch.manual_seed(0)
     config = parse_mixer(text).config
     dims = profile_dims(config, settings, causal=causal)
     memory = PeakMemory()
     for length in settings.lengths:
-        subject = _Subject(config, dims, settings, length)
-        memory.restart()
-        subject.forward_backward()
+        try:
+            subject = _Subject(config, dims, settings, length)
+            memory.restart()
+            subject.forward_backward()
+        except Exception:  # why is told by the measurement of speed, which meets the same; here a length is missing
+            return
         peak = memory.bytes()
         if peak is not None:
             sender.send((length, peak))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from subquad.benchmark.environment import this_environment
@@ -35,7 +37,9 @@ def profile_mixers(
     causal: bool = False,
     force: bool = False,
 ) -> list[Path]:
-    """Profile the mixers that have no profile yet, and write a record for each.
+    """Profile the mixers that have no profile at these lengths yet, and write a record for each.
+
+    A profile that was recorded at other lengths is measured again at those and these. One that ended early is kept.
 
     Args:
         mixers: what to profile.
@@ -49,20 +53,33 @@ def profile_mixers(
     Raises:
         OutputError: the output can't be written.
     """
-    records = {mixer.text: _record(mixer, settings, causal=causal) for mixer in mixers}
-    missing = [m for m in mixers if force or not path_of_profile(output, records[m.text]).exists()]
+    known = {mixer.text: _recorded(mixer, settings, output, causal=causal) for mixer in mixers}
+    missing = [mixer for mixer in mixers if force or not _is_complete(known[mixer.text], settings)]
     if not missing:
         return []
+    if not force:
+        recorded = {point.length for m in missing if (record := known[m.text]) for point in record.points}
+        settings = replace(settings, lengths=tuple(sorted(recorded | set(settings.lengths))))
     points = _measure(missing, settings, worker, observer, causal=causal)
     paths = []
     for mixer in missing:
         found, failure = points[mixer.text]
-        update: dict[str, object] = {"points": tuple(found), "created": utc_now()}
-        update |= (
-            {"status": Status.FAILED, "message": failure} if not found else {"status": Status.OK, "message": failure}
-        )
-        paths.append(write_profile(output, records[mixer.text].model_copy(update=update), force=force))
+        status = Status.OK if found else Status.FAILED
+        update = {"points": tuple(found), "created": utc_now(), "status": status, "message": failure}
+        record = _record(mixer, settings, causal=causal).model_copy(update=update)
+        paths.append(write_profile(output, record, force=True))
     return paths
+
+
+def _recorded(mixer: NamedMixer, settings: ProfileSettings, output: Path, *, causal: bool) -> ProfileRecord | None:
+    path = path_of_profile(output, _record(mixer, settings, causal=causal))
+    return read_profile(path) if path.exists() else None
+
+
+def _is_complete(record: ProfileRecord | None, settings: ProfileSettings) -> bool:
+    if record is None or record.status is not Status.OK:
+        return False
+    return bool(record.message) or {point.length for point in record.points} >= set(settings.lengths)
 
 
 def find_profiles(
@@ -101,6 +118,8 @@ def _measure(
     for index, length in enumerate(settings.lengths):
         step.progress(index, len(settings.lengths), f"{length:,} tokens")
         alive = [text for text in texts if not failures[text]]
+        if not alive:
+            break
         for group in _groups(alive, settings, length, worker, causal, measured):
             failures |= group
     step.end(f"{len(texts)} mixers at {len(settings.lengths)} lengths", failed=any(failures.values()))
@@ -158,10 +177,11 @@ def _record(mixer: NamedMixer, settings: ProfileSettings, *, causal: bool) -> Pr
     dims = profile_dims(mixer.config, settings, causal=causal)
     form = " --causal" if dims.causal and mixer.config.traits.bidirectional else ""
     lengths = ",".join(str(length) for length in settings.lengths)
+    text = shlex.quote(mixer.text)
     return ProfileRecord(
         created=utc_now(),
         command=(
-            f"subquad profile --mixers {mixer.text} --lengths {lengths} --embed-dim {settings.embed_dim} "
+            f"subquad profile --mixers {text} --lengths {lengths} --embed-dim {settings.embed_dim} "
             f"--num-heads {settings.num_heads} --batch-size {settings.batch_size} --rounds {settings.rounds}{form}"
         ),
         mixer=mixer.config.to_dict(),

@@ -6,6 +6,7 @@ so that a run whose process was killed has one too.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from subquad.benchmark.environment import this_environment
 from subquad.benchmark.memory import saved_bytes
 from subquad.benchmark.mixers import parse_mixer
-from subquad.benchmark.plan import RunPlan, build_model, read_data, sketch, task_info
+from subquad.benchmark.plan import RunPlan, build_model, first_line, read_data, sketch, task_info
 from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
 from subquad.receipt import Receipt, receipts
 from subquad.records.schema import (
@@ -67,7 +68,7 @@ def execute(plan: RunPlan, data: TaskData, worker: Worker, progress: Progress | 
             raise OutputError(
                 f"{plan.checkpoints}: a checkpoint can't be written ({error}); free some space"
             ) from error
-        return _record(plan, data, this_environment(), status=_status(error), message=_first_line(error))
+        return _record(plan, data, this_environment(), status=_status(error), message=_message(error))
 
 
 def train_in_worker(plan: RunPlan, progress: Progress) -> Trained:
@@ -78,6 +79,8 @@ def train_in_worker(plan: RunPlan, progress: Progress) -> Trained:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # the worker has made other runs before
     data = read_data(plan.preset, plan.data, generated=plan.generated)
     torch.manual_seed(plan.seed)
     with receipts() as collected:
@@ -113,7 +116,7 @@ def majority_record(preset: Preset, data: TaskData, environment: Environment) ->
     score = Score(step=0, validation=validation, test=accuracy)
     return RunRecord(
         created=utc_now(),
-        command=f"subquad compare --task {preset.task} --preset {preset.name}",
+        command=shlex.join(["subquad", "compare", "--task", preset.task, "--preset", preset.source]),
         mixer={"name": MAJORITY},
         environment=environment,
         status=Status.OK,
@@ -160,9 +163,8 @@ def _status(error: WorkError) -> Status:
     return Status.OUT_OF_MEMORY if full else Status.FAILED
 
 
-def _first_line(error: WorkError) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{error.kind}: {lines[0]}" if lines else error.kind
+def _message(error: WorkError) -> str:
+    return str(error) if error.kind == "DivergenceError" else first_line(error.kind, str(error))
 
 
 def _with_note(progress: Progress) -> Callable[[int, int, float | None], None]:
@@ -187,11 +189,7 @@ def _record(
     status: Status = Status.OK,
     message: str = "",
 ) -> RunRecord:
-    dense = replace(plan, mixer=parse_mixer(DENSE))
-    try:
-        parameters, cost = sketch(plan, data)
-    except ValueError:  # what can't be built has no size; the message says why
-        parameters, cost = 0, None
+    ours, dense = sketch(plan, data), sketch(replace(plan, mixer=parse_mixer(DENSE)), data)
     return RunRecord(
         created=utc_now(),
         command=plan.command,
@@ -203,8 +201,8 @@ def _record(
         task=task_info(data),
         placement=plan.mixer.config.placement,
         model=plan.model_settings(),
-        parameters=parameters,
-        parameters_of_dense=sketch(dense, data)[0],
+        parameters=ours.parameters,
+        parameters_of_dense=None if dense.obstacle else dense.parameters,
         preset=plan.preset.name,
         steps=plan.preset.training.steps,
         budget=plan.budget,
@@ -212,7 +210,7 @@ def _record(
         metric=trained.metric if trained else None,
         curve=trained.curve if trained else (),
         train_seconds=trained.train_seconds if trained else 0.0,
-        cost=cost,
+        cost=ours.cost,
         saved_bytes=trained.saved_bytes if trained else None,
         peak_bytes=trained.peak_bytes if trained else None,
     )

@@ -2,19 +2,26 @@
 
 The parent sends a function and its arguments, receives progress and in the end the result. When the system ends the
 worker, usually because memory ran out, the parent gets a `WorkerDiedError`, and the next call starts a new process.
-Ctrl-C reaches the parent alone.
+Ctrl-C reaches the parent alone. When the parent ends, however it ends, its workers end at once. What is printed in a
+worker goes to standard error, so that standard output holds results alone.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
+
+import torch
 
 from subquad.benchmark.mixers import parse_mixer
 
@@ -103,16 +110,41 @@ class Worker:
 
     def _start(self) -> Connection:
         if self._connection is None:
-            context = multiprocessing.get_context("spawn")
-            self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, self._mixers), daemon=False)
-            self._process.start()
+            self._connection, theirs = multiprocessing.Pipe()
+            self._process = start_process(_serve, theirs, self._mixers, torch.get_num_threads())
             theirs.close()
         return self._connection
 
 
-def _serve(connection: Connection, mixers: Sequence[str]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def start_process(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start `target(*arguments)` in a fresh process that Ctrl-C doesn't reach, not even while it is starting."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
+    resource_tracker.ensure_running()  # started with the first process otherwise, and would end the blocking below
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited; ours comes when it is lifted
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return process
+
+
+def become_worker(threads: int) -> None:
+    """Make this process, just started, what a worker has to be: as many torch threads as the parent, and see above."""
+    torch.set_num_threads(threads)
+    sys.stdout.flush()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _serve(connection: Connection, mixers: Sequence[str], threads: int) -> None:
+    become_worker(threads)
 
     def report(done: int, total: int, note: str) -> None:
         connection.send(("progress", (done, total, note)))
@@ -126,7 +158,7 @@ def _serve(connection: Connection, mixers: Sequence[str]) -> None:
                 answer = ("result", function(*arguments, report))
             except (BrokenPipeError, ConnectionResetError):
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 answer = ("error", (type(error).__name__, str(error), traceback.format_exc()))
             connection.send(answer)
     except (EOFError, BrokenPipeError, ConnectionResetError):

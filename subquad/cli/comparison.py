@@ -8,6 +8,7 @@ from typing import Any
 from subquad.benchmark.compare import PlannedRun, Request, compare, plan_runs, train
 from subquad.benchmark.data import data_directory
 from subquad.benchmark.mixers import NamedMixer, parse_mixer, parse_mixers
+from subquad.benchmark.profiler import profile_dims
 from subquad.benchmark.timing import matmul_flops_per_second
 from subquad.build import list_mixers
 from subquad.cli.console import output_console, plain_table, print_document, progress_console
@@ -29,12 +30,18 @@ def prepare_request(
 ) -> tuple[Request, TaskData]:
     """Check everything that can be checked before any work, then read or generate the task's data.
 
+    A mechanism that is named has to be fit for the preset's profile; among all of them, one that isn't gets a row that
+    says so.
+
     Raises:
         ValueError: an unknown name or option, data that can't be read, an output that can't be written.
     """
     loader = load_task(task)
     settings = load_preset(task, preset)
     chosen = tuple(parse_mixers(mixers)) if mixers else _every_mixer()
+    if mixers:
+        for mixer in chosen:
+            profile_dims(mixer.config, settings.profile)
     check_writable(output)
     directory = data if data is not None else data_directory(output, task, preset)
     request = Request(settings, chosen, seeds, output, directory, data is None, force)
@@ -98,11 +105,12 @@ def _every_mixer() -> tuple[NamedMixer, ...]:
 
 def _plan_row(run: PlannedRun, flops_per_second: float) -> dict[str, Any]:
     seconds = run.training_flops / (USEFUL_SHARE * flops_per_second)
-    state = "recorded" if run.done else f"not applicable: {run.obstacle}" if run.obstacle else "to run"
+    obstacle = run.sketch.obstacle and f"{run.sketch.status.value}: {run.sketch.obstacle}"
+    state = "recorded" if run.done else obstacle or "to run"
     return {
         "mixer": run.plan.mixer.text,
         "seed": run.plan.seed,
-        "parameters": run.parameters,
+        "parameters": None if obstacle else run.sketch.parameters,
         "expected_minutes": round(seconds / 60, 2),
         "state": state,
     }

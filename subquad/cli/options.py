@@ -8,7 +8,12 @@ from typing import Annotated
 import typer
 
 TaskOption = Annotated[str, typer.Option("--task", help="The task; see `subquad data --help`.")]
-PresetOption = Annotated[str, typer.Option("--preset", help="Settings of the task: quick, small, release or paper.")]
+PresetOption = Annotated[
+    str,
+    typer.Option(
+        "--preset", help="Settings of the task: quick, small, release, paper, or a file of your own, ./my-preset.toml."
+    ),
+]
 MixersOption = Annotated[
     str,
     typer.Option(

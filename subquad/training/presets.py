@@ -1,14 +1,19 @@
 """Presets: the settings of a comparison, as TOML files, the same for every mechanism.
 
 A preset has four tables: `[data]` (read by the task), `[model]`, `[training]` and `[profile]`. It never names a
-mechanism: what differs between the rows of a comparison is the mixer alone.
+mechanism: what differs between the rows of a comparison is the mixer alone. A user's own preset is a file like
+subquad's, named by its path.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +22,9 @@ from subquad.config import coerce_fields, make_config, nearest
 from subquad.tasks.base import DataPreset
 
 PRESETS_DIRECTORY = Path(subquad.__file__).parent / "presets"
+
+MAX_ROUNDS = 200
+"""Samples of a measurement; no more fit into a record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +42,16 @@ class ModelSettings:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        """Check the types."""
+        """Check types and ranges."""
         coerce_fields(self, "[model]")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            _require(self, "[model]", name, getattr(self, name) >= 1, "at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"[model]: hidden_size={self.hidden_size} must be a multiple of "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        _require(self, "[model]", "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +77,18 @@ class TrainingSettings:
         """Check types and ranges."""
         coerce_fields(self, "[training]")
         for name in ("steps", "batch_size", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"[training]: {name} must be at least 1, got {getattr(self, name)}")
+            _require(self, "[training]", name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "epsilon"):
+            _require(self, "[training]", name, 0 < getattr(self, name) < math.inf, "positive")
+        for name in ("warmup_steps", "weight_decay", "gradient_clip"):
+            _require(self, "[training]", name, 0 <= getattr(self, name) < math.inf, "at least 0")
+        for name in ("beta1", "beta2"):
+            _require(self, "[training]", name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         if self.steps % self.evaluate_every:
             raise ValueError(
                 f"[training]: steps={self.steps} must be a multiple of evaluate_every={self.evaluate_every}, "
                 "so that the last step is evaluated"
             )
-        if self.learning_rate <= 0:
-            raise ValueError(f"[training]: learning_rate must be positive, got {self.learning_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +110,13 @@ class ProfileSettings:
         if not self.lengths or min(self.lengths) < 1 or list(self.lengths) != sorted(set(self.lengths)):
             raise ValueError(f"[profile]: lengths must be positive and increasing, got {list(self.lengths)}")
         for name in ("embed_dim", "num_heads", "batch_size", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"[profile]: {name} must be at least 1, got {getattr(self, name)}")
+            _require(self, "[profile]", name, getattr(self, name) >= 1, "at least 1")
+        _require(self, "[profile]", "rounds", self.rounds <= MAX_ROUNDS, f"at most {MAX_ROUNDS}")
+
+
+def _require(settings: object, table: str, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{table}: {name} must be {expected}, got {getattr(settings, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +125,9 @@ class Preset:
 
     Attributes:
         task: name of the task.
-        name: of the preset; the file's name.
+        name: of the preset, as records keep it. That of a user's file ends with a hash of `[training]`, so that runs
+            under settings that were edited in between are never taken for each other.
+        source: what the user writes to name it.
         data: which examples.
         model: sizes.
         training: optimiser and budget.
@@ -110,6 +136,7 @@ class Preset:
 
     task: str
     name: str
+    source: str
     data: DataPreset
     model: ModelSettings
     training: TrainingSettings
@@ -126,20 +153,38 @@ def list_presets(task: str) -> list[str]:
 
 
 def load_preset(task: str, name: str) -> Preset:
-    """Read a preset.
+    """Read a preset: one of subquad's by its name, or a user's own by the path of its file, which ends in .toml.
 
     Raises:
-        ValueError: unknown preset, or a file that doesn't parse or has other tables or keys than it should.
+        ValueError: unknown preset, or a file that isn't there, doesn't parse or has other tables or keys than it
+            should; the message names the file.
     """
+    if name.endswith(".toml"):
+        return _read_own(task, Path(name))
     known = list_presets(task)
     if name not in known:
-        raise ValueError(f"unknown preset {name!r} of task {task!r}; {nearest(name, known)}")
-    path = PRESETS_DIRECTORY / task / f"{name}.toml"
+        own = "or name a file of your own, as ./my-preset.toml"
+        raise ValueError(f"unknown preset {name!r} of task {task!r}; {nearest(name, known).rstrip('.')}; {own}")
+    return _read(task, PRESETS_DIRECTORY / task / f"{name}.toml")
+
+
+def _read_own(task: str, path: Path) -> Preset:
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such preset file")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}", path.stem):
+        raise ValueError(f"{path}: folders are called after the file; name it with letters, digits, '.', '_' and '-'")
+    preset = _read(task, path)
+    digest = hashlib.sha256(json.dumps(asdict(preset.training), sort_keys=True).encode()).hexdigest()
+    return replace(preset, name=f"{preset.name}-{digest[:6]}", source=str(path))
+
+
+def _read(task: str, path: Path) -> Preset:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        return preset_from_tables(task, path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from error
-    return preset_from_tables(task, name, tables)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def preset_from_tables(task: str, name: str, tables: Mapping[str, Any]) -> Preset:
@@ -149,13 +194,14 @@ def preset_from_tables(task: str, name: str, tables: Mapping[str, Any]) -> Prese
         ValueError: missing or unknown tables or keys, or wrong types.
     """
     expected = {"data", "model", "training", "profile"}
-    if tables.keys() != expected:
+    if tables.keys() != expected or not all(isinstance(table, dict) for table in tables.values()):
         raise ValueError(f"preset {name!r}: expected the tables {sorted(expected)}, got {sorted(tables)}")
     model = make_config(ModelSettings, f"preset {name!r}, [model]", tables["model"])
     widths = {"embed_dim": model.hidden_size, "num_heads": model.num_attention_heads}
     return Preset(
         task=task,
         name=name,
+        source=name,
         data=DataPreset.from_table(name, tables["data"]),
         model=model,
         training=make_config(TrainingSettings, f"preset {name!r}, [training]", tables["training"]),

@@ -35,11 +35,15 @@ EVALUATION_BATCHES = 4
 """Evaluation needs no gradients, so its batches are this many times larger."""
 
 
-class DivergenceError(Exception):
-    """The training loss was not finite."""
+_SPLITS = {"eval": "validation", "test": "test"}
+"""Our names of the splits, by the trainer's prefix of their metrics."""
 
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"the training loss became {loss} at step {step}; try a lower learning rate")
+
+class DivergenceError(Exception):
+    """A loss was not finite."""
+
+    def __init__(self, split: str, step: int, loss: float) -> None:
+        super().__init__(f"the {split} loss became {loss} at step {step}; try a lower learning rate")
         self.step = step
 
 
@@ -95,14 +99,30 @@ class SubquadTrainer(Trainer):
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(value := float(loss)):
-            raise DivergenceError(self.state.global_step + 1, value)
+            raise DivergenceError("training", self.state.global_step + 1, value)
         return loss
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss and accuracy of a split.
+
+        Raises:
+            DivergenceError: the loss is not finite; an accuracy would say nothing.
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if not math.isfinite(value := metrics[f"{metric_key_prefix}_loss"]):
+            raise DivergenceError(_SPLITS[metric_key_prefix], self.state.global_step, value)
+        return metrics
 
     def fit(self) -> Outcome:
         """Train, from the last complete checkpoint if there is one, and score the best and the last model on test.
 
         Raises:
-            DivergenceError: the training loss was not finite.
+            DivergenceError: a loss was not finite.
             CheckpointError: a checkpoint that is needed is damaged.
         """
         directory = Path(str(self.args.output_dir))

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 from command_line import Invoke
-from rich.console import Console
 
 import subquad
 from subquad.cli import verbs
+from subquad.cli.console import BAD, progress_console
 from subquad.cli.errors import failure_of
 from subquad.cli.extras import extra_of_module, optional_packages, required_version
 
@@ -159,9 +159,13 @@ def test_no_colour_reaches_a_pipe(invoke: Invoke) -> None:
 
 
 def test_no_color_takes_the_colour_from_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    console = Console(file=io.StringIO(), force_terminal=True)
-    assert console.no_color
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for name, colourless in (("TERM", False), ("NO_COLOR", True)):
+        monkeypatch.setenv(name, "xterm-256color")
+        console = progress_console()
+        console.file = io.StringIO()
+        console.print("text", style=BAD)
+        assert ("[31m" not in console.file.getvalue()) is colourless
 
 
 def test_the_extras_are_those_of_the_metadata() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import WIDE_HEADS, form_of, forms, small_config
+from cases import form_of, forms, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 

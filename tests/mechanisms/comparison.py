@@ -90,8 +90,12 @@ def masks(draw: st.DrawFn, batch: int, length: int, *, segments: bool = True) ->
     """No mask, or any combination of padding, in any places, and documents."""
     seed = draw(st.integers(0, 2**16))
     generator = torch.Generator().manual_seed(seed)
-    share = draw(st.sampled_from([None, 0.0, 0.5, 0.9]))
-    valid = None if share is None else torch.rand(batch, length, generator=generator) < share
+    valid = {
+        "none": None,
+        "right": torch.arange(length) < torch.randint(0, length + 1, (batch, 1), generator=generator),
+        "anywhere": torch.rand(batch, length, generator=generator) < 0.6,
+        "everywhere": torch.zeros(batch, length, dtype=torch.bool),
+    }[draw(st.sampled_from(["none", "right", "anywhere", "everywhere"]))]
     documents = None
     if segments and draw(st.booleans()):
         documents = (torch.rand(batch, length, generator=generator) < 0.3).long().cumsum(dim=1) - 1

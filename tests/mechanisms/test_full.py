@@ -24,6 +24,7 @@ from subquad import Mask
 from subquad.build import build_mixer
 from subquad.heads import HeadMixer
 from subquad.mechanisms.full import ContextCache, KeyValueCache
+from subquad.ops import softmax
 
 LENGTHS = st.sampled_from([1, 2, 5, 11])
 
@@ -112,6 +113,23 @@ def test_the_cache_holds_valid_tokens_without_gaps() -> None:
     assert bool(state.keys[0].any(dim=(0, 2)).all())
 
 
+@given(pieces=st.lists(st.integers(1, 6), min_size=1, max_size=4), data=st.data())
+def test_a_stream_in_slices_of_queries_equals_the_definition(pieces: list[int], data: st.DataObject) -> None:
+    length = sum(pieces)
+    mixer, mask = full(causal=True), data.draw(masks(2, length)) or Mask()
+    x = torch.randn(2, length, 6, dtype=torch.float64)
+    state, outputs, start = mixer.init_state(2), [], 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(softmax, "MASK_ELEMENTS", 1)
+        for size in pieces:
+            cut = slice(start, start + size)
+            part = Mask(*(None if fact is None else fact[:, cut] for fact in (mask.valid, mask.segments)))
+            y, state, _ = mixer(x[:, cut], mask=part, state=state)
+            outputs.append(y)
+            start += size
+    torch.testing.assert_close(torch.cat(outputs, dim=1), definition(mixer, x, mask), rtol=1e-10, atol=1e-10)
+
+
 def test_a_stream_goes_on_after_a_first_call_of_nothing_but_padding() -> None:
     mixer, x = full(causal=True), torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True)
     nothing = mixer(x, mask=Mask(torch.zeros(1, 4, dtype=torch.bool)), state=mixer.init_state(1))
@@ -137,7 +155,7 @@ def test_the_context_is_projected_once_and_kept() -> None:
 def test_segments_of_queries_and_context_go_together_with_and_without_a_state() -> None:
     mixer = full(cross=True)
     x, source = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
-    mask, source_mask = Mask(segments=torch.zeros(2, 3, dtype=int)), Mask(segments=torch.zeros(2, 5, dtype=int))
+    mask, source_mask = (Mask(segments=torch.zeros(2, size, dtype=torch.int64)) for size in (3, 5))
     for state in (None, mixer.init_state(2)):
         for one_sided in ({"mask": mask}, {"context_mask": source_mask}):
             with pytest.raises(ValueError, match="give both masks segments, or neither"):

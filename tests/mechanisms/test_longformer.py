@@ -158,7 +158,7 @@ def test_a_window_as_long_as_the_sequence_is_dense_attention() -> None:
 
 
 def test_an_even_two_sided_window_is_refused() -> None:
-    with pytest.raises(ValueError, match="longformer: .* must be odd; got 128, use 127 or 129"):
+    with pytest.raises(ValueError, match=r"longformer: .* must be odd; got 128, use 127 or 129"):
         build_mixer("longformer", embed_dim=4, num_heads=2, window=128)
 
 

@@ -131,6 +131,7 @@ def test_directions_are_orthogonal_within_blocks(count: int, width: int, norms: 
         torch.testing.assert_close(directions.norm(dim=1), torch.full((count,), width**0.5, dtype=torch.float64))
 
 
+@torch.no_grad()
 def error_against_softmax(features: int) -> float:
     """Relative error of the output, mean over 20 layers' features, at small inputs."""
     torch.manual_seed(0)

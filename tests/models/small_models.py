@@ -9,7 +9,8 @@ from torch import Tensor
 
 from subquad.benchmark.probe_subject import miniature
 from subquad.build import list_mixers, mixer_config
-from subquad.models import SubquadConfig, SubquadForSequenceClassification
+from subquad.models import SubquadConfig, SubquadForSequenceClassification, SubquadModel
+from subquad.models.block import Block
 
 VOCABULARY = 11
 
@@ -45,6 +46,13 @@ def classifier(**changes: Any) -> SubquadForSequenceClassification:
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     return model
+
+
+def blocks_of(model: SubquadModel) -> list[Block]:
+    """The layers, as what they are."""
+    blocks = list(model.blocks)
+    assert all(isinstance(block, Block) for block in blocks)
+    return [block for block in blocks if isinstance(block, Block)]
 
 
 def batch(length: int = 13, rows: int = 3) -> tuple[Tensor, Tensor]:

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import MIXERS, batch, classifier, config, small
+from small_models import MIXERS, batch, blocks_of, classifier, config, small
 from torch import nn
 
 from subquad import receipts
 from subquad.build import list_mixers
-from subquad.models import SubquadConfig, SubquadForSequenceClassification, SubquadModel
+from subquad.models import SubquadForSequenceClassification, SubquadModel
 
 BY_MIXER = pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
 
 
 def test_the_release_listops_model_has_its_published_number_of_parameters() -> None:
-    release = SubquadConfig(
+    release = config(
         vocab_size=17,
         hidden_size=512,
         num_hidden_layers=4,
@@ -118,6 +118,12 @@ def test_packed_documents_do_not_mix(name: str) -> None:
     torch.testing.assert_close(packed[:, 5:], alone, rtol=1e-10, atol=1e-10)
 
 
+def test_the_learned_vector_belongs_to_the_first_document() -> None:
+    model, (tokens, _) = classifier(pooling="cls").double(), batch(rows=1)
+    pooled = model.model(tokens, segment_ids=torch.tensor([[4] * 5 + [6] * 8])).pooler_output
+    torch.testing.assert_close(pooled, model.model(tokens[:, :5]).pooler_output, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary", "none"])
 def test_positions_begin_anew_after_padding_on_the_left(positions: str) -> None:
     model, (tokens, _) = classifier(positions=positions, pooling="mean").double(), batch(rows=1)
@@ -194,7 +200,10 @@ def test_bfloat16_stays_close_to_float32(mixer: Any) -> None:
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_norms_stand_before_or_after_the_sublayers(norm: str) -> None:
     model = classifier(norm=norm, num_hidden_layers=1, positions="none")
-    block, x = model.model.blocks[0], torch.randn(2, 5, 16)
+    (block,), x = blocks_of(model.model), torch.randn(2, 5, 16)
+    assert block.mixer_norm is not None
+    assert block.feedforward is not None
+    assert block.feedforward_norm is not None
     y, _ = block(x)
     if norm == "pre":
         expected = x + block.mixer(block.mixer_norm(x)).y
@@ -218,8 +227,8 @@ def test_a_causal_model_sees_no_future_token(name: str) -> None:
 
 def test_the_price_of_the_stack_is_that_of_its_layers() -> None:
     model = classifier(mixer=[small("full"), small("local")])
-    layers = [module for block in model.model.blocks for module in (block.mixer, block.feedforward)]
-    counted = sum(parameter.numel() for module in layers for parameter in module.parameters())
+    layers = [module for block in blocks_of(model.model) for module in (block.mixer, block.feedforward)]
+    counted = sum(p.numel() for module in layers if module is not None for p in module.parameters())
     price = model.model.cost(20)
     assert price.parameters == counted
     dims = model.config.mixer_dims(0, prepended=1)

@@ -53,6 +53,7 @@ def test_features_never_overflow() -> None:
 def test_invalid_keys_set_no_maximum_and_have_no_features() -> None:
     x, directions = torch.randn(1, 2, 5, 4), torch.randn(6, 4)
     valid = torch.tensor([[True, True, False, True, False]])
+    x[:, :, 2] = directions[directions.norm(dim=1).argmax()]  # the largest exponent that there can be
     mapped = key_features(x, directions, epsilon=1e-3, valid=valid)
     alone = key_features(x[:, :, valid[0]], directions, epsilon=1e-3, valid=None)
     torch.testing.assert_close(mapped[:, :, valid[0]], alone)

@@ -45,8 +45,8 @@ def test_sums_go_on_from_earlier_tokens(length: int, cut: int, chunk: int) -> No
     whole, after = causal_sums(q, k, v, None, chunk=chunk)
     before = None
     if cut:
-        _, before = causal_sums(*(tensor[:, :, :cut] for tensor in (q, k, v)), None, chunk=3)
-    rest, end = causal_sums(*(tensor[:, :, cut:] for tensor in (q, k, v)), before, chunk=chunk)
+        _, before = causal_sums(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut], None, chunk=3)
+    rest, end = causal_sums(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], before, chunk=chunk)
     torch.testing.assert_close(rest, whole[:, :, cut:], rtol=1e-10, atol=1e-10)
     for one, other in zip(end, after, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subquad.ops.packing import append, put_back, take, valid_first
+from subquad.ops.packing import append, has_gaps, put_back, take, valid_first
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3))
@@ -19,6 +19,11 @@ def test_valid_tokens_come_first_in_their_order_and_go_back(rows: list[list[bool
         assert taken[:count].tolist() == row.nonzero()[:, 0].tolist()
     x = torch.randn(len(rows), 2, 6, 3)
     assert torch.equal(put_back(take(x, order), order), x)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=3))
+def test_only_an_invalid_token_before_a_valid_one_is_a_gap(rows: list[list[bool]]) -> None:
+    assert has_gaps(torch.tensor(rows)) == any(sorted(row, reverse=True) != row for row in rows)
 
 
 def test_take_may_repeat_and_leave_out_tokens() -> None:

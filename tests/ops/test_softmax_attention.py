@@ -43,12 +43,11 @@ def test_the_definition_equals_a_loop_over_queries() -> None:
 def key_sets(draw: st.DrawFn, length: int, key_length: int) -> KeySet:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     valid = torch.rand(2, key_length, generator=generator) < 0.7 if draw(st.booleans()) else None
-    segments = None, None
-    if draw(st.booleans()):
-        sizes = (length, key_length)
-        segments = tuple((torch.rand(2, size, generator=generator) < 0.3).cumsum(dim=1) for size in sizes)
     last = torch.randint(-1, key_length, (2, length), generator=generator) if draw(st.booleans()) else None
-    return KeySet(valid, *segments, last)
+    if not draw(st.booleans()):
+        return KeySet(valid, last_key=last)
+    of_queries, of_keys = (torch.rand(2, size, generator=generator) < 0.3 for size in (length, key_length))
+    return KeySet(valid, of_queries.cumsum(dim=1), of_keys.cumsum(dim=1), last)
 
 
 def visible_by_definition(keys: KeySet, length: int, key_length: int) -> Tensor:
