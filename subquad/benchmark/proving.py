@@ -31,9 +31,9 @@ def prove(mixer: NamedMixer, worker: Worker, observer: Observer) -> Mechanism:
     try:
         card = worker.call(prove_in_worker, mixer.text, progress=step.progress)
     except WorkError as error:
-        card = _unproved(mixer.config, first_line(error.kind, str(error)))
+        card = _card(mixer.config, ProbeOutcome(name=SURVIVES, passed=False, detail=first_line(error.kind, str(error))))
     except WorkerDiedError as error:
-        card = _unproved(mixer.config, str(error))
+        card = _card(mixer.config, ProbeOutcome(name=SURVIVES, passed=False, detail=str(error)))
     passed = sum(probe.passed for probe in card.probes)
     step.end(f"{passed} of {len(card.probes)} proofs hold", failed=bool(card.red_probes))
     for probe in card.red_probes:
@@ -59,7 +59,8 @@ def probe_records(card: Mechanism) -> tuple[ProbeRecord, ...]:
     return tuple(ProbeRecord(name=p.name, passed=p.passed, detail=p.detail, seconds=0.0) for p in card.probes)
 
 
-def _unproved(config: MixerConfig, reason: str) -> Mechanism:
+def _card(config: MixerConfig, *outcomes: ProbeOutcome) -> Mechanism:
+    """The card without pictures, which would run the mechanism."""
     documentation = read_documentation(type(config))
     return Mechanism(
         name=config.name,
@@ -68,5 +69,5 @@ def _unproved(config: MixerConfig, reason: str) -> Mechanism:
         paper=documentation.paper,
         formula=documentation.formula,
         traits=asdict(config.traits),
-        probes=(ProbeOutcome(name=SURVIVES, passed=False, detail=reason),),
+        probes=outcomes,
     )

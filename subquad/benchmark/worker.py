@@ -136,6 +136,15 @@ def become_worker(threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
+def _answer(connection: Connection, answer: tuple[str, Any]) -> None:
+    try:
+        connection.send(answer)
+    except (BrokenPipeError, ConnectionResetError):
+        raise
+    except Exception as error:  # the result can't be pickled
+        connection.send(("error", (type(error).__name__, str(error), traceback.format_exc())))
+
+
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -160,6 +169,6 @@ def _serve(connection: Connection, mixers: Sequence[str], threads: int) -> None:
                 raise
             except (Exception, SystemExit) as error:
                 answer = ("error", (type(error).__name__, str(error), traceback.format_exc()))
-            connection.send(answer)
+            _answer(connection, answer)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone

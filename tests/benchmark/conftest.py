@@ -1,0 +1,51 @@
+"""A tiny preset and its data, the worker without a process, and a plan for a mechanism of a user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from stand_ins import OWN, InProcess, MakePlan, Recorder
+
+from subquad.benchmark.mixers import parse_mixer
+from subquad.benchmark.plan import RunPlan
+from subquad.benchmark.worker import Worker
+from subquad.tasks.base import TaskData
+from subquad.tasks.registry import load_task
+from subquad.training.presets import Preset, load_preset
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return InProcess()
+
+
+@pytest.fixture
+def observer() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Preset:
+    return load_preset("listops", str(Path(__file__).parents[1] / "presets" / "tiny.toml"))
+
+
+@pytest.fixture(scope="session")
+def data_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("listops")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny: Preset, data_directory: Path) -> TaskData:
+    return load_task("listops").prepare(data_directory, tiny.data)
+
+
+@pytest.fixture
+def plan(tiny: Preset, tiny_data: TaskData, data_directory: Path, tmp_path: Path) -> MakePlan:
+    """A run of a mixer, of the user's own where its name begins with a capital."""
+
+    def make(text: str, preset: Preset = tiny, seed: int = 0) -> RunPlan:
+        named = f"{OWN}:{text}" if text[0].isupper() else text
+        return RunPlan(preset, parse_mixer(named), seed, data_directory, True, tmp_path / "checkpoints")
+
+    return make

@@ -1,0 +1,117 @@
+"""However a run ends, it is a record that says so."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stand_ins import InProcess, MakePlan
+
+from subquad.benchmark.environment import this_environment
+from subquad.benchmark.runner import discard_checkpoints, execute, majority_record, not_trained_record
+from subquad.benchmark.worker import Worker, WorkerDiedError, WorkError
+from subquad.records.schema import Status
+from subquad.records.store import OutputError
+from subquad.tasks.base import TaskData
+from subquad.training.presets import Preset
+
+
+class Failing(Worker):
+    """A worker that ends a call with an error."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def call(self, *arguments: Any, **keywords: Any) -> Any:
+        raise self.error
+
+
+def test_a_finished_run_has_everything_in_its_record(plan: MakePlan, tiny_data: TaskData) -> None:
+    notes: list[str] = []
+    record = execute(plan("full"), tiny_data, InProcess(), lambda done, total, note: notes.append(note))
+    assert record.status is Status.OK
+    assert record.metric is not None
+    assert (record.metric.examples, record.metric.last_step.step) == (60, 24)
+    assert [point.step for point in record.curve] == [8, 16, 24]
+    assert record.metric.best_validation.validation == max(point.validation or 0 for point in record.curve)
+    assert record.parameters == record.parameters_of_dense
+    assert record.parameters > 0
+    assert record.saved_bytes
+    assert record.train_seconds > 0
+    assert record.cost is not None
+    assert record.mixer == {"name": "full"}
+    assert record.task.data_hash == tiny_data.data_hash
+    assert notes[0] == ""
+    assert notes[-1].startswith("validation ")
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "status", "message"),
+    [
+        ("NanConfig", Status.DIVERGED, "the training loss became nan at step 1; try a lower learning rate"),
+        ("DeviceMemoryConfig", Status.OUT_OF_MEMORY, "OutOfMemoryError: CUDA out of memory. Tried to allocate"),
+        ("HostMemoryConfig", Status.OUT_OF_MEMORY, "RuntimeError: DefaultCPUAllocator: can't allocate memory"),
+        ("RaisesConfig", Status.FAILED, "ValueError: out of ideas"),
+    ],
+)
+def test_a_run_that_goes_wrong_says_how(
+    plan: MakePlan, tiny_data: TaskData, mechanism: str, status: Status, message: str
+) -> None:
+    record = execute(plan(mechanism), tiny_data, InProcess(), None)
+    assert record.status is status
+    assert record.message.startswith(message)
+    assert "\n" not in record.message
+    assert record.metric is None
+    assert record.parameters == record.parameters_of_dense
+
+
+def test_a_learning_rate_far_too_high_diverges(plan: MakePlan, tiny: Preset, tiny_data: TaskData) -> None:
+    wild = replace(tiny, training=replace(tiny.training, learning_rate=1e6))
+    assert execute(plan("full", wild), tiny_data, InProcess(), None).status is Status.DIVERGED
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "status", "message"),
+    [
+        (-9, Status.OUT_OF_MEMORY, "the process was killed by signal 9; the system does so when memory runs out"),
+        (-11, Status.FAILED, "the process was killed by signal 11"),
+        (1, Status.FAILED, "the process ended with 1"),
+    ],
+)
+def test_a_killed_worker_is_a_record(
+    plan: MakePlan, tiny_data: TaskData, exit_code: int, status: Status, message: str
+) -> None:
+    record = execute(plan("full"), tiny_data, Failing(WorkerDiedError(exit_code)), None)
+    assert (record.status, record.message) == (status, message)
+
+
+def test_a_full_disk_and_a_damaged_checkpoint_are_told_instead_of_recorded(plan: MakePlan, tiny_data: TaskData) -> None:
+    full = WorkError("SafetensorError", "I/O error: No space left on device (os error 28)", "")
+    with pytest.raises(OutputError, match=r"checkpoints: a checkpoint can't be written .* free some space"):
+        execute(plan("full"), tiny_data, Failing(full), None)
+    with pytest.raises(ValueError, match="it is damaged"):
+        execute(plan("full"), tiny_data, Failing(WorkError("CheckpointError", "it is damaged", "")), None)
+
+
+def test_the_majority_class_is_a_record(tiny: Preset, tiny_data: TaskData) -> None:
+    record = majority_record(tiny, tiny_data, this_environment())
+    label, accuracy = tiny_data.majority_class()
+    assert record.metric is not None
+    assert record.metric.best_validation.test == record.metric.last_step.test == accuracy
+    assert record.metric.best_validation.validation == (tiny_data.validation.labels == label).mean()
+    assert (record.parameters, record.steps) == (0, 0)
+    assert record.command == f"subquad compare --task listops --preset {tiny.source}"
+
+
+def test_what_was_not_trained_has_a_reason_and_no_figures(plan: MakePlan, tiny_data: TaskData) -> None:
+    record = not_trained_record(plan("ShortConfig"), tiny_data, Status.NOT_APPLICABLE, "short: at most 3 tokens")
+    assert (record.status, record.message) == (Status.NOT_APPLICABLE, "short: at most 3 tokens")
+    assert (record.parameters, record.cost, record.metric) == (0, None, None)
+
+
+def test_checkpoints_are_discarded(plan: MakePlan, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "checkpoint-8").mkdir(parents=True)
+    discard_checkpoints(plan("full"))
+    discard_checkpoints(plan("full"))
+    assert not (tmp_path / "checkpoints").exists()
