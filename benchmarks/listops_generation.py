@@ -19,7 +19,7 @@ import numpy as np
 from subquad.tasks.base import DataPreset, TaskData
 from subquad.tasks.listops import generate, read_listops
 
-_PRESETS = Path(__file__).parents[1] / "presets" / "listops"
+_PRESETS = Path(__file__).parents[1] / "subquad" / "presets" / "listops"
 
 
 def _peak_bytes(workers: int) -> int:

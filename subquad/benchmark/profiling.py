@@ -10,6 +10,7 @@ from pathlib import Path
 from subquad.benchmark.environment import this_environment
 from subquad.benchmark.mixers import NamedMixer, parse_mixer
 from subquad.benchmark.observer import Observer
+from subquad.benchmark.plan import first_line
 from subquad.benchmark.profiler import (
     DENSE,
     Measured,
@@ -64,9 +65,9 @@ def profile_mixers(
     paths = []
     for mixer in missing:
         found, failure = points[mixer.text]
-        status = Status.OK if found else Status.FAILED
-        update = {"points": tuple(found), "created": utc_now(), "status": status, "message": failure}
-        record = _record(mixer, settings, causal=causal).model_copy(update=update)
+        if failure:
+            observer.say(f"{mixer.text}: {failure}")
+        record = _record(mixer, settings, found, failure, causal=causal)
         paths.append(write_profile(output, record, force=True))
     return paths
 
@@ -120,8 +121,7 @@ def _measure(
         alive = [text for text in texts if not failures[text]]
         if not alive:
             break
-        for group in _groups(alive, settings, length, worker, causal, measured):
-            failures |= group
+        failures |= _measure_length(alive, settings, length, worker, causal, measured)
     step.end(f"{len(texts)} mixers at {len(settings.lengths)} lengths", failed=any(failures.values()))
     peaks = _peaks([*dict.fromkeys([DENSE, *texts])], settings, observer, causal=causal)
     return {
@@ -137,27 +137,34 @@ def _measure(
     }
 
 
-def _groups(
+def _measure_length(
     texts: list[str],
     settings: ProfileSettings,
     length: int,
     worker: Worker,
     causal: bool,
     measured: dict[tuple[str, int], Pair],
-) -> list[dict[str, str]]:
-    """Measure all together; if that fails, one by one, so that one mechanism's failure is its own."""
-    for together in ([texts], [[text] for text in texts]):
-        failed: list[dict[str, str]] = []
-        for group in together:
-            try:
-                pairs = worker.call(measure_in_worker, group, settings, length, causal)
-            except (WorkerDiedError, WorkError) as error:
-                failed.append(dict.fromkeys(group, f"at {length} tokens: {error}"))
-                continue
-            measured.update({(text, length): pair for text, pair in zip(group, pairs, strict=True)})
-        if not failed or together != [texts]:
-            return failed
-    return []
+) -> dict[str, str]:
+    """Measure all together; if that fails, one by one, so that one mechanism's failure is its own.
+
+    Returns:
+        Failures by mixer.
+    """
+
+    def fail(group: list[str]) -> dict[str, str]:
+        try:
+            pairs = worker.call(measure_in_worker, group, settings, length, causal)
+        except WorkerDiedError as error:
+            return dict.fromkeys(group, f"at {length} tokens: {error}")
+        except WorkError as error:
+            return dict.fromkeys(group, f"at {length} tokens: {first_line(error.kind, str(error))}")
+        measured.update({(text, length): pair for text, pair in zip(group, pairs, strict=True)})
+        return {}
+
+    failures = fail(texts)
+    if not failures or len(texts) == 1:
+        return failures
+    return {text: failure for each in texts for text, failure in fail([each]).items()}
 
 
 def _peaks(
@@ -172,8 +179,14 @@ def _peaks(
     return peaks
 
 
-def _record(mixer: NamedMixer, settings: ProfileSettings, *, causal: bool) -> ProfileRecord:
-    """The record without its points."""
+def _record(
+    mixer: NamedMixer,
+    settings: ProfileSettings,
+    points: Sequence[ProfilePoint] = (),
+    failure: str = "not measured yet",
+    *,
+    causal: bool,
+) -> ProfileRecord:
     dims = profile_dims(mixer.config, settings, causal=causal)
     form = " --causal" if dims.causal and mixer.config.traits.bidirectional else ""
     lengths = ",".join(str(length) for length in settings.lengths)
@@ -186,11 +199,12 @@ def _record(mixer: NamedMixer, settings: ProfileSettings, *, causal: bool) -> Pr
         ),
         mixer=mixer.config.to_dict(),
         environment=this_environment(),
-        status=Status.FAILED,
-        message="not measured yet",
+        status=Status.OK if points else Status.FAILED,
+        message=failure,
         embed_dim=settings.embed_dim,
         num_heads=settings.num_heads,
         batch_size=settings.batch_size,
         dtype="float32",
         causal=dims.causal,
+        points=tuple(points),
     )

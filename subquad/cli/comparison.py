@@ -46,7 +46,7 @@ def prepare_request(
     directory = data if data is not None else data_directory(output, task, preset)
     request = Request(settings, chosen, seeds, output, directory, data is None, force)
     with Progress(progress_console()) as bars:
-        bar = bars.start(f"data of {settings.data.title}", total=None)
+        bar = bars.start(f"data {settings.task}, {settings.name}")
         if data is not None:
             task_data = loader.read(directory, settings.data)
         else:

@@ -150,7 +150,7 @@ def test_a_preset_that_even_dense_attention_refuses_is_an_error(
     request_of: Callable[..., Request], tiny: Preset, tiny_data: TaskData
 ) -> None:
     odd = replace(tiny, model=replace(tiny.model, hidden_size=6, num_attention_heads=2, positions="rotary"))
-    with pytest.raises(ValueError, match="tiny.toml: even dense attention can't be built"):
+    with pytest.raises(ValueError, match=r"tiny\.toml: even dense attention can't be built"):
         plan_runs(request_of("linear", preset=odd), tiny_data)
 
 

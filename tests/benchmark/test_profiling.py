@@ -95,7 +95,7 @@ def test_a_failure_is_that_mechanisms_own(profile: Profile, tmp_path: Path) -> N
     profile(broken, LINEAR)
     failed, sound = find_profiles([broken, LINEAR], SETTINGS, tmp_path)
     assert (failed.status, sound.status) == (Status.FAILED, Status.OK)
-    assert failed.message.startswith("at 16 tokens: out of ideas")
+    assert failed.message.startswith("at 16 tokens: ValueError: out of ideas")
     assert len(sound.points) == 2
 
 
@@ -117,7 +117,7 @@ def test_a_failed_profile_is_tried_again_and_one_that_ended_early_is_kept(
     fails_from(32)
     assert len(profile(LINEAR)) == 1
     (record,) = find_profiles([LINEAR], SETTINGS, tmp_path)
-    assert (record.status, record.message) == (Status.OK, "at 32 tokens: no memory")
+    assert (record.status, record.message) == (Status.OK, "at 32 tokens: OutOfMemoryError: no memory")
     assert [point.length for point in record.points] == [16]
     assert profile(LINEAR) == []
 

@@ -12,7 +12,7 @@ from subquad.tasks.listops import ListopsTask, evaluate
 from subquad.tasks.listops_manifest import Recipe
 from subquad.tasks.registry import list_tasks, load_task
 
-PRESETS = Path(__file__).parents[2] / "presets" / "listops"
+PRESETS = Path(__file__).parents[2] / "subquad" / "presets" / "listops"
 TINY = DataPreset(
     name="tiny",
     title="tiny ListOps",
