@@ -26,12 +26,13 @@ def command(
 
     Interrupted? Run the same command again: what is recorded stays, and a run goes on from its last checkpoint.
     """
+    from subquad.benchmark.mixers import parse_mixers
     from subquad.cli.comparison import prepare_request, run_comparison, show_plan
 
     request, task_data = prepare_request(
         task=task,
         preset=preset,
-        mixers=mixers,
+        mixers=parse_mixers(mixers) if mixers else [],
         seeds=tuple(range(seed, seed + seeds)),
         output=output,
         data=data,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from subquad.benchmark.compare import PlannedRun, Request, compare, plan_runs, train
 from subquad.benchmark.data import data_directory
-from subquad.benchmark.mixers import NamedMixer, parse_mixer, parse_mixers
+from subquad.benchmark.mixers import NamedMixer, parse_mixer
 from subquad.benchmark.profiler import profile_dims
 from subquad.benchmark.timing import matmul_flops_per_second
 from subquad.build import list_mixers
@@ -26,25 +27,37 @@ USEFUL_SHARE = 0.2
 
 
 def prepare_request(
-    *, task: str, preset: str, mixers: str, seeds: tuple[int, ...], output: Path, data: Path | None, force: bool
+    *,
+    task: str,
+    preset: str,
+    mixers: Sequence[NamedMixer],
+    seeds: tuple[int, ...],
+    output: Path,
+    data: Path | None,
+    force: bool,
 ) -> tuple[Request, TaskData]:
     """Check everything that can be checked before any work, then read or generate the task's data.
 
-    A mechanism that is named has to be fit for the preset's profile; among all of them, one that isn't gets a row that
-    says so.
+    Args:
+        task: its name.
+        preset: its name, or the path of a user's own.
+        mixers: have to be fit for the preset's profile. None stands for all; then one that isn't fit gets a row that
+            says so.
+        seeds: of the runs.
+        output: folder of the records.
+        data: folder with the user's own data, or None.
+        force: make again what is recorded.
 
     Raises:
         ValueError: an unknown name or option, data that can't be read, an output that can't be written.
     """
     loader = load_task(task)
     settings = load_preset(task, preset)
-    chosen = tuple(parse_mixers(mixers)) if mixers else _every_mixer()
-    if mixers:
-        for mixer in chosen:
-            profile_dims(mixer.config, settings.profile)
+    for mixer in mixers:
+        profile_dims(mixer.config, settings.profile)
     check_writable(output)
     directory = data if data is not None else data_directory(output, task, preset)
-    request = Request(settings, chosen, seeds, output, directory, data is None, force)
+    request = Request(settings, tuple(mixers) or _every_mixer(), seeds, output, directory, data is None, force)
     with Progress(progress_console()) as bars:
         bar = bars.start(f"data {settings.task}, {settings.name}")
         if data is not None:

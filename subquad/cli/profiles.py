@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from subquad.benchmark.mixers import NamedMixer, parse_mixer, parse_mixers
 from subquad.benchmark.profiler import profile_dims
@@ -52,7 +51,7 @@ def run_profile(
         documents = [record.model_dump(mode="json") for record in records]
         print_document({"profiles": documents, "report": str(page)})
         return
-    _print_profiles(records, settings)
+    _print_profiles(dict(zip([mixer.text for mixer in chosen], records, strict=True)), settings)
     output_console().print(f"Report: {page}", soft_wrap=True, markup=False)
 
 
@@ -77,24 +76,20 @@ def _print_plan(mixers: list[NamedMixer], settings: ProfileSettings, *, as_json:
     console.print(f"{', '.join(names)}: {settings.rounds} rounds at {lengths} tokens", soft_wrap=True, markup=False)
 
 
-def _print_profiles(records: list[ProfileRecord], settings: ProfileSettings) -> None:
+def _print_profiles(records: dict[str, ProfileRecord], settings: ProfileSettings) -> None:
     table = plain_table()
     table.add_column("forward + backward", no_wrap=True)
     for length in settings.lengths:
         table.add_column(f"{length:,}", justify="right", no_wrap=True)
     table.add_column("faster from", justify="right")
     table.add_column("kept at the longest", justify="right")
-    for record in records:
+    for text, record in records.items():
         points: dict[int, ProfilePoint] = {point.length: point for point in record.points}
         cells = [_cell(points.get(length)) for length in settings.lengths]
         kept = units.size(record.points[-1].saved_bytes) if record.points else "-"
-        table.add_row(_label(record.mixer), *cells, _crossover(record), kept)
+        table.add_row(text, *cells, _crossover(record), kept)
     note = "Medians; in brackets how many times faster than fused dense attention in the same run."
     output_console().print(table, note, sep="\n")
-
-
-def _label(mixer: dict[str, Any]) -> str:
-    return str(mixer["name"])
 
 
 def _cell(point: ProfilePoint | None) -> str:

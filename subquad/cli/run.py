@@ -22,10 +22,17 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Train one mechanism once and write its record."""
+    from subquad.benchmark.mixers import parse_mixer
     from subquad.cli.comparison import prepare_request, run_once, show_plan
 
     request, task_data = prepare_request(
-        task=task, preset=preset, mixers=mixer, seeds=(seed,), output=output, data=data, force=force
+        task=task,
+        preset=preset,
+        mixers=[parse_mixer(mixer)],
+        seeds=(seed,),
+        output=output,
+        data=data,
+        force=force,
     )
     if dry_run:
         show_plan(request, task_data, as_json=as_json)

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the input or befalls a command: one sentence, an exit code, and nothing lost or left behind."""
+"""Whatever is wrong with the input or befalls a command: one sentence, an exit code, nothing lost or left behind."""
 
 from __future__ import annotations
 
