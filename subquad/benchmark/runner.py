@@ -36,7 +36,8 @@ from subquad.records.store import OutputError
 from subquad.tasks.base import TaskData
 from subquad.training.presets import Preset
 
-_SIGNS_OF_A_FULL_DISK = ("No space left", "PytorchStreamWriter", "Disk quota exceeded")
+_SIGNS_OF_A_FULL_DISK = ("No space left", "Disk quota exceeded", "PytorchStreamWriter", "inline_container.cc")
+"""What the system says, and what torch says instead when it can't write a file to its end."""
 _SIGNS_OF_FULL_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
 
 

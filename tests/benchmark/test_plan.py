@@ -6,7 +6,9 @@ import pytest
 import torch
 from stand_ins import OWN, MakePlan
 
+from subquad.benchmark.mixers import NamedMixer
 from subquad.benchmark.plan import build_model, sketch, task_info
+from subquad.mechanisms.full import FullConfig
 from subquad.records.schema import Status
 from subquad.tasks.base import TaskData
 
@@ -23,10 +25,10 @@ def test_a_mechanism_that_is_only_causal_classifies_causally_with_mean_pooling(
 
 
 def test_a_block_mixer_has_no_feedforward(plan: MakePlan) -> None:
-    class Block(type(plan("full").mixer.config)):
+    class BlockConfig(FullConfig):
         placement = "block"
 
-    blocked = replace(plan("full"), mixer=replace(plan("full").mixer, config=Block()))
+    blocked = replace(plan("full"), mixer=NamedMixer("block", BlockConfig()))
     assert blocked.model_settings()["feedforward"] is None
     assert "feedforward" not in plan("full").model_settings()
 

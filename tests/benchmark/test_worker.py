@@ -94,6 +94,7 @@ def test_a_call_gives_its_result_and_tells_its_progress(worker: Worker) -> None:
     assert worker.call(add, 3, 4) == 7
 
 
+@pytest.mark.slow
 def test_what_is_printed_in_a_worker_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
     with Worker() as worker:
         worker.call(add, 1, 2)

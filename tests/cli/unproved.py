@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subquad.benchmark import proving
 from subquad.heads import Heads
-from subquad.interface import Dims, TokenMixer
+from subquad.interface import Dims
 from subquad.mechanisms.full import Full, FullConfig
 from subquad.state import State
 
@@ -24,7 +24,7 @@ class UnprovedConfig(FullConfig):
 
     seconds: float = 0.0
 
-    def build(self, dims: Dims) -> TokenMixer:
+    def build(self, dims: Dims) -> Full:
         return Slow(self, dims)
 
 

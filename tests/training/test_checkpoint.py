@@ -35,7 +35,7 @@ def test_the_newest_by_step_is_found_and_other_folders_are_not(tmp_path: Path) -
     (tmp_path / "checkpoint-1000").mkdir()
     found = last_complete_checkpoint(tmp_path)
     assert found == checkpoint_path(tmp_path, 100)
-    assert checkpoint_step(found) == 100
+    assert checkpoint_step(checkpoint_path(tmp_path, 100)) == 100
 
 
 def test_a_whole_checkpoint_passes(tmp_path: Path) -> None:

@@ -62,6 +62,11 @@ def facts(outcome: Outcome) -> tuple[object, ...]:
     return outcome.best_validation, outcome.last_step, outcome.curve
 
 
+def weights_of(trainer: SubquadTrainer) -> dict[str, Tensor]:
+    assert trainer.model is not None
+    return trainer.model.state_dict()
+
+
 def last_weights(directory: Path) -> dict[str, Tensor]:
     return load_file(checkpoint_path(directory, 24) / "model.safetensors")
 
@@ -81,9 +86,7 @@ def stopping(at: int, *, evaluating: bool) -> Progress:
     return progress
 
 
-@pytest.mark.parametrize(
-    ("at", "evaluating"), [(3, False), (8, False), (13, False), (16, True), (23, False), (24, True)]
-)
+@pytest.mark.parametrize(("at", "evaluating"), [(3, False), (13, False), (16, True), (24, True)])
 def test_an_interrupted_run_continues_bit_for_bit(
     make: Make, whole: tuple[Outcome, Path], tmp_path: Path, at: int, evaluating: bool
 ) -> None:
@@ -209,7 +212,7 @@ def test_the_best_step_is_the_earliest_of_equals_and_its_weights_are_scored(
     assert outcome.best_validation == (16, 0.7, 0.6)
     assert outcome.last_step == (24, 0.7, 0.5)
     best = load_file(checkpoint_path(tmp_path, 16) / "model.safetensors")
-    scored = trainer.model.state_dict()
+    scored = weights_of(trainer)
     assert all(torch.equal(scored[name], weights) for name, weights in best.items())
 
 
@@ -238,7 +241,7 @@ def test_equal_seeds_give_every_mechanism_the_same_data_in_the_same_order(
 
 
 def test_equal_seeds_give_equal_initial_weights(make: Make, tmp_path: Path) -> None:
-    first, second, other = (make(tmp_path, seed=seed).model.state_dict() for seed in (0, 0, 1))
+    first, second, other = (weights_of(make(tmp_path, seed=seed)) for seed in (0, 0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
@@ -247,7 +250,9 @@ def test_equal_seeds_give_equal_initial_weights(make: Make, tmp_path: Path) -> N
 def test_an_evaluation_does_not_depend_on_who_is_in_the_batch(
     make: Make, tiny_data: TaskData, tmp_path: Path, mixer: str
 ) -> None:
-    model = make(tmp_path, mixer=mixer).model.eval()
+    model = make(tmp_path, mixer=mixer).model
+    assert model is not None
+    model.eval()
     dataset, collate = SplitDataset(tiny_data.test), Collator(tiny_data.pad_token_id)
     examples = [dataset[i] for i in range(24)]
     with torch.no_grad():
@@ -266,8 +271,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(make: Make, tmp_path: Pa
 
 def test_a_validation_loss_that_is_not_finite_is_no_accuracy(make: Make, tmp_path: Path) -> None:
     trainer = make(tmp_path)
-    with torch.no_grad():
-        trainer.model.get_input_embeddings().weight.fill_(torch.nan)
+    weights_of(trainer)["head.classify.bias"].fill_(torch.nan)
     with pytest.raises(DivergenceError, match=r"the validation loss became nan at step 0"):
         trainer.evaluate()
 
