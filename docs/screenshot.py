@@ -12,7 +12,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
-WIDTH, HEIGHT = 1200, 1130
+WIDTH, HEIGHT = 1200, 1190
 
 
 def main() -> None:

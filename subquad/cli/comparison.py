@@ -16,7 +16,7 @@ from subquad.cli.console import output_console, plain_table, print_document, pro
 from subquad.cli.observer import BarObserver
 from subquad.cli.progress import Progress
 from subquad.cli.results import print_results, results_document
-from subquad.records.store import check_writable, read_all
+from subquad.records.store import check_writable, read_all, read_run
 from subquad.report.page import write_report
 from subquad.tasks.base import TaskData
 from subquad.tasks.registry import load_task
@@ -86,7 +86,7 @@ def show_plan(request: Request, data: TaskData, *, as_json: bool) -> None:
         size = "-" if row["parameters"] is None else f"{row['parameters']:,}"
         table.add_row(row["mixer"], str(row["seed"]), size, f"{row['expected_minutes']:.1f}", row["state"])
     console.print(request.preset.data.title, table, sep="\n", markup=False)
-    console.print(f"About {minutes:.0f} minutes of training on this machine; proofs and profiles come on top.")
+    console.print(f"About {minutes:.1f} minutes of training on this machine; proofs and profiles come on top.")
 
 
 def run_comparison(request: Request, data: TaskData, *, as_json: bool) -> None:
@@ -101,15 +101,16 @@ def run_comparison(request: Request, data: TaskData, *, as_json: bool) -> None:
         print_results(output_console(), records, page)
 
 
-def run_once(request: Request, data: TaskData, *, as_json: bool) -> None:
-    """Train what the request names and print where the records lie."""
+def run_once(request: Request, data: TaskData, *, as_json: bool) -> int:
+    """Train what the request names, print where the records lie, and return the exit code: 1 if no score came of it."""
     with Progress(progress_console()) as bars:
         paths = train(request, data, BarObserver(bars))
     if as_json:
         print_document({"records": [str(path) for path in paths]})
-        return
-    for path in paths:
-        output_console().print(f"record: {path}", soft_wrap=True, markup=False)
+    else:
+        for path in paths:
+            output_console().print(f"record: {path}", soft_wrap=True, markup=False)
+    return 0 if all(read_run(path).metric is not None for path in paths) else 1
 
 
 def _every_mixer() -> tuple[NamedMixer, ...]:

@@ -20,8 +20,8 @@ def command(
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
-) -> None:
-    """Train one mechanism once and write its record."""
+) -> int:
+    """Train one mechanism once and write its record; the exit code is 1 if no score came of it."""
     from subquad.benchmark.mixers import parse_mixer
     from subquad.cli.comparison import prepare_request, run_once, show_plan
 
@@ -36,5 +36,5 @@ def command(
     )
     if dry_run:
         show_plan(request, task_data, as_json=as_json)
-    else:
-        run_once(request, task_data, as_json=as_json)
+        return 0
+    return run_once(request, task_data, as_json=as_json)

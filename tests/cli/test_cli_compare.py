@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,16 @@ def test_a_run_names_its_record(invoke: Invoke, arguments: list[str], tmp_path: 
     assert Path(path).name == "seed-3.json"
     assert Path(path).is_file()
     assert f"record: {path}" in invoke("run", "--mixer", "linear", "--seed", "3", *arguments).out
+
+
+@pytest.mark.slow
+def test_a_run_without_a_score_is_no_success(tmp_path: Path) -> None:
+    own = Path(__file__).parents[1] / "benchmark" / "own_mechanisms.py"
+    command = [sys.executable, "-m", "subquad", "run", "--mixer", f"{own}:NanConfig", "--preset", TINY]
+    ran = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "diverged" in ran.stderr
+    assert "record: " in ran.stdout
 
 
 def test_an_edited_preset_is_not_taken_for_what_it_was(invoke: Invoke, tmp_path: Path) -> None:
