@@ -26,8 +26,11 @@ def command(
 
     Interrupted? Run the same command again: what is recorded stays, and a run goes on from its last checkpoint.
     """
-    from subquad.benchmark.mixers import parse_mixers
-    from subquad.cli.comparison import prepare_request, run_comparison, show_plan
+    from subquad.cli.console import waiting
+
+    with waiting("loading torch"):
+        from subquad.benchmark.mixers import parse_mixers
+        from subquad.cli.comparison import prepare_request, run_comparison, show_plan
 
     request, task_data = prepare_request(
         task=task,

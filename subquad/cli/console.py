@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +27,13 @@ def output_console() -> Console:
 def progress_console() -> Console:
     """The console of progress and messages: standard error."""
     return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner beside `what` while the block runs; nothing where there is no terminal."""
+    with progress_console().status(what, spinner_style=ACCENT):
+        yield
 
 
 def print_document(document: Any) -> None:

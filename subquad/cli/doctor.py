@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from subquad.cli.console import ACCENT, BAD, GOOD, WARNING, output_console, print_document
+from subquad.cli.console import ACCENT, BAD, GOOD, WARNING, output_console, print_document, waiting
 from subquad.cli.options import Json, Output
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ def command(output: Output = Path("subquad-results"), as_json: Json = False) -> 
     """Check this machine, this installation and the results folder; exit code 1 where something is broken."""
     from subquad.cli.machine import Level, checks
 
-    found = checks(output)
+    with waiting("looking at this machine"):
+        found = checks(output)
     healthy = all(check.level is not Level.BAD for check in found)
     if as_json:
         print_document({"healthy": healthy, "checks": [asdict(check) for check in found]})

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from subquad.cli.console import ACCENT, GOOD, NO, QUIET, UNKNOWN, YES, output_console, print_document
+from subquad.cli.console import ACCENT, GOOD, NO, QUIET, UNKNOWN, YES, output_console, print_document, waiting
 from subquad.cli.options import Json
 from subquad.config import nearest
 
@@ -35,7 +35,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     """List the mechanisms by family, with what each can do with its default options."""
-    entries = select(all_entries(), family, trait or [])
+    with waiting("reading the mechanisms"):
+        entries = select(all_entries(), family, trait or [])
     if as_json:
         print_document([asdict(entry) for entry in entries])
         return

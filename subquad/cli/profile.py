@@ -24,7 +24,10 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Measure forward and backward time, memory and the length from which a mechanism beats dense attention."""
-    from subquad.cli.profiles import run_profile
+    from subquad.cli.console import waiting
+
+    with waiting("loading torch"):
+        from subquad.cli.profiles import run_profile
 
     run_profile(
         mixers=mixers,

@@ -22,8 +22,11 @@ def command(
     as_json: Json = False,
 ) -> int:
     """Train one mechanism once and write its record; the exit code is 1 if no score came of it."""
-    from subquad.benchmark.mixers import parse_mixer
-    from subquad.cli.comparison import prepare_request, run_once, show_plan
+    from subquad.cli.console import waiting
+
+    with waiting("loading torch"):
+        from subquad.benchmark.mixers import parse_mixer
+        from subquad.cli.comparison import prepare_request, run_once, show_plan
 
     request, task_data = prepare_request(
         task=task,

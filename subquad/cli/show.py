@@ -22,18 +22,20 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Show a mechanism: paper, formula, options, traits, price at a length, and who attends whom."""
-    from subquad.cli.console import output_console, print_document
-    from subquad.cli.mechanism_page import document, read_mechanism, render
+    from subquad.cli.console import output_console, print_document, waiting
 
-    shown = read_mechanism(
-        name,
-        options or [],
-        length=length,
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        causal=causal,
-        picture_length=picture_length,
-    )
+    with waiting(f"reading {name}"):
+        from subquad.cli.mechanism_page import document, read_mechanism, render
+
+        shown = read_mechanism(
+            name,
+            options or [],
+            length=length,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            causal=causal,
+            picture_length=picture_length,
+        )
     if as_json:
         print_document(document(shown))
     else:
