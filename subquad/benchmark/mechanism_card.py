@@ -68,8 +68,24 @@ def mechanism_card(
         results: outcomes of the probes, each with the form that was probed: "bidirectional", "causal" or "cross".
         length: tokens in the pictures.
     """
-    documentation = read_documentation(type(config))
+    outcomes = tuple(
+        ProbeOutcome(name=f"{result.name} ({form})", passed=result.passed, detail=result.detail)
+        for form, result in results
+    )
     picture, causal_picture = draw_pictures(config, length=length)
+    return card_without_pictures(config, outcomes).model_copy(
+        update={"picture": picture, "causal_picture": causal_picture}
+    )
+
+
+def card_without_pictures(config: MixerConfig, outcomes: tuple[ProbeOutcome, ...]) -> Mechanism:
+    """The card of a mechanism from its prose and traits alone; nothing of it is run.
+
+    Args:
+        config: the mechanism with its options.
+        outcomes: of its probes.
+    """
+    documentation = read_documentation(type(config))
     return Mechanism(
         name=config.name,
         family=config.family,
@@ -77,12 +93,7 @@ def mechanism_card(
         paper=documentation.paper,
         formula=documentation.formula,
         traits=asdict(config.traits),
-        probes=tuple(
-            ProbeOutcome(name=f"{result.name} ({form})", passed=result.passed, detail=result.detail)
-            for form, result in results
-        ),
-        picture=picture,
-        causal_picture=causal_picture,
+        probes=outcomes,
     )
 
 

@@ -5,16 +5,13 @@ Proofs run a user's own code. Whatever that does, even to its process, is an out
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
-from subquad.benchmark.mechanism_card import mechanism_card, read_documentation
+from subquad.benchmark.mechanism_card import card_without_pictures, mechanism_card
 from subquad.benchmark.mixers import NamedMixer, parse_mixer
 from subquad.benchmark.observer import Observer
 from subquad.benchmark.plan import first_line
 from subquad.benchmark.probes import ProbeResult, offered_forms, run_probes
 from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
 from subquad.build import make_dims
-from subquad.interface import MixerConfig
 from subquad.records.mechanisms import Mechanism, ProbeOutcome
 from subquad.records.schema import ProbeRecord
 
@@ -31,9 +28,9 @@ def prove(mixer: NamedMixer, worker: Worker, observer: Observer) -> Mechanism:
     try:
         card = worker.call(prove_in_worker, mixer.text, progress=step.progress)
     except WorkError as error:
-        card = _card(mixer.config, ProbeOutcome(name=SURVIVES, passed=False, detail=first_line(error.kind, str(error))))
+        card = _unproved(mixer, first_line(error.kind, str(error)))
     except WorkerDiedError as error:
-        card = _card(mixer.config, ProbeOutcome(name=SURVIVES, passed=False, detail=str(error)))
+        card = _unproved(mixer, str(error))
     passed = sum(probe.passed for probe in card.probes)
     step.end(f"{passed} of {len(card.probes)} proofs hold", failed=bool(card.red_probes))
     for probe in card.red_probes:
@@ -59,15 +56,5 @@ def probe_records(card: Mechanism) -> tuple[ProbeRecord, ...]:
     return tuple(ProbeRecord(name=p.name, passed=p.passed, detail=p.detail, seconds=0.0) for p in card.probes)
 
 
-def _card(config: MixerConfig, *outcomes: ProbeOutcome) -> Mechanism:
-    """The card without pictures, which would run the mechanism."""
-    documentation = read_documentation(type(config))
-    return Mechanism(
-        name=config.name,
-        family=config.family,
-        summary=documentation.summary,
-        paper=documentation.paper,
-        formula=documentation.formula,
-        traits=asdict(config.traits),
-        probes=outcomes,
-    )
+def _unproved(mixer: NamedMixer, reason: str) -> Mechanism:
+    return card_without_pictures(mixer.config, (ProbeOutcome(name=SURVIVES, passed=False, detail=reason),))

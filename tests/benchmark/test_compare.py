@@ -12,6 +12,7 @@ from stand_ins import OWN, InProcess, Recorder
 from subquad.benchmark import compare as module
 from subquad.benchmark import profiling, proving
 from subquad.benchmark.compare import Request, compare, plan_runs, train
+from subquad.benchmark.mechanism_card import card_without_pictures
 from subquad.benchmark.mixers import parse_mixer
 from subquad.benchmark.probes import run_probes
 from subquad.records.schema import RunRecord, Status
@@ -235,7 +236,7 @@ def test_a_mechanism_that_kills_its_process_harms_no_other(
     from subquad.benchmark.worker import Worker
 
     monkeypatch.setattr(module, "Worker", Worker)
-    monkeypatch.setattr(module, "prove", lambda mixer, worker, observer: proving._card(mixer.config))
+    monkeypatch.setattr(module, "prove", lambda mixer, worker, observer: card_without_pictures(mixer.config, ()))
     records = run("KillsConfig", "linear")
     killed = row(records, "kills")
     assert killed.status is Status.OUT_OF_MEMORY

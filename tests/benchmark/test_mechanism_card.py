@@ -1,5 +1,5 @@
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from types import ModuleType
 from typing import ClassVar
 
@@ -124,10 +124,7 @@ def test_options_tell_type_default_and_description() -> None:
 
 
 def test_options_without_a_source_keep_names_and_defaults() -> None:
-    namespace: dict[str, object] = {}
-    exec("from dataclasses import dataclass\n@dataclass\nclass Made:\n    window: int = 3\n", namespace)
-    made = namespace["Made"]
-    assert isinstance(made, type)
+    made = make_dataclass("Made", [("window", int, 3)])
     assert describe_options(made) == (OptionCard("window", "", 3, False, ""),)
 
 

@@ -100,3 +100,22 @@ def masks(draw: st.DrawFn, batch: int, length: int, *, segments: bool = True) ->
     if segments and draw(st.booleans()):
         documents = (torch.rand(batch, length, generator=generator) < 0.3).long().cumsum(dim=1) - 1
     return None if valid is None and documents is None else Mask(valid, documents)
+
+
+def assert_cross_equals_definition(
+    mixer: HeadMixer,
+    definition: Callable[..., Tensor],
+    length: int,
+    source_length: int,
+    data: st.DataObject,
+) -> None:
+    """Compare cross-attention, `definition(mixer, x, source, mask, source_mask)`, under random masks of both sides."""
+    mask, source_mask = (data.draw(masks(2, size, segments=False)) for size in (length, source_length))
+    x = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
+    source = torch.randn(2, source_length, 4, dtype=torch.float64, requires_grad=True)
+    assert_same_values_and_gradients(
+        mixer,
+        lambda: mixer(x, source, mask=mask, context_mask=source_mask).y,
+        lambda: definition(mixer, x, source, mask, source_mask),
+        [x, source],
+    )

@@ -6,7 +6,15 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from comparison import assert_same_values_and_gradients, disturbed, finish, is_valid, masks, qkv
+from comparison import (
+    assert_cross_equals_definition,
+    assert_same_values_and_gradients,
+    disturbed,
+    finish,
+    is_valid,
+    masks,
+    qkv,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -61,15 +69,7 @@ def test_it_equals_the_definition(epsilon: float, length: int, data: st.DataObje
 @given(length=st.sampled_from([1, 6]), source_length=st.sampled_from([1, 5]), data=st.data())
 def test_cross_attention_equals_the_definition(length: int, source_length: int, data: st.DataObject) -> None:
     mixer = performer(cross=True)
-    mask, source_mask = (data.draw(masks(2, size, segments=False)) for size in (length, source_length))
-    x = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
-    source = torch.randn(2, source_length, 4, dtype=torch.float64, requires_grad=True)
-    assert_same_values_and_gradients(
-        mixer,
-        lambda: mixer(x, source, mask=mask, context_mask=source_mask).y,
-        lambda: definition(mixer, x, source, mask, source_mask),
-        [x, source],
-    )
+    assert_cross_equals_definition(mixer, definition, length, source_length, data)
 
 
 def test_an_empty_context_gives_finite_gradients() -> None:
