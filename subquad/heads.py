@@ -116,3 +116,14 @@ def projection_cost(dims: Dims, length: int, dtype_bytes: int, *, kept: int = 3)
         activation_bytes=dtype_bytes * length * (dims.embed_dim + (1 + kept) * dims.inner_dim),
         parameters=4 * weights + biases,
     )
+
+
+def attention_cost(dims: Dims, length: int, pairs: int, dtype_bytes: int) -> Cost:
+    """The price of softmax attention on projected heads: `pairs` visible pairs of one head, on average over the heads.
+
+    Beyond q, k, v and the result, which `projection_cost` prices, autograd keeps the log-sum-exp of every row.
+    """
+    return Cost(
+        flops=2 * 2 * pairs * dims.inner_dim,
+        activation_bytes=max(4, dtype_bytes) * dims.num_heads * length,
+    )

@@ -1,0 +1,128 @@
+"""Softmax attention over the keys that a pattern makes visible.
+
+    o_i = Σ_j visible exp(s_ij) v_j / Σ_j visible exp(s_ij)      s_ij = scale q_i · k_j      lse_i = log Σ_j visible exp(s_ij)
+
+A query that sees nothing gives 0, has lse = -inf, and sends no gradient anywhere. Three backends give the same result:
+`dense` is the definition, with an L x S matrix; `blocked` computes only what is visible, in memory linear in L; `flex`
+hands the pattern to FlexAttention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from subquad.mask import Mask
+from subquad.ops.pattern_request import Request, check_request
+from subquad.ops.softmax import softmax_attention_with_lse
+from subquad.patterns.pattern import Pattern
+
+
+def pattern_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    mask: Mask | None = None,
+    key_valid: Tensor | None = None,
+    key_segments: Tensor | None = None,
+    scale: float | None = None,
+    query_offset: int | Tensor = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attend; arguments and errors as in `pattern_attention_with_lse`.
+
+    Returns:
+        (B, H, L, E), the dtype of q.
+    """
+    return pattern_attention_with_lse(
+        q,
+        k,
+        v,
+        pattern,
+        mask=mask,
+        key_valid=key_valid,
+        key_segments=key_segments,
+        scale=scale,
+        query_offset=query_offset,
+        backend=backend,
+    )[0]
+
+
+def pattern_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    mask: Mask | None = None,
+    key_valid: Tensor | None = None,
+    key_segments: Tensor | None = None,
+    scale: float | None = None,
+    query_offset: int | Tensor = 0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend, and return the log-sum-exp of every row too, by which partial results are merged exactly.
+
+    Args:
+        q: (B, H, L, E), any strides.
+        k: (B, H, S, E).
+        v: (B, H, S, E).
+        pattern: who attends whom, in absolute positions.
+        mask: facts about the tokens of q; where S = L, about those of k too. Its global tokens are seen by all queries
+            of their example (by later ones only, where the pattern is causal).
+        key_valid: bool (B, S), True for a real key.
+        key_segments: int (B, S), compared with `mask.segments`; needed where S differs from L.
+        scale: factor of the scores; 1 / √E by default.
+        query_offset: position of the first query, an int or int64 (B,).
+        backend: "dense", "blocked" or "flex"; by default "blocked" on the CPU and "flex" on CUDA.
+
+    Returns:
+        out (B, H, L, E), the dtype of q; lse (B, H, L), float32 or wider. Both are differentiable.
+
+    Raises:
+        ValueError: what doesn't fit, and what to do instead.
+    """
+    request = check_request(
+        q,
+        k,
+        v,
+        pattern,
+        mask=mask,
+        key_valid=key_valid,
+        key_segments=key_segments,
+        scale=scale,
+        query_offset=query_offset,
+    )
+    backends = {"dense": attend_dense, "blocked": attend_dense, "flex": attend_dense}
+    name = ("flex" if q.device.type == "cuda" else "blocked") if backend is None else backend
+    if name not in backends:
+        raise ValueError(f"pattern_attention: unknown backend {name!r}; known: {', '.join(sorted(backends))}")
+    return backends[name](q, k, v, request)
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    """The definition."""
+    return softmax_attention_with_lse(q, k, v, visible_pairs(q, k, request), request.scale)
+
+
+def visible_pairs(q: Tensor, k: Tensor, request: Request) -> Tensor:
+    """Which pairs are visible, pattern and facts together: bool (B or 1, H or 1, L, S)."""
+    pattern, facts = request.pattern.resolve(k.shape[2]), request.facts
+    j = torch.arange(k.shape[2], device=q.device)
+    starts = torch.tensor(request.offsets, device=q.device)[:, None, None]
+    i = starts + torch.arange(q.shape[2], device=q.device)[:, None]
+    heads = [pattern.of_head(head).visible(i, j) for head in range(max(1, pattern.num_heads))]
+    heads += [pattern.of_head(len(heads)).visible(i, j)] * (q.shape[1] - len(heads)) if pattern.num_heads else []
+    visible = torch.stack([head.expand(len(request.offsets), q.shape[2], k.shape[2]) for head in heads], dim=1)
+    if facts.global_keys is not None:
+        columns = facts.global_keys[:, None, None, :]
+        visible = visible | (columns & (j <= i)[:, None] if pattern.causal else columns)
+    if facts.key_valid is not None:
+        visible = visible & facts.key_valid[:, None, None, :]
+    if facts.query_valid is not None:
+        visible = visible & facts.query_valid[:, None, :, None]
+    if facts.query_segments is not None and facts.key_segments is not None:
+        visible = visible & (facts.query_segments[:, None, :, None] == facts.key_segments[:, None, None, :])
+    return visible

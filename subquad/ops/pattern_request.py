@@ -1,0 +1,160 @@
+"""What pattern attention is asked for: checked once, the same for every backend."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subquad.mask import Mask
+from subquad.patterns.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What varies by example. None: no restriction.
+
+    Attributes:
+        query_valid: bool (B, L); rows of invalid queries give 0.
+        key_valid: bool (B, S).
+        query_segments: int (B, L); together with key_segments, only equal ones see each other.
+        key_segments: int (B, S).
+        global_keys: bool (B, S): keys that every query of their example sees, besides the pattern's.
+    """
+
+    query_valid: Tensor | None = None
+    key_valid: Tensor | None = None
+    query_segments: Tensor | None = None
+    key_segments: Tensor | None = None
+    global_keys: Tensor | None = None
+
+    def example(self, index: int) -> Facts:
+        """The facts of one example, without the batch dimension."""
+        names = ("query_valid", "key_valid", "query_segments", "key_segments", "global_keys")
+        return Facts(*(None if (fact := getattr(self, name)) is None else fact[index] for name in names))
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is any restriction or addition."""
+        return any(
+            fact is not None for fact in (self.query_valid, self.key_valid, self.query_segments, self.global_keys)
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked call of pattern attention.
+
+    Attributes:
+        pattern: as given.
+        facts: what varies by example.
+        offsets: absolute position of the first query: one for all examples, or one for each.
+        scale: factor of the scores.
+    """
+
+    pattern: Pattern
+    facts: Facts
+    offsets: tuple[int, ...]
+    scale: float
+
+    def offset(self, example: int) -> int:
+        """Absolute position of the first query of an example."""
+        return self.offsets[example] if len(self.offsets) > 1 else self.offsets[0]
+
+
+def check_request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    mask: Mask | None,
+    key_valid: Tensor | None,
+    key_segments: Tensor | None,
+    scale: float | None,
+    query_offset: int | Tensor,
+) -> Request:
+    """Check everything that a caller can get wrong.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that don't fit, or a pattern in which no query ever sees a key.
+    """
+    _check_tensors(q, k, v)
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern_attention: pattern must come from subquad.patterns, got {type(pattern).__name__}")
+    if pattern.num_heads > q.shape[1]:
+        raise ValueError(
+            f"pattern_attention: the pattern speaks of head {pattern.num_heads - 1}, q has {q.shape[1]} heads"
+        )
+    if not any(pattern.of_head(head).terms() for head in range(max(1, pattern.num_heads))):
+        raise ValueError(f"pattern_attention: no query sees any key in {pattern}; the result would be 0 everywhere")
+    facts = _facts(q, k, mask or Mask(), key_valid, key_segments)
+    return Request(pattern, facts, _offsets(q, query_offset), 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"pattern_attention: {name} must be (batch, heads, length, width), got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != q.dtype or not tensor.is_floating_point():
+            raise ValueError(
+                f"pattern_attention: q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+            )
+        if tensor.device != q.device:
+            raise ValueError(f"pattern_attention: q is on {q.device} but {name} is on {tensor.device}; move it there")
+    if k.shape != v.shape or (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]):
+        raise ValueError(
+            f"pattern_attention: expected q (B, H, L, E) and k, v (B, H, S, E), got {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}"
+        )
+
+
+def _facts(q: Tensor, k: Tensor, mask: Mask, key_valid: Tensor | None, key_segments: Tensor | None) -> Facts:
+    owner, (batch, _, length, _), key_length = "pattern_attention", q.shape, k.shape[2]
+    mask.check(owner, q[:, 0])
+    for name, fact in (("key_valid", key_valid), ("key_segments", key_segments)):
+        if fact is None:
+            continue
+        if tuple(fact.shape) != (batch, key_length):
+            raise ValueError(f"{owner}: {name} must have shape (B, S) = {(batch, key_length)}, got {tuple(fact.shape)}")
+        if fact.device != q.device:
+            raise ValueError(f"{owner}: {name} is on {fact.device} but q is on {q.device}; move it there")
+    if key_valid is not None and key_valid.dtype != torch.bool:
+        raise ValueError(f"{owner}: key_valid must be bool (True = keep), got {key_valid.dtype}; write (tensor != 0)")
+    same = length == key_length
+    if mask.global_tokens is not None and not same:
+        raise ValueError(f"{owner}: mask.global_tokens needs as many keys as queries, got {key_length} and {length}")
+    if mask.segments is not None and key_segments is None and not same:
+        raise ValueError(
+            f"{owner}: mask.segments with {length} queries and {key_length} keys needs key_segments (B, S)"
+        )
+    if mask.segments is None and key_segments is not None:
+        raise ValueError(f"{owner}: key_segments are compared with mask.segments, which are missing")
+    if mask.valid is not None and same:
+        key_valid = mask.valid if key_valid is None else key_valid & mask.valid
+    return Facts(
+        query_valid=mask.valid,
+        key_valid=key_valid,
+        query_segments=mask.segments,
+        key_segments=mask.segments if key_segments is None else key_segments,
+        global_keys=mask.global_tokens,
+    )
+
+
+def _offsets(q: Tensor, query_offset: int | Tensor) -> tuple[int, ...]:
+    if isinstance(query_offset, Tensor):
+        if query_offset.shape != q.shape[:1] or query_offset.is_floating_point():
+            raise ValueError(
+                f"pattern_attention: query_offset must be an int or int64 (B,) = ({q.shape[0]},), got "
+                f"{query_offset.dtype} {tuple(query_offset.shape)}"
+            )
+        offsets = tuple(query_offset.tolist()) or (0,)
+    else:
+        offsets = (query_offset,)
+    if min(offsets) < 0:
+        raise ValueError(f"pattern_attention: query_offset is the position of the first query, got {min(offsets)}")
+    return offsets
