@@ -1,6 +1,6 @@
 """Softmax attention over the keys that a pattern makes visible.
 
-    o_i = Σ_j visible exp(s_ij) v_j / Σ_j visible exp(s_ij)      s_ij = scale q_i · k_j      lse_i = log Σ_j visible exp(s_ij)
+    s_ij = scale q_i · k_j        o_i = Σ_j exp(s_ij - lse_i) v_j        lse_i = log Σ_j exp(s_ij)        j visible to i
 
 A query that sees nothing gives 0, has lse = -inf, and sends no gradient anywhere. Three backends give the same result:
 `dense` is the definition, with an L x S matrix; `blocked` computes only what is visible, in memory linear in L; `flex`
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from subquad.mask import Mask
+from subquad.ops.blocked import attend_blocked
 from subquad.ops.pattern_request import Request, check_request
 from subquad.ops.softmax import softmax_attention_with_lse
 from subquad.patterns.pattern import Pattern
@@ -95,7 +96,7 @@ def pattern_attention_with_lse(
         scale=scale,
         query_offset=query_offset,
     )
-    backends = {"dense": attend_dense, "blocked": attend_dense, "flex": attend_dense}
+    backends = {"dense": attend_dense, "blocked": attend_blocked, "flex": attend_dense}
     name = ("flex" if q.device.type == "cuda" else "blocked") if backend is None else backend
     if name not in backends:
         raise ValueError(f"pattern_attention: unknown backend {name!r}; known: {', '.join(sorted(backends))}")

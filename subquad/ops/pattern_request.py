@@ -61,7 +61,7 @@ class Request:
 
     def offset(self, example: int) -> int:
         """Absolute position of the first query of an example."""
-        return self.offsets[example] if len(self.offsets) > 1 else self.offsets[0]
+        return self.offsets[min(example, len(self.offsets) - 1)]
 
 
 def check_request(

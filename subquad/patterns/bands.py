@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.patterns.pattern import UNBOUNDED, Classes, Indices, Pattern, Term, Tile
+from subquad.patterns.pattern import Pattern
+from subquad.patterns.terms import UNBOUNDED, Classes, Indices, Term, check_integer, classify
 
 
 class Band(Pattern):
@@ -19,6 +20,11 @@ class Band(Pattern):
     @abstractmethod
     def term(self) -> Term:
         """The bounds and the modulus."""
+
+    @property
+    def by_distance(self) -> bool:
+        """Always."""
+        return True
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         """By the distance."""
@@ -41,7 +47,7 @@ class Band(Pattern):
         everything = (i0 - j1 >= low) & (i1 - j0 <= high)
         if modulus > 1:
             everything = everything & (i1 - j0 == i0 - j1) & ((i0 - j1) % modulus == 0)
-        return np.where(some, np.where(everything, Tile.FULL, Tile.PARTIAL), Tile.EMPTY).astype(np.int8)
+        return classify(some, everything)
 
     def offsets(self) -> tuple[int, int]:
         """The bounds."""
@@ -60,6 +66,18 @@ class Band(Pattern):
             return super().complement()
         sides = (Term(high=low - 1) if low > -UNBOUNDED else None, Term(low=high + 1) if high < UNBOUNDED else None)
         return [side for side in sides if side is not None]
+
+
+@dataclass(frozen=True)
+class Distances(Band):
+    """The distances that a term allows, without its filters."""
+
+    bounds: Term
+
+    @property
+    def term(self) -> Term:
+        """The bounds alone."""
+        return self.bounds._replace(filters=())
 
 
 @dataclass(frozen=True)
@@ -86,7 +104,7 @@ class Window(Band):
     @property
     def term(self) -> Term:
         """Both sides."""
-        return Term(-self.right, self.left)
+        return Term(-min(self.right, UNBOUNDED), min(self.left, UNBOUNDED))
 
 
 @dataclass(frozen=True)
@@ -100,13 +118,13 @@ class Dilated(Band):
     def __post_init__(self) -> None:
         """Check ranges."""
         _check_sides("Dilated", self.left, self.right)
-        if self.dilation < 1:
-            raise ValueError(f"Dilated: dilation is the step between keys, 1 for a plain window; got {self.dilation}")
+        check_integer("Dilated", "dilation", self.dilation, least=1, remedy="1 is a plain window")
 
     @property
     def term(self) -> Term:
         """Both sides, in keys."""
-        return Term(-self.right * self.dilation, self.left * self.dilation, self.dilation)
+        low, high = (min(steps * self.dilation, UNBOUNDED) for steps in (self.right, self.left))
+        return Term(-low, high, self.dilation)
 
 
 @dataclass(frozen=True)
@@ -117,8 +135,7 @@ class Strided(Band):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.stride < 1:
-            raise ValueError(f"Strided: stride must be at least 1, got {self.stride}")
+        check_integer("Strided", "stride", self.stride, least=1, remedy="1 makes every key visible")
 
     @property
     def term(self) -> Term:
@@ -134,8 +151,7 @@ class Ngram(Band):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.n < 1:
-            raise ValueError(f"Ngram: n must be at least 1, got {self.n}")
+        check_integer("Ngram", "n", self.n, least=1, remedy="with n = 2 a token sees itself alone, with n = 1 nothing")
 
     @property
     def term(self) -> Term:
@@ -157,17 +173,19 @@ class Log(Pattern):
         nearest, furthest = i0 - j1, i1 - j0
         members = np.array([0, *(1 << power for power in range(62))], dtype=np.int64)
         some = np.searchsorted(members, furthest, side="right") > np.searchsorted(members, nearest, side="left")
-        everything = (nearest >= 0) & (furthest <= 2)
-        return np.where(some, np.where(everything, Tile.FULL, Tile.PARTIAL), Tile.EMPTY).astype(np.int8)
+        everything = (nearest >= 0) & ((furthest <= 2) | (nearest == furthest))
+        return classify(some, everything)
 
     def offsets(self) -> tuple[int, int]:
         """The past."""
         return 0, UNBOUNDED
 
+    @property
+    def by_distance(self) -> bool:
+        """Always."""
+        return True
+
 
 def _check_sides(owner: str, left: int, right: int) -> None:
-    if left < 0 or right < 0:
-        raise ValueError(
-            f"{owner}: left and right count keys before and after the query and can't be negative; got left={left}, "
-            f"right={right}; to leave the query itself out, intersect with ~Window(0, 0)"
-        )
+    for name, steps in (("left", left), ("right", right)):
+        check_integer(owner, name, steps, least=0, remedy="to leave the query itself out, intersect with ~Window(0, 0)")

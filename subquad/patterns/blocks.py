@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from subquad.patterns.pattern import Classes, Indices, Pattern, Term, Tile
+from subquad.patterns.pattern import Pattern
+from subquad.patterns.terms import Classes, Indices, Term, Tile, check_integer, classify
+
+MOST_BLOCKS = 2**13
+"""Rows and columns of the largest table of drawn blocks."""
+CHUNK_PAIRS = 2**22
+"""Pairs that are looked at one by one at a time."""
 
 
 class BlockBand(Pattern):
@@ -33,9 +41,7 @@ class BlockBand(Pattern):
         """By interval arithmetic on the distance of blocks."""
         behind, ahead = self.reach
         lowest, highest = i0 // self.size - j1 // self.size, i1 // self.size - j0 // self.size
-        some = (lowest <= behind) & (highest >= -ahead)
-        everything = (lowest >= -ahead) & (highest <= behind)
-        return np.where(some, np.where(everything, Tile.FULL, Tile.PARTIAL), Tile.EMPTY).astype(np.int8)
+        return classify((lowest <= behind) & (highest >= -ahead), (lowest >= -ahead) & (highest <= behind))
 
     def offsets(self) -> tuple[int, int]:
         """The furthest pairs of the furthest blocks."""
@@ -43,7 +49,7 @@ class BlockBand(Pattern):
         return -(ahead + 1) * self.size + 1, (behind + 1) * self.size - 1
 
     @property
-    def block(self) -> int:
+    def block(self) -> int | None:
         """The size."""
         return self.size
 
@@ -75,10 +81,8 @@ class BlockWindow(BlockBand):
     def __post_init__(self) -> None:
         """Check ranges."""
         _check_size("BlockWindow", self.size)
-        if self.left < 0 or self.right < 0:
-            raise ValueError(
-                f"BlockWindow: left and right count blocks and can't be negative; got {self.left}, {self.right}"
-            )
+        for name, blocks in (("left", self.left), ("right", self.right)):
+            check_integer("BlockWindow", name, blocks, least=0, remedy="it counts blocks; 0 leaves the own block alone")
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -91,7 +95,7 @@ class Random(Pattern):
     """Each query block sees `count` distinct key blocks, drawn uniformly.
 
     They are drawn from those that `exclude` doesn't make visible as a whole already; all of these, if they are fewer.
-    The draw is a function of the fields and the length alone: no generator of torch's takes part.
+    The draw is a function of the fields and the length alone: no generator of torch's or numpy's own takes part.
     """
 
     size: int
@@ -100,80 +104,125 @@ class Random(Pattern):
     exclude: Pattern | None = None
     table: Tensor | None = field(default=None, compare=False, repr=False)
     """bool (blocks, blocks), once resolved."""
+    drawn_before: NDArray[np.int32] | None = field(default=None, compare=False, repr=False)
+    """(blocks + 1, blocks + 1), once resolved: how many blocks are drawn in earlier rows and columns."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _check_size("Random", self.size)
-        if self.count < 0 or self.seed < 0:
-            raise ValueError(f"Random: count and seed can't be negative; got count={self.count}, seed={self.seed}")
+        check_integer("Random", "count", self.count, least=0, remedy="it is how many key blocks each query block gets")
+        check_integer("Random", "seed", self.seed, least=0, remedy="any such number will do")
+        if self.exclude is not None and not isinstance(self.exclude, Pattern):
+            raise ValueError(
+                f"Random: exclude must be a pattern, got {self.exclude!r}; leave it out to exclude nothing"
+            )
+        if self.exclude is not None and self.exclude.num_heads:
+            raise ValueError("Random: exclude must be the same for all heads; give each head a Random of its own")
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
         """By the table."""
-        table = self._drawn().to(i.device)
-        last = table.shape[0] - 1
+        if self.table is None:
+            raise ValueError("Random: resolve(length) must come before visible(i, j)")
+        last = self.table.shape[0] - 1
         row, column = i // self.size, j // self.size
-        return table[row.clamp(0, last), column.clamp(0, last)] & (row <= last) & (column <= last)
+        return self.table[row.clamp(0, last), column.clamp(0, last)] & (row <= last) & (column <= last)
 
     def tiles(self, i0: Indices, i1: Indices, j0: Indices, j1: Indices) -> Classes:
         """By the number of drawn blocks under the rectangle."""
-        table = self._drawn().numpy()
-        sums = np.zeros((table.shape[0] + 1, table.shape[1] + 1), dtype=np.int32)
-        sums[1:, 1:] = table.cumsum(axis=0, dtype=np.int32).cumsum(axis=1)
-        top, bottom = (np.clip(i // self.size + extra, 0, table.shape[0]) for i, extra in ((i0, 0), (i1, 1)))
-        left, right = (np.clip(j // self.size + extra, 0, table.shape[1]) for j, extra in ((j0, 0), (j1, 1)))
-        drawn = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+        if self.drawn_before is None:
+            raise ValueError("Random: resolve(length) must come before tiles(...)")
+        blocks = len(self.drawn_before) - 1
+        (top, left), (bottom, right) = (
+            [np.clip(position // self.size + extra, 0, blocks) for position in corner]
+            for corner, extra in (((i0, j0), 0), ((i1, j1), 1))
+        )
+        before = self.drawn_before
+        drawn = before[bottom, right] - before[top, right] - before[bottom, left] + before[top, left]
         covered = (i1 // self.size - i0 // self.size + 1) * (j1 // self.size - j0 // self.size + 1)
-        return np.where(drawn > 0, np.where(drawn == covered, Tile.FULL, Tile.PARTIAL), Tile.EMPTY).astype(np.int8)
+        return classify(drawn > 0, drawn == covered)
 
     def terms(self) -> list[Term]:
         """Nothing for no blocks."""
         return [Term(filters=(self,))] if self.count else []
 
     def resolve(self, length: int) -> Pattern:
-        """With the blocks drawn."""
+        """With the blocks drawn.
+
+        Raises:
+            ValueError: more blocks than a table is made for.
+        """
         blocks = -(-length // self.size)
+        if blocks > MOST_BLOCKS:
+            raise ValueError(
+                f"Random: size must cut {length} tokens into at most {MOST_BLOCKS} blocks, got {self.size}, which "
+                f"makes {blocks}; take blocks of {-(-length // MOST_BLOCKS)} or more"
+            )
         legal = np.ones((blocks, blocks), dtype=bool)
         if self.exclude is not None:
-            legal = ~_wholly_visible(self.exclude.resolve(length), self.size, length)
-        table = torch.from_numpy(_draw(legal, self.count, self.seed))
-        return Random(self.size, self.count, self.seed, self.exclude, table)
+            legal = ~_wholly_visible(self.exclude, self.size, length)
+        table = _draw(legal, self.count, self.seed)
+        drawn_before = np.zeros((blocks + 1, blocks + 1), dtype=np.int32)
+        drawn_before[1:, 1:] = table.cumsum(axis=0, dtype=np.int32).cumsum(axis=1)
+        return replace(self, table=torch.from_numpy(table), drawn_before=drawn_before)
 
-    def _drawn(self) -> Tensor:
-        if self.table is None:
-            raise ValueError("Random: resolve(length) must come before visible(i, j) and tiles(...)")
-        return self.table
+    def to(self, device: torch.device) -> Pattern:
+        """With the table there."""
+        return self if self.table is None else replace(self, table=self.table.to(device))
 
     @property
-    def block(self) -> int:
+    def block(self) -> int | None:
         """The size."""
         return self.size
 
 
 def _check_size(owner: str, size: int) -> None:
-    if size < 1:
-        raise ValueError(f"{owner}: size counts the tokens of a block and must be at least 1, got {size}")
+    check_integer(owner, "size", size, least=1, remedy="it counts the tokens of a block")
 
 
+@lru_cache(maxsize=2)
 def _wholly_visible(pattern: Pattern, size: int, length: int) -> NDArray[np.bool_]:
-    """Which blocks of pairs a pattern makes visible as a whole, exactly: bool (blocks, blocks)."""
+    """Which blocks of pairs a pattern makes visible as a whole, exactly: bool (blocks, blocks), not to be written to.
+
+    Kept, since the heads of a layer exclude the same.
+    """
+    resolved = pattern.resolve(length)
     first = np.arange(0, length, size)
     last = np.minimum(first + size, length) - 1
-    classes = pattern.tiles(first[:, None], last[:, None], first[None], last[None])
-    whole = classes == Tile.FULL
-    for row, column in np.argwhere(classes == Tile.PARTIAL):
-        i = torch.arange(int(first[row]), int(last[row]) + 1)[:, None]
-        j = torch.arange(int(first[column]), int(last[column]) + 1)
-        whole[row, column] = bool(pattern.visible(i, j).all())
+    whole = np.zeros((len(first), len(first)), dtype=bool)
+    for rows in _chunks(len(first), len(first)):
+        classes = resolved.tiles(first[rows, None], last[rows, None], first[None], last[None])
+        whole[rows] = classes == Tile.FULL
+        row, column = np.nonzero(np.broadcast_to(classes, whole[rows].shape) == Tile.PARTIAL)
+        for part in _chunks(len(row), size**2):
+            i, j = _tokens(row[part] + rows.start, size, length), _tokens(column[part], size, length)
+            visible = resolved.visible(i[:, :, None], j[:, None]).expand(-1, size, size)
+            whole[row[part] + rows.start, column[part]] = visible.flatten(1).all(dim=1).numpy()
+    whole.flags.writeable = False
     return whole
+
+
+def _tokens(block: Indices, size: int, length: int) -> Tensor:
+    """The tokens of blocks, int64 (N, size); places behind the end repeat the last token."""
+    return (torch.from_numpy(block)[:, None] * size + torch.arange(size)).clamp(max=length - 1)
+
+
+def _chunks(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, CHUNK_PAIRS // max(1, width))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _draw(legal: NDArray[np.bool_], count: int, seed: int) -> NDArray[np.bool_]:
     """`count` of the legal columns of each row, every choice equally likely.
 
-    The raw stream of the bit generator is stable between versions of numpy, its derived distributions are not.
+    Each pair of blocks gets a random rank, and the lowest legal ones of a row are drawn. The raw stream of the bit
+    generator is stable between versions of numpy, its derived distributions are not.
     """
-    ranks = np.random.PCG64(seed).random_raw(legal.size).reshape(legal.shape)
-    order = np.argsort(np.where(legal, ranks >> np.uint64(1), np.uint64(2**63)), axis=1, kind="stable")
+    if count >= legal.shape[1]:
+        return legal.copy()
     drawn = np.zeros_like(legal)
-    np.put_along_axis(drawn, order[:, :count], True, axis=1)
+    source = np.random.PCG64(seed)
+    for rows in _chunks(*legal.shape) if count else ():
+        ranks = source.random_raw(legal[rows].size).reshape(legal[rows].shape) >> np.uint64(1)
+        ranks[~legal[rows]] = np.uint64(2**63)
+        np.put_along_axis(drawn[rows], np.argpartition(ranks, count - 1, axis=1)[:, :count], True, axis=1)
     return drawn & legal

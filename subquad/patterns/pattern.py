@@ -12,56 +12,25 @@ some or none of a rectangle of pairs are (`tiles`, sound but not exact), and of 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Indices = NDArray[np.int64]
-Classes = NDArray[np.int8]
+from subquad.patterns.terms import UNBOUNDED as UNBOUNDED
+from subquad.patterns.terms import Classes as Classes
+from subquad.patterns.terms import Indices as Indices
+from subquad.patterns.terms import Term as Term
+from subquad.patterns.terms import Tile as Tile
+from subquad.patterns.terms import check_integer
 
-UNBOUNDED = 2**62
-"""Stands for infinity in bounds of i - j."""
 LARGEST_DENSE = 2**26
 """Pairs that `Pattern.dense` agrees to write out."""
-MOST_TERMS = 64
 
-
-class Tile(IntEnum):
-    """What is known of a rectangle of pairs: nothing visible, perhaps some, everything."""
-
-    EMPTY = 0
-    PARTIAL = 1
-    FULL = 2
-
-
-class Term(NamedTuple):
-    """A conjunction: low <= i - j <= high, (i - j) % modulus == 0, and every filter holds."""
-
-    low: int = -UNBOUNDED
-    high: int = UNBOUNDED
-    modulus: int = 1
-    filters: tuple[Pattern, ...] = ()
-
-    @property
-    def empty(self) -> bool:
-        """No distance between the bounds is a multiple of the modulus, or two filters contradict each other."""
-        if self.low > self.high or -(-self.low // self.modulus) > self.high // self.modulus:
-            return True
-        return any(Not(f) in self.filters for f in self.filters)
-
-    def meet(self, other: Term) -> Term:
-        """Both conjunctions together."""
-        filters = self.filters + tuple(f for f in other.filters if f not in self.filters)
-        low, high = max(self.low, other.low), min(self.high, other.high)
-        return Term(low, high, math.lcm(self.modulus, other.modulus), filters)
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(example, head, query, key) -> bool, as FlexAttention calls it."""
 
 
 class Pattern(ABC):
@@ -80,7 +49,7 @@ class Pattern(ABC):
         """
 
     def tiles(self, i0: Indices, i1: Indices, j0: Indices, j1: Indices) -> Classes:
-        """`Tile` class of the rectangles i0..i1 x j0..j1, ends included; arguments broadcast.
+        """`Tile` class of the rectangles i0..i1 x j0..j1, ends included; arguments broadcast. For resolved patterns.
 
         Sound: EMPTY and FULL are certain, PARTIAL may be either.
         """
@@ -96,7 +65,7 @@ class Pattern(ABC):
 
     def complement(self) -> list[Term]:
         """What the pattern leaves out, as a union of conjunctions."""
-        return [Term(filters=(Not(self),))]
+        return [Term(filters=(~self,))]
 
     def resolve(self, length: int) -> Pattern:
         """The pattern for sequences of `length` keys, with everything drawn or looked up that depends on it.
@@ -104,6 +73,10 @@ class Pattern(ABC):
         Raises:
             ValueError: the pattern speaks of positions that such a sequence doesn't have.
         """
+        return self
+
+    def to(self, device: torch.device) -> Pattern:
+        """A resolved pattern with its tables on a device."""
         return self
 
     def chosen_keys(self, length: int) -> Indices | None:
@@ -118,6 +91,16 @@ class Pattern(ABC):
     def block(self) -> int | None:
         """The size of the blocks that the pattern is made of, if it is made of blocks."""
         return None
+
+    @property
+    def reach(self) -> tuple[int, int] | None:
+        """How many blocks a block of queries sees behind and ahead of it, where that is all the pattern says."""
+        return None
+
+    @property
+    def by_distance(self) -> bool:
+        """Whether i - j alone decides."""
+        return False
 
     @property
     def num_heads(self) -> int:
@@ -137,14 +120,23 @@ class Pattern(ABC):
         """Give some heads patterns of their own; the others keep this one.
 
         Raises:
-            ValueError: a negative head.
+            ValueError: a negative head, or something that is no pattern.
         """
-        if any(head < 0 for head in patterns):
-            raise ValueError(f"heads: heads are counted from 0, got {sorted(patterns)}")
-        return ByHead(self, tuple(sorted(patterns.items())))
+        for head, pattern in patterns.items():
+            check_integer("heads", "a head", head, least=0, remedy="heads are counted from 0")
+            if not isinstance(pattern, Pattern):
+                raise ValueError(
+                    f"heads: head {head} must get a pattern, got {pattern!r}; leave it out to keep this one"
+                )
+        return ByHead(self, tuple(sorted(patterns.items(), key=lambda item: item[0]))) if patterns else self
 
     def shift(self, offset: int) -> Pattern:
-        """The same pattern for queries whose position 0 is `offset`: cached decoding."""
+        """The same pattern for queries whose position 0 is `offset`: cached decoding.
+
+        Raises:
+            ValueError: a negative offset.
+        """
+        check_integer("shift", "offset", offset, least=0, remedy="it is the position of the first query")
         return Shifted(self, offset) if offset else self
 
     def dense(self, length: int) -> Tensor:
@@ -169,281 +161,65 @@ class Pattern(ABC):
         heads = [resolved.of_head(head).visible(i, j) for head in range(self.num_heads)]
         return torch.stack([head.expand(query_length, key_length) for head in heads])
 
+    def keys_per_query(self, length: int) -> Tensor:
+        """How many keys each query sees: int64 (L,), or (H, L) after `.heads`; never writes out L x L."""
+        from subquad.patterns.counting import keys_per_query  # counting builds patterns of its own
+
+        return keys_per_query(self, length)
+
+    def density(self, length: int) -> float:
+        """Visible pairs as a part of all L² pairs, the mean over heads; never writes out L x L.
+
+        Raises:
+            ValueError: no tokens.
+        """
+        check_integer("density", "length", length, least=1, remedy="without tokens there are no pairs")
+        return float(self.keys_per_query(length).double().mean()) / length
+
+    def mask_mod(self, length: int, *, device: torch.device | str = "cpu") -> MaskMod:
+        """The pattern for sequences of `length` keys, as FlexAttention wants it.
+
+        Args:
+            length: number of keys.
+            device: where positions will be.
+
+        Returns:
+            a function of example, head, query and key.
+        """
+        resolved = self.resolve(length).to(torch.device(device))
+        if not self.num_heads:
+            return lambda example, head, query, key: resolved.visible(query, key)
+        heads = [resolved.of_head(head) for head in range(self.num_heads + 1)]  # the last one stands for all others
+        distinct = list(dict.fromkeys(heads))
+        owner = torch.tensor([distinct.index(pattern) for pattern in heads], device=device)
+
+        def visible(example: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            mine = owner[head.clamp(max=len(heads) - 1)]
+            result = distinct[0].visible(query, key)
+            for number, pattern in enumerate(distinct[1:], start=1):
+                result = torch.where(mine == number, pattern.visible(query, key), result)
+            return result
+
+        return visible
+
     def __and__(self, other: Pattern) -> Pattern:
         """Visible in both."""
-        return And((*_parts(self, And), *_parts(other, And)))
+        return joined(And, self, other) if isinstance(other, Pattern) else NotImplemented
 
     def __or__(self, other: Pattern) -> Pattern:
         """Visible in either, counted once."""
-        return Or((*_parts(self, Or), *_parts(other, Or)))
+        return joined(Or, self, other) if isinstance(other, Pattern) else NotImplemented
 
     def __invert__(self) -> Pattern:
         """Visible where this pattern is not."""
         return Not(self)
 
 
-@dataclass(frozen=True)
-class And(Pattern):
-    """Visible in all parts."""
-
-    parts: tuple[Pattern, ...]
-
-    def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        """In all parts."""
-        result = self.parts[0].visible(i, j)
-        for part in self.parts[1:]:
-            result = result & part.visible(i, j)
-        return result
-
-    def tiles(self, i0: Indices, i1: Indices, j0: Indices, j1: Indices) -> Classes:
-        """The lowest class of any part."""
-        return np.minimum.reduce(np.broadcast_arrays(*(part.tiles(i0, i1, j0, j1) for part in self.parts)))
-
-    def offsets(self) -> tuple[int, int]:
-        """The bounds of all parts."""
-        bounds = [part.offsets() for part in self.parts]
-        return max(low for low, _ in bounds), min(high for _, high in bounds)
-
-    def terms(self) -> list[Term]:
-        """One conjunction for every choice of a term from each part."""
-        return _products(self, [part.terms() for part in self.parts])
-
-    def complement(self) -> list[Term]:
-        """Left out by any part."""
-        return [term for part in self.parts for term in part.complement()]
-
-    def resolve(self, length: int) -> Pattern:
-        """All parts resolved."""
-        return And(tuple(part.resolve(length) for part in self.parts))
-
-    @property
-    def block(self) -> int | None:
-        """The largest block that fits all parts."""
-        return _common_block(self.parts)
-
-    @property
-    def num_heads(self) -> int:
-        """The most of any part."""
-        return max(part.num_heads for part in self.parts)
-
-    def of_head(self, head: int) -> Pattern:
-        """All parts of one head."""
-        return And(tuple(part.of_head(head) for part in self.parts))
-
-
-@dataclass(frozen=True)
-class Or(Pattern):
-    """Visible in any part."""
-
-    parts: tuple[Pattern, ...]
-
-    def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        """In any part."""
-        result = self.parts[0].visible(i, j)
-        for part in self.parts[1:]:
-            result = result | part.visible(i, j)
-        return result
-
-    def tiles(self, i0: Indices, i1: Indices, j0: Indices, j1: Indices) -> Classes:
-        """The highest class of any part."""
-        return np.maximum.reduce(np.broadcast_arrays(*(part.tiles(i0, i1, j0, j1) for part in self.parts)))
-
-    def offsets(self) -> tuple[int, int]:
-        """The hull of all parts."""
-        bounds = [part.offsets() for part in self.parts]
-        return min(low for low, _ in bounds), max(high for _, high in bounds)
-
-    def terms(self) -> list[Term]:
-        """The terms of all parts."""
-        return [term for part in self.parts for term in part.terms()]
-
-    def complement(self) -> list[Term]:
-        """Left out by all parts."""
-        return _products(Not(self), [part.complement() for part in self.parts])
-
-    def resolve(self, length: int) -> Pattern:
-        """All parts resolved."""
-        return Or(tuple(part.resolve(length) for part in self.parts))
-
-    @property
-    def block(self) -> int | None:
-        """The largest block that fits all parts."""
-        return _common_block(self.parts)
-
-    @property
-    def num_heads(self) -> int:
-        """The most of any part."""
-        return max(part.num_heads for part in self.parts)
-
-    def of_head(self, head: int) -> Pattern:
-        """All parts of one head."""
-        return Or(tuple(part.of_head(head) for part in self.parts))
-
-
-@dataclass(frozen=True)
-class Not(Pattern):
-    """Visible where the other pattern is not."""
-
-    part: Pattern
-
-    def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        """Not in the part."""
-        return ~self.part.visible(i, j)
-
-    def tiles(self, i0: Indices, i1: Indices, j0: Indices, j1: Indices) -> Classes:
-        """EMPTY and FULL change places."""
-        return np.int8(Tile.FULL) - self.part.tiles(i0, i1, j0, j1)
-
-    def terms(self) -> list[Term]:
-        """What the part leaves out."""
-        return self.part.complement()
-
-    def complement(self) -> list[Term]:
-        """The part."""
-        return self.part.terms()
-
-    def offsets(self) -> tuple[int, int]:
-        """The hull of the terms, where these are bounded."""
-        terms = [term for term in self.part.complement() if not term.empty]
-        return min((t.low for t in terms), default=0), max((t.high for t in terms), default=0)
-
-    def resolve(self, length: int) -> Pattern:
-        """The part resolved."""
-        return Not(self.part.resolve(length))
-
-    @property
-    def block(self) -> int | None:
-        """That of the part."""
-        return self.part.block
-
-    @property
-    def num_heads(self) -> int:
-        """That of the part."""
-        return self.part.num_heads
-
-    def of_head(self, head: int) -> Pattern:
-        """The part of one head."""
-        return Not(self.part.of_head(head))
-
-
-@dataclass(frozen=True)
-class ByHead(Pattern):
-    """A pattern of which some heads have their own."""
-
-    base: Pattern
-    own: tuple[tuple[int, Pattern], ...]
-
-    def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        """Refused: the answer depends on the head."""
-        raise ValueError("visible: this pattern differs by head; ask pattern.of_head(h).visible(i, j)")
-
-    def tiles(self, i0: Indices, i1: Indices, j0: Indices, j1: Indices) -> Classes:
-        """What is certain for all heads."""
-        classes = [pattern.tiles(i0, i1, j0, j1) for pattern in (self.base, *(own for _, own in self.own))]
-        lowest, highest = np.minimum.reduce(classes), np.maximum.reduce(classes)
-        return np.where(lowest == highest, lowest, np.int8(Tile.PARTIAL)).astype(np.int8)
-
-    def offsets(self) -> tuple[int, int]:
-        """The hull of all heads."""
-        return Or((self.base, *(own for _, own in self.own))).offsets()
-
-    def resolve(self, length: int) -> Pattern:
-        """All heads resolved."""
-        return ByHead(self.base.resolve(length), tuple((head, own.resolve(length)) for head, own in self.own))
-
-    @property
-    def block(self) -> int | None:
-        """The largest block that fits all heads."""
-        return _common_block((self.base, *(own for _, own in self.own)))
-
-    @property
-    def num_heads(self) -> int:
-        """One more than the highest head with a pattern of its own."""
-        inner = (self.base, *(own for _, own in self.own))
-        return max(1 + max((head for head, _ in self.own), default=-1), *(pattern.num_heads for pattern in inner))
-
-    def of_head(self, head: int) -> Pattern:
-        """The head's own pattern, or the common one."""
-        return dict(self.own).get(head, self.base).of_head(head)
-
-
-@dataclass(frozen=True)
-class Shifted(Pattern):
-    """A pattern whose queries start at a position other than 0."""
-
-    part: Pattern
-    offset: int
-
-    def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        """At the true position of the query."""
-        return self.part.visible(i + self.offset, j)
-
-    def tiles(self, i0: Indices, i1: Indices, j0: Indices, j1: Indices) -> Classes:
-        """At the true position of the queries."""
-        return self.part.tiles(i0 + self.offset, i1 + self.offset, j0, j1)
-
-    def offsets(self) -> tuple[int, int]:
-        """Bounds moved against the queries."""
-        low, high = self.part.offsets()
-        return _moved(low, self.offset), _moved(high, self.offset)
-
-    def terms(self) -> list[Term]:
-        """Terms moved against the queries, where they have no modulus."""
-        return self._move(self.part.terms(), self)
-
-    def complement(self) -> list[Term]:
-        """Left out, moved likewise."""
-        return self._move(self.part.complement(), Not(self))
-
-    def _move(self, terms: list[Term], whole: Pattern) -> list[Term]:
-        if any(term.modulus > 1 for term in terms):
-            return [Term(filters=(whole,))]
-        return [
-            Term(
-                _moved(t.low, self.offset),
-                _moved(t.high, self.offset),
-                1,
-                tuple(f.shift(self.offset) for f in t.filters),
-            )
-            for t in terms
-        ]
-
-    def resolve(self, length: int) -> Pattern:
-        """The part resolved."""
-        return Shifted(self.part.resolve(length), self.offset)
-
-    @property
-    def num_heads(self) -> int:
-        """That of the part."""
-        return self.part.num_heads
-
-    def of_head(self, head: int) -> Pattern:
-        """The part of one head."""
-        return Shifted(self.part.of_head(head), self.offset)
-
-    def shift(self, offset: int) -> Pattern:
-        """Both shifts in one."""
-        return self.part.shift(self.offset + offset)
-
-
-def _parts(pattern: Pattern, kind: type[And] | type[Or]) -> tuple[Pattern, ...]:
-    return pattern.parts if isinstance(pattern, kind) else (pattern,)
-
-
-def _moved(bound: int, offset: int) -> int:
-    return bound if abs(bound) == UNBOUNDED else bound - offset
-
-
-def _common_block(parts: tuple[Pattern, ...]) -> int | None:
-    blocks = [part.block for part in parts if part.block is not None]
-    return math.gcd(*blocks) if blocks else None
-
-
-def _products(whole: Pattern, alternatives: list[list[Term]]) -> list[Term]:
-    """All conjunctions of one alternative each; the whole as it is, where they would be too many."""
-    if math.prod(len(terms) for terms in alternatives) > MOST_TERMS:
-        return [Term(filters=(whole,))]
-    products = [Term()]
-    for terms in alternatives:
-        products = [product.meet(term) for product in products for term in terms]
-    return [product for product in products if not product.empty]
+# The operators above make these, and these are patterns: whichever file came second would have to be imported late.
+from subquad.patterns.composition import And as And  # noqa: E402
+from subquad.patterns.composition import ByHead as ByHead  # noqa: E402
+from subquad.patterns.composition import Compound as Compound  # noqa: E402
+from subquad.patterns.composition import Not as Not  # noqa: E402
+from subquad.patterns.composition import Or as Or  # noqa: E402
+from subquad.patterns.composition import Shifted as Shifted  # noqa: E402
+from subquad.patterns.composition import joined  # noqa: E402

@@ -1,0 +1,189 @@
+"""The blocked backend of pattern attention: only what is visible is computed, in memory linear in the length.
+
+A pattern is compiled into disjoint pieces, each a few calls of the fused operator; their results are merged exactly by
+log-sum-exp, and the merged result and log-sum-exp give each piece its exact share of the gradients. Nothing is kept for
+the backward pass but q, k, v, the result and the log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from subquad.ops.compile_pattern import compile_pattern
+from subquad.ops.example_facts import ExampleFacts
+from subquad.ops.pattern_request import Facts, Request
+from subquad.ops.piece import Gradients, Piece, Work
+from subquad.ops.strips import Shape
+from subquad.patterns.bands import Causal
+from subquad.patterns.pattern import Pattern
+from subquad.patterns.tokens import Global
+from subquad.receipt import leave_receipt
+
+
+class Part(NamedTuple):
+    """Pieces that heads head0..head1-1 of an example run, under the same facts."""
+
+    head0: int
+    head1: int
+    pieces: tuple[Piece, ...]
+    facts: ExampleFacts
+
+
+class Example(NamedTuple):
+    """All parts of one example, and the absolute position of its first query."""
+
+    parts: tuple[Part, ...]
+    offset: int
+
+
+def attend_blocked(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    """Attend; arguments and result as in `pattern_attention_with_lse`.
+
+    Raises:
+        ValueError: tensors that aren't on the CPU.
+    """
+    if q.device.type != "cpu":
+        raise ValueError(f"pattern_attention: backend 'blocked' runs on the CPU, got {q.device}; use 'flex' or 'dense'")
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    out, lse = _BlockedAttention.apply(q, k, v, _plan(q, k, request), request.scale)  # pyright: ignore[reportGeneralTypeIssues] - apply has no types
+    valid = request.facts.query_valid
+    if valid is None:
+        return out, lse
+    return out.masked_fill(~valid[:, None, :, None], 0.0), lse.masked_fill(~valid[:, None], -torch.inf)
+
+
+def _plan(q: Tensor, k: Tensor, request: Request) -> list[Example]:
+    (batch, num_heads, length, width), key_length = q.shape, k.shape[2]
+    if 0 in (batch, num_heads, length, key_length, width):
+        return []
+    pattern = request.pattern.resolve(key_length)
+    head_ranges = _equal_heads(pattern, num_heads)
+    plans: dict[tuple[int, int, bool], tuple[Piece, ...]] = {}
+    examples = []
+    for index in range(batch):
+        shape, facts = Shape(length, key_length, request.offset(index)), request.facts.example(index)
+        columns = _seen_columns(facts)
+        restricting = ExampleFacts.of(facts)
+        under_pattern = restricting if columns is None else restricting.without_keys(columns)
+        parts = []
+        for head0, head1 in head_ranges:
+            key = head0, shape.offset, under_pattern.anything
+            if key not in plans:
+                plans[key] = _compile(pattern.of_head(head0), shape, sliced=under_pattern.anything)
+            parts.append(Part(head0, head1, plans[key], under_pattern))
+        if columns is not None:
+            pieces = _column_pieces(columns, shape, causal=pattern.causal)
+            parts.append(Part(0, num_heads, pieces, restricting))
+        examples.append(Example(tuple(parts), shape.offset))
+    return examples
+
+
+def _equal_heads(pattern: Pattern, num_heads: int) -> list[tuple[int, int]]:
+    """Ranges of neighbouring heads that share a pattern."""
+    if not pattern.num_heads:
+        return [(0, num_heads)]
+    of_heads = [pattern.of_head(head) for head in range(num_heads)]
+    borders = [0, *(head for head in range(1, num_heads) if of_heads[head] != of_heads[head - 1]), num_heads]
+    return list(itertools.pairwise(borders))
+
+
+def _compile(pattern: Pattern, shape: Shape, *, sliced: bool) -> tuple[Piece, ...]:
+    plan = compile_pattern(pattern, shape, sliced=sliced)
+    if plan.dense:
+        leave_receipt(
+            "pattern_attention",
+            asked="blocked",
+            ran="dense attention in slices of queries",
+            reason=f"{shape.queries} queries and {shape.keys} keys are too few for the pattern to save anything",
+        )
+    return plan.pieces
+
+
+def _seen_columns(facts: Facts) -> Tensor | None:
+    """Which keys every query of an example sees; None for none."""
+    if facts.global_keys is None:
+        return None
+    columns = facts.global_keys if facts.key_valid is None else facts.global_keys & facts.key_valid
+    return columns if bool(columns.any()) else None
+
+
+def _column_pieces(columns: Tensor, shape: Shape, *, causal: bool) -> tuple[Piece, ...]:
+    chosen: Pattern = Global(columns.nonzero()[:, 0], rows=False)
+    pattern = (Causal() & chosen if causal else chosen).resolve(shape.keys)
+    return compile_pattern(pattern, shape, sliced=True).pieces
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """One node of the graph for all pieces."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, examples: list[Example], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out = torch.zeros_like(q)
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=_working_dtype(q.dtype), device=q.device)
+        for index, example in enumerate(examples):
+            everything = _widened(q[index], k[index], v[index], out[index], lse[index], example, scale)
+            for part in example.parts:
+                for piece in part.pieces:
+                    piece.forward(_of_heads(everything, part))
+            _write_back(out[index], everything.out)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.examples, ctx.scale = examples, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        upstream = torch.zeros_like(out) if grad_out is None else grad_out
+        upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
+        for index, example in enumerate(ctx.examples):
+            finite = lse[index].masked_fill(lse[index] == -torch.inf, 0.0)
+            everything = _widened(q[index], k[index], v[index], out[index], finite, example, ctx.scale)
+            grad_q, grad_k, grad_v = (grad[index].to(lse.dtype) for grad in grads)
+            of_lse = None if grad_lse is None else grad_lse[index]
+            gradients = Gradients(upstream[index].to(lse.dtype), of_lse, grad_q, grad_k, grad_v)
+            for part in example.parts:
+                for piece in part.pieces:
+                    piece.backward(_of_heads(everything, part), _gradients_of_heads(gradients, part))
+            for grad, total in zip(grads, (grad_q, grad_k, grad_v), strict=True):
+                _write_back(grad[index], total)
+        return *grads, None, None
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _widened(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, example: Example, scale: float) -> Work:
+    """One example in the dtype of its log-sum-exp: the tensors themselves, where that is theirs."""
+    q, k, v, out = (tensor.to(lse.dtype) for tensor in (q, k, v, out))
+    return Work(q, k, v, out, lse, example.parts[0].facts, example.offset, scale)
+
+
+def _write_back(tensor: Tensor, widened: Tensor) -> None:
+    if widened.dtype != tensor.dtype:
+        tensor.copy_(widened)
+
+
+def _of_heads(work: Work, part: Part) -> Work:
+    heads = slice(part.head0, part.head1)
+    names = ("q", "k", "v", "out", "lse")
+    return work._replace(facts=part.facts, **{name: getattr(work, name)[heads] for name in names})
+
+
+def _gradients_of_heads(gradients: Gradients, part: Part) -> Gradients:
+    heads = slice(part.head0, part.head1)
+    lse = None if gradients.lse is None else gradients.lse[heads]
+    names = ("out", "q", "k", "v")
+    return gradients._replace(lse=lse, **{name: getattr(gradients, name)[heads] for name in names})

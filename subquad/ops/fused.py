@@ -1,0 +1,86 @@
+"""The fused attention operator of the CPU with its log-sum-exp, forward and backward.
+
+`scaled_dot_product_attention` hides the log-sum-exp, without which partial results can't be merged. The operator below
+it is private to torch; this module alone names it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fused_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, *, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of many independent rectangles.
+
+    Args:
+        q: (N, H, L, E), the last stride 1, otherwise any; float32 or float64.
+        k: (N, H, S, E), S at least 1.
+        v: (N, H, S, E).
+        scale: factor of the scores.
+        bias: added to the scores, 0 or -inf, broadcastable to (N, H, L, S), the dtype of q.
+        causal: row t sees the keys 0..t.
+
+    Returns:
+        out (N, H, L, E), laid out as (N, L, H, E); lse (N, H, L), 0 and not -inf in rows without any key.
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+
+
+def fused_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `fused_forward`.
+
+    With the result and the log-sum-exp of a softmax over more keys than these, the gradients are this part's share.
+
+    Args:
+        grad: (N, H, L, E), gradient of out.
+        q: as in `fused_forward`.
+        k: likewise.
+        v: likewise.
+        out: (N, H, L, E).
+        lse: (N, H, L), finite.
+        scale: likewise.
+        bias: likewise.
+        causal: likewise.
+
+    Returns:
+        Gradients of q, k and v, laid out as (N, L, H, E).
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+    )
+
+
+def lse_backward(
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k from a gradient of the log-sum-exp (N, H, L); the other arguments as in `fused_backward`.
+
+    A gradient g of lse_i adds p_ij g to the gradient of s_ij. The fused operator computes p_ij (grad_i · v_j - grad_i ·
+    out_i), which is that for values of 1 in the first channel, grad_i = g there, and out = 0.
+    """
+    values, grad = torch.zeros_like(k), torch.zeros_like(q)
+    values[..., 0] = 1.0
+    grad[..., 0] = grad_lse
+    grad_q, grad_k, _ = fused_backward(grad, q, k, values, torch.zeros_like(q), lse, scale, bias, causal=causal)
+    return grad_q, grad_k

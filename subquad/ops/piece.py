@@ -1,0 +1,123 @@
+"""A piece of a compiled pattern, and the tensors that pieces work on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from subquad.ops.example_facts import ExampleFacts
+
+RUN_PAIRS = 2**12
+"""What starting a run of calls costs a head, in pairs of dense attention."""
+CALL_BYTES = 3 * 2**20
+"""Temporaries of one call: small enough to stay in the cache, large enough to keep two threads busy."""
+
+
+class Work(NamedTuple):
+    """Some heads of one example.
+
+    Attributes:
+        q: (G, L, E).
+        k: (G, S, E).
+        v: (G, S, E).
+        out: (G, L, E), the merged result so far; in the backward pass the final one.
+        lse: (G, L), the merged log-sum-exp so far, -inf where nothing was seen; in the backward pass final and finite.
+        facts: what restricts this example.
+        offset: absolute position of query 0.
+        scale: factor of the scores.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    facts: ExampleFacts
+    offset: int
+    scale: float
+
+
+class Gradients(NamedTuple):
+    """Gradients beside `Work`: of the results, given, and of the inputs, added up.
+
+    Attributes:
+        out: (G, L, E).
+        lse: (G, L), or None where nothing depends on the log-sum-exp.
+        q: (G, L, E).
+        k: (G, S, E).
+        v: (G, S, E).
+    """
+
+    out: Tensor
+    lse: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Bias(NamedTuple):
+    """A mask as the fused operator takes it.
+
+    Attributes:
+        values: 0 where visible, else -inf; (n, heads, rows, columns), any of the first two 1.
+        hidden_rows: bool (n, heads, rows), rows in which nothing is visible; None where there are none.
+    """
+
+    values: Tensor
+    hidden_rows: Tensor | None
+
+
+class Piece(ABC):
+    """Part of a pattern, disjoint from the other parts."""
+
+    @property
+    @abstractmethod
+    def empty(self) -> bool:
+        """Whether nothing is left to compute."""
+
+    @property
+    @abstractmethod
+    def price(self) -> float:
+        """What it costs for one head, in pairs of dense attention."""
+
+    @abstractmethod
+    def forward(self, work: Work) -> None:
+        """Merge this part into `work.out` and `work.lse`."""
+
+    @abstractmethod
+    def backward(self, work: Work, gradients: Gradients) -> None:
+        """Add this part's share to the gradients of q, k and v."""
+
+
+def make_bias(visible: Tensor, dtype: torch.dtype) -> Bias:
+    """The bias of a bool mask (n, heads, rows, columns)."""
+    hidden = ~visible.any(dim=-1)
+    values = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+    return Bias(values, hidden if bool(hidden.any()) else None)
+
+
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Merge a softmax over further keys into `out` and `lse`, in place and exactly."""
+    total = torch.logaddexp(lse, part_lse)
+    weight = torch.where(total == -torch.inf, 0.0, (part_lse - total).exp())
+    out.lerp_(part, weight[..., None])
+    lse.copy_(total)
+
+
+def stack(x: Tensor, first: int, size: int, count: int, step: int) -> Tensor:
+    """(U, length, ...) -> (count, U, size, ...): views that may overlap, from `first` on, `step` apart."""
+    sequence, position, *rest = x.stride()
+    shape, strides = (count, x.shape[0], size, *x.shape[2:]), (step * position, sequence, position, *rest)
+    return x.as_strided(shape, strides, x.storage_offset() + first * position)
+
+
+def add_stack(target: Tensor, stacked: Tensor, first: int, step: int) -> None:
+    """Add stretches (count, U, size, E) that may overlap to a sequence (U, length, E), in parts that don't overlap."""
+    count, _, size, _ = stacked.shape
+    width = size if count == 1 else step
+    for start in range(0, size, width):
+        part = stacked[:, :, start : start + width]
+        stack(target, first + start, part.shape[2], count, step).add_(part)

@@ -1,0 +1,158 @@
+"""Strips: rectangles of consecutive queries against consecutive keys, the form into which patterns are compiled.
+
+A piece of a pattern renumbers queries and keys so that what a query sees becomes consecutive: a stride becomes a
+window when positions of equal residue stand together, summary columns become consecutive when only they are listed.
+Equal strips at equal distances are one batch for the fused operator, as overlapping views that copy nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from subquad.patterns.pattern import Indices
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Queries, keys, and the absolute position of the first query."""
+
+    queries: int
+    keys: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """How a piece numbers queries and keys.
+
+    Lane a, row u is query `first_query + a + step * u`, column c is key `first_key + a + step * c`; where a list is
+    given instead, row u is query `queries[u]`, column c is key `keys[c]`.
+
+    Attributes:
+        rows: queries of a lane.
+        columns: keys of a lane.
+        lanes: independent sequences of equal length.
+        step: distance of neighbours in a lane.
+        first_query: of lane 0.
+        first_key: of lane 0.
+        queries: list of queries, ascending, instead.
+        keys: list of keys, ascending, instead.
+    """
+
+    rows: int
+    columns: int
+    lanes: int = 1
+    step: int = 1
+    first_query: int = 0
+    first_key: int = 0
+    queries: Indices | None = None
+    keys: Indices | None = None
+
+    def query(self, row: Indices) -> Indices:
+        """The query in a row of lane 0."""
+        return self.first_query + self.step * row if self.queries is None else self.queries[row]
+
+    def key(self, column: Indices) -> Indices:
+        """The key in a column of lane 0."""
+        return self.first_key + self.step * column if self.keys is None else self.keys[column]
+
+
+class Run(NamedTuple):
+    """Equal strips at equal distances.
+
+    Attributes:
+        number: of strips.
+        row: first row of the first strip.
+        column: first column of the first strip.
+        rows: rows of each.
+        columns: columns of each.
+        step: from strip to strip, in rows and in columns.
+        masked: whether the pattern doesn't show everything in the strips.
+        causal: row t of each strip sees its columns 0..t.
+        restricted: whether facts about the example hide something in the strips.
+    """
+
+    number: int
+    row: int
+    column: int
+    rows: int
+    columns: int
+    step: int
+    masked: bool
+    causal: bool
+    restricted: bool
+
+    def cut(self, size: int) -> Iterator[Run]:
+        """The same strips in runs of at most `size`."""
+        for start in range(0, self.number, size):
+            yield self._replace(
+                number=min(size, self.number - start),
+                row=self.row + start * self.step,
+                column=self.column + start * self.step,
+            )
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Strips in ascending order; no row stands in two of them. All attributes have shape (N,).
+
+    Attributes:
+        row0: first row.
+        row1: behind the last row.
+        column0: first column.
+        column1: behind the last column.
+        masked: whether the pattern doesn't show everything.
+        causal: whether row t sees columns 0..t and nothing else.
+        restricted: whether facts about the example hide something.
+    """
+
+    row0: Indices
+    row1: Indices
+    column0: Indices
+    column1: Indices
+    masked: NDArray[np.bool_]
+    causal: NDArray[np.bool_]
+    restricted: NDArray[np.bool_]
+
+    def __getitem__(self, chosen: NDArray[np.bool_] | Indices) -> Strips:
+        """Some of the strips."""
+        return Strips(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+    def runs(self) -> list[Run]:
+        """Equal neighbours at equal distances together."""
+        sizes = self.row1 - self.row0, self.column1 - self.column0
+        fields = (*sizes, self.masked, self.causal, self.restricted)
+        skew = self.row0 - self.column0  # equal inside a run, so that one mask of distances serves all its strips
+        count, found, start = len(self.row0), [], 0
+        same = np.ones(max(count - 1, 0), dtype=bool)
+        for field in (*fields, skew):
+            same &= field[1:] == field[:-1]
+        steps = np.diff(self.row0)
+        while start < count:
+            end = start + 1
+            while end < count and same[end - 1] and steps[end - 1] == steps[start]:
+                end += 1
+            rows, columns, masked, causal, restricted = (field[start].item() for field in fields)
+            step = int(steps[start]) if end - start > 1 else 0
+            row, column = int(self.row0[start]), int(self.column0[start])
+            found.append(Run(end - start, row, column, rows, columns, step, masked, causal, restricted))
+            start = end
+        return found
+
+
+def make_strips(
+    row0: Indices,
+    row1: Indices,
+    column0: Indices,
+    column1: Indices,
+    masked: NDArray[np.bool_] | bool = False,
+    causal: NDArray[np.bool_] | bool = False,
+) -> Strips:
+    """Strips without facts about an example; those without rows or columns are left out."""
+    flags = (np.broadcast_to(flag, row0.shape) for flag in (masked, causal, False))
+    return Strips(row0, row1, column0, column1, *flags)[(row1 > row0) & (column1 > column0)]
