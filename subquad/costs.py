@@ -48,6 +48,22 @@ def visible_pairs(length: int, *, left: int | None = None, right: int | None = N
     return length + side(left) + side(right) if length else 0
 
 
+def window_sides(owner: str, window: int, *, causal: bool) -> tuple[int, int]:
+    """Keys to the left and to the right of a token that sees `window` keys, itself included.
+
+    Raises:
+        ValueError: a two-sided window of even size; names the two odd neighbours.
+    """
+    if causal:
+        return window - 1, 0
+    if window % 2 == 0:
+        raise ValueError(
+            f"{owner}: a two-sided window holds the token and equally many keys on both sides, so it must be odd; "
+            f"got {window}, use {window - 1} or {window + 1}"
+        )
+    return (window - 1) // 2, (window - 1) // 2
+
+
 def overtaking_length(first: Callable[[int], int], second: Callable[[int], int], *, limit: int = 2**30) -> int | None:
     """The shortest length at which `first` costs at least as much as `second`.
 

@@ -87,6 +87,11 @@ class MixerConfig(_WrittenConfig, ABC):
     """What is laid over the padded length (blocks, landmarks), so that right padding changes the result; or nothing."""
 
     @property
+    def prepended_tokens(self) -> int:
+        """Tokens of a global stream, the first of x: learned vectors that the model puts before its input."""
+        return 0
+
+    @property
     @abstractmethod
     def traits(self) -> Traits:
         """What this mechanism can do with these options."""

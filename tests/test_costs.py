@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from subquad import Cost
-from subquad.costs import overtaking_length, visible_pairs
+from subquad.costs import overtaking_length, visible_pairs, window_sides
 
 BOUND = st.none() | st.integers(0, 12)
 
@@ -23,6 +24,16 @@ def test_visible_pairs_are_those_that_a_loop_counts(length: int, left: int | Non
 def test_dense_and_causal_attention_see_what_they_should() -> None:
     assert visible_pairs(100) == 100**2
     assert visible_pairs(100, right=0) == 100 * 101 // 2
+
+
+@pytest.mark.parametrize(("window", "causal", "sides"), [(1, False, (0, 0)), (5, False, (2, 2)), (4, True, (3, 0))])
+def test_a_window_counts_the_keys_itself_included(window: int, causal: bool, sides: tuple[int, int]) -> None:
+    assert window_sides("x", window, causal=causal) == sides
+
+
+def test_an_even_two_sided_window_names_its_neighbours() -> None:
+    with pytest.raises(ValueError, match=r"^mine: .* must be odd; got 8, use 7 or 9$"):
+        window_sides("mine", 8, causal=False)
 
 
 def test_costs_add_and_multiply_by_field() -> None:

@@ -11,6 +11,7 @@ import torch
 from subquad.benchmark.mixers import parse_mixer
 from subquad.benchmark.probes import run_probes
 from subquad.build import make_dims
+from subquad.patterns.expression import CONSTRUCTORS
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,21 +25,40 @@ def load_generator():
     return module
 
 
+@pytest.fixture(scope="module")
+def generated() -> dict[Path, str]:
+    return load_generator().generated()
+
+
 def python_blocks(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_generated_files_are_up_to_date():
-    stale = [path.name for path, text in load_generator().generated().items() if path.read_text("utf-8") != text]
+def test_generated_files_are_up_to_date(generated):
+    stale = [path.name for path, text in generated.items() if not path.exists() or path.read_text("utf-8") != text]
     assert not stale, f"run python docs/generate.py; out of date: {stale}"
 
 
-def test_no_page_is_left_of_a_mechanism_that_is_gone():
-    expected = {path for path in load_generator().generated() if path.parent.name == "mechanisms"}
-    assert set((ROOT / "docs" / "mechanisms").glob("*.md")) == expected
+@pytest.mark.parametrize(("folder", "ending"), [("mechanisms", "md"), ("pictures", "svg")])
+def test_nothing_is_left_of_what_is_gone(folder, ending, generated):
+    expected = {path for path in generated if (ROOT / "docs" / folder) in path.parents}
+    assert set((ROOT / "docs" / folder).rglob(f"*.{ending}")) == expected
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/concepts.md"])
+def test_every_constructor_is_drawn_from_the_expression_that_stands_beside_its_picture():
+    text = (ROOT / "docs" / "patterns.md").read_text(encoding="utf-8").replace(r"\|", "|")
+    drawn = [match["expression"] for match in load_generator().PATTERN_PICTURE.finditer(text)]
+    assert {expression.partition("(")[0] for expression in drawn} >= set(CONSTRUCTORS)
+    assert [expression for expression in drawn if f"`{expression}`" not in text] == []
+
+
+def test_pages_of_sparse_mechanisms_show_their_picture():
+    page = load_generator().mechanism_page("local")
+    assert "![Who attends whom in local](../pictures/mechanisms/local.svg)" in page
+    assert "![" not in load_generator().mechanism_page("linear")
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/concepts.md", "docs/patterns.md"])
 def test_python_of_a_document_runs(document, tmp_path):
     torch.manual_seed(0)
     script = tmp_path / "example.py"

@@ -32,9 +32,20 @@ def framed(picture: Picture, title: str) -> Text:
     return text.append(f"└{edge}┘", QUIET)
 
 
+def _too_wide(picture: Picture, title: str) -> Text:
+    needed = f"{picture.length + 2} columns are needed here; --picture draws fewer tokens, --output writes a file"
+    return Text(f" {title}\n", "bold").append(f" {needed}", QUIET)
+
+
 def side_by_side(pictures: list[tuple[str, Picture]], width: int) -> Group:
-    """Pictures with their titles beside each other, below each other where `width` columns don't suffice."""
-    drawn = [framed(picture, title) for title, picture in pictures]
+    """Pictures with their titles beside each other, below each other where `width` columns don't suffice.
+
+    A picture that is wider by itself is told of and not drawn.
+    """
+    drawn = [
+        framed(picture, title) if picture.length + 2 <= width else _too_wide(picture, title)
+        for title, picture in pictures
+    ]
     needed = sum(picture.length + 2 for _, picture in pictures) + 4 * (len(pictures) - 1)
     if needed > width:
         return Group(*drawn)

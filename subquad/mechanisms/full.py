@@ -4,10 +4,10 @@ Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762, section 3.2.
 
     y = softmax(q kᵀ / √E) v W_o        causal: keys j <= i
 
-Cost O(L² D) time; memory O(L D) in training too, since the fused operator keeps no L x L matrix.
+Cost O(L² D) time; memory O(L D) in training too, since no L x L matrix is kept, whatever the mask.
 
 Departures: attention probabilities are never dropped (it would force the L x L matrix); dropout acts on the output.
-Padding and packed segments run in slices of queries. The state is a cache of keys and values.
+The state is a cache of keys and values; that of cross-attention holds the projected context.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.cache import KeyValueCache, attend_cached, empty_cache
 from subquad.costs import Cost, visible_pairs
-from subquad.heads import HeadMixer, Heads, projection_cost
+from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.mask import Mask, continue_segments, token_positions
-from subquad.ops.packing import append
-from subquad.ops.softmax import KeySet, sliced_attention
+from subquad.mask import Mask
+from subquad.ops.pattern_attention import pattern_attention
+from subquad.patterns.bands import Causal, Strided
 from subquad.registry import register
 from subquad.state import State, state_dataclass
+
+EVERYTHING = Strided(1)
+"""The pattern in which every query sees every key."""
 
 
 @register("full")
@@ -54,31 +58,11 @@ class FullConfig(MixerConfig):
         return Full(self, dims)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """Projections, visible pairs, and the log-sum-exp of every row; a context is as long as x."""
+        """Projections and visible pairs; a context is as long as x."""
         pairs = visible_pairs(length, right=0) if dims.causal else visible_pairs(length)
-        wide_bytes = max(4, dtype_bytes)
-        core = Cost(
-            flops=2 * 2 * pairs * dims.inner_dim,
-            activation_bytes=wide_bytes * dims.num_heads * length,
-            state_bytes=2 * length * dims.inner_dim * wide_bytes if dims.causal or dims.cross else 0,
-        )
-        return projection_cost(dims, length, dtype_bytes) + core
-
-
-@state_dataclass
-class KeyValueCache(State):
-    """Keys and values of all valid tokens so far, without gaps.
-
-    Attributes:
-        length: int64 (B,).
-        keys: (B, H, T, E), T the largest length; columns from a row's length on are zeros.
-        values: (B, H, T, E).
-        segments: int64 (B, T), segment of each stored token.
-    """
-
-    keys: Tensor
-    values: Tensor
-    segments: Tensor
+        stored = length if dims.causal or dims.cross else 0
+        state = Cost(state_bytes=2 * stored * dims.inner_dim * max(4, dtype_bytes))
+        return projection_cost(dims, length, dtype_bytes) + attention_cost(dims, length, pairs, dtype_bytes) + state
 
 
 @state_dataclass
@@ -108,26 +92,25 @@ class Full(HeadMixer):
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         """An empty cache."""
-        length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        shape = (batch_size, self.dims.num_heads, 0, self.dims.head_dim)
-        keys = torch.zeros(shape, device=device, dtype=dtype)
-        segments = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
-        if self.dims.cross:
-            return ContextCache(length, length > 0, keys, keys.clone(), segments > 0, segments, length > 0)
-        return KeyValueCache(length, keys, keys.clone(), segments)
+        empty = empty_cache(self.dims, batch_size, device, dtype)
+        if not self.dims.cross:
+            return empty
+        nothing = torch.zeros_like(empty.length, dtype=torch.bool)
+        key_valid = torch.zeros_like(empty.segments, dtype=torch.bool)
+        return ContextCache(empty.length, nothing, empty.keys, empty.values, key_valid, empty.segments, nothing)
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Dispatch to the form that the dims and the state ask for."""
         if self.dims.cross:
             return self._attend_context(heads, state)
+        if isinstance(state, KeyValueCache):
+            return attend_cached("full", heads, Causal(), state)
         assert heads.k is not None
         assert heads.v is not None
-        if state is not None:
-            return self._attend_cached(heads, state)
         return _attend_sequence(heads.q, heads.k, heads.v, heads.mask, causal=self.dims.causal), None
 
     def _attend_context(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
-        mask, key_mask = heads.mask, heads.key_mask
+        key_mask = heads.key_mask
         k, v, key_valid, key_segments = heads.k, heads.v, key_mask.valid, key_mask.segments
         if isinstance(state, ContextCache):
             state = _store_context(state, heads)
@@ -136,51 +119,32 @@ class Full(HeadMixer):
             key_segments = state.key_segments if bool(state.segmented.any()) else None
         assert k is not None
         assert v is not None
-        if (mask.segments is None) != (key_segments is None):
+        if (heads.mask.segments is None) != (key_segments is None):
             raise ValueError("full: segments of queries and context go together; give both masks segments, or neither")
-        out = sliced_attention(heads.q, k, v, KeySet(key_valid, mask.segments, key_segments))
+        if key_segments is None:
+            return _attend_everything(heads.q, k, v, key_valid), state
+        documents = Mask(segments=heads.mask.segments)
+        out = pattern_attention(
+            heads.q, k, v, EVERYTHING, mask=documents, key_valid=key_valid, key_segments=key_segments
+        )
         return out, state
-
-    def _attend_cached(self, heads: Heads, state: State) -> tuple[Tensor, State]:
-        assert isinstance(state, KeyValueCache)
-        assert heads.k is not None
-        assert heads.v is not None
-        new_state, last_key, segments = _store_keys(state, heads.k, heads.v, heads.mask)
-        k, v = new_state.keys.to(heads.q.dtype), new_state.values.to(heads.q.dtype)
-        key_segments = None if heads.mask.segments is None and state.keys.shape[2] == 0 else new_state.segments
-        keys = KeySet(None, None if key_segments is None else segments, key_segments, last_key)
-        return sliced_attention(heads.q, k, v, keys, aligned=heads.mask.valid is None), new_state
 
 
 def _attend_sequence(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, causal: bool) -> Tensor:
-    if mask.valid is None and mask.segments is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    last_key = torch.arange(q.shape[2], device=q.device).expand(q.shape[0], -1) if causal else None
-    keys = KeySet(mask.valid, mask.segments, mask.segments, last_key)
-    return sliced_attention(q, k, v, keys, aligned=causal)
+    facts = Mask(mask.valid, mask.segments)
+    if causal:
+        if mask.valid is None and mask.segments is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return pattern_attention(q, k, v, Causal(), mask=facts)
+    if mask.segments is None:
+        return _attend_everything(q, k, v, mask.valid)
+    return pattern_attention(q, k, v, EVERYTHING, mask=facts)
 
 
-def _store_keys(state: KeyValueCache, k: Tensor, v: Tensor, mask: Mask) -> tuple[KeyValueCache, Tensor, Tensor]:
-    """The longer cache, the last key that each token of this call may see, and the segment of each of them (B, L)."""
-    batch_size, stored, length = k.shape[0], state.keys.shape[2], k.shape[2]
-    columns = token_positions(replace(mask, segments=None), batch_size, length, device=k.device, start=state.length)
-    segments = continue_segments("full", _last_segment(state), state.length, mask, length)
-    new_length = state.length + (length if mask.valid is None else mask.valid.sum(dim=1))
-    capacity = stored + length if mask.valid is None else max(stored, int(new_length.max()))
-    targets = columns if mask.valid is None else columns.masked_fill(~mask.valid, capacity)
-    cache = KeyValueCache(
-        new_length,
-        append(state.keys, k.to(state.keys.dtype), targets, capacity),
-        append(state.values, v.to(state.values.dtype), targets, capacity),
-        append(state.segments, segments, targets, capacity),
-    )
-    return cache, columns, segments
-
-
-def _last_segment(state: KeyValueCache) -> Tensor:
-    if state.segments.shape[1] == 0:
-        return torch.zeros_like(state.length)
-    return state.segments.gather(1, (state.length - 1).clamp_min(0)[:, None])[:, 0]
+def _attend_everything(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> Tensor:
+    """Every query sees every valid key: one row of mask serves them all."""
+    visible = None if key_valid is None else key_valid[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
 
 def _store_context(state: ContextCache, heads: Heads) -> ContextCache:

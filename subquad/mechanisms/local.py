@@ -1,49 +1,103 @@
-"""Local: softmax attention inside a sliding window.
+"""Local: softmax attention inside a sliding window, or inside blocks.
 
-Parmar et al. 2018, "Image Transformer", arXiv:1802.05751 (attention in a local neighbourhood); as a sliding window in
-Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
+Parmar et al. 2018, "Image Transformer", arXiv:1802.05751 (attention in a local neighbourhood, in blocks); as a sliding
+window in Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
 
-    o_i = softmax over |i - j| <= (W - 1) / 2 of q_i · k_j / √E        causal: 0 <= i - j < W
+    sliding: o_i = softmax over |i - j| <= (W - 1) / 2 of q_i · k_j / √E        causal: 0 <= i - j < W
+    block:   o_i = softmax over |⌊i / b⌋ - ⌊j / b⌋| <= n of q_i · k_j / √E      causal: ⌊i / b⌋ - ⌊j / b⌋ <= n, j <= i
 
-Cost O(L W D); state: the last W - 1 keys and values. A token reaches n (W - 1) / 2 tokens away after n layers.
+Cost O(L W D), for blocks W = (2n + 1) b, causal (n + 1) b. State: the last W - 1 keys and values. A token reaches
+(W - 1) / 2 tokens away in a layer, and in blocks, where n = 0 never leaves the block, n b to 2 n b.
 
 Departures: Long Range Arena's "local attention" gathers positions of equal index modulo the number of blocks, which is
-not local; it is not reproduced. Distances count valid tokens: an invalid token takes no position.
+not local; it is not reproduced. Distances and blocks count valid tokens: an invalid token takes no position. The blocks
+of a packed document begin with its first token, so that it gives what it gives alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, projection_cost
+from subquad.costs import Cost, visible_pairs, window_sides
+from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.mask import continue_segments
-from subquad.ops.packing import has_gaps, put_back, take, valid_first
-from subquad.ops.window import Window, window_attention, window_cost, window_sides
+from subquad.mask import Mask, continue_segments
+from subquad.ops.block_columns import BlockColumns, block_columns
+from subquad.ops.packing import append, has_gaps, put_back, take, valid_first
+from subquad.ops.pattern_attention import pattern_attention
+from subquad.patterns.bands import Causal, Window
+from subquad.patterns.blocks import BlockWindow
+from subquad.patterns.pattern import Pattern
 from subquad.registry import register
 from subquad.state import State, state_dataclass
+
+
+class Grid(NamedTuple):
+    """A window of whole blocks; a sliding window is one of blocks of a single token.
+
+    Attributes:
+        size: tokens of a block.
+        left: blocks before its own that a query sees.
+        right: blocks after it.
+        causal: no key after the query is seen.
+    """
+
+    size: int
+    left: int
+    right: int
+    causal: bool
+
+    @property
+    def stored(self) -> int:
+        """Columns of the state: all that the next token may see, wherever in its block it stands."""
+        return (self.left + 1) * self.size - 1
+
+    @property
+    def pattern(self) -> Pattern:
+        """Who sees whom."""
+        if self.size == 1:
+            return Window(self.left, self.right)
+        blocks = BlockWindow(self.size, self.left, self.right)
+        return blocks & Causal() if self.causal else blocks
+
+    def pairs(self, length: int) -> int:
+        """Visible pairs among `length` tokens: inside the own block, and between it and its neighbours."""
+        full, rest = divmod(length, self.size)
+        right = 0 if self.causal else None
+        own = full * visible_pairs(self.size, right=right) + visible_pairs(rest, right=right)
+        between = self.size**2 * (visible_pairs(full, left=self.left, right=self.right) - full)
+        return own + between + self.size * rest * (min(self.left, full) + min(self.right, full))
 
 
 @register("local")
 @dataclass(frozen=True, kw_only=True)
 class LocalConfig(MixerConfig):
-    """Options of windowed attention."""
+    """Options of local attention."""
 
     family: ClassVar[str] = "sparse"
 
+    kind: Literal["sliding", "block"] = "sliding"
+    """A window around each token, or blocks with their neighbours."""
     window: int = 129
-    """W, keys that a token sees, itself included; odd unless causal."""
+    """W, keys that a token sees in a sliding window, itself included; odd unless causal."""
+    block: int = 64
+    """b, tokens of a block; for kind="block"."""
+    neighbours: int = 1
+    """n, whole blocks seen on each side of the own one, causal: before it; for kind="block"."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
         if self.window < 1:
             raise ValueError(f"local: window counts the keys a token sees, itself included; got {self.window}")
+        if self.block < 1:
+            raise ValueError(f"local: block counts the tokens of a block and must be at least 1; got {self.block}")
+        if self.neighbours < 0:
+            raise ValueError(f"local: neighbours counts blocks beside the own one, 0 for none; got {self.neighbours}")
 
     @property
     def traits(self) -> Traits:
@@ -52,7 +106,13 @@ class LocalConfig(MixerConfig):
 
     def check(self, dims: Dims) -> None:
         """A two-sided window is symmetric, hence odd."""
-        window_sides("local", self.window, causal=dims.causal)
+        self.grid(causal=dims.causal)
+
+    def grid(self, *, causal: bool) -> Grid:
+        """The window in blocks."""
+        if self.kind == "block":
+            return Grid(self.block, self.neighbours, 0 if causal else self.neighbours, causal)
+        return Grid(1, *window_sides("local", self.window, causal=causal), causal)
 
     def build(self, dims: Dims) -> Local:
         """The module."""
@@ -60,77 +120,138 @@ class LocalConfig(MixerConfig):
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
         """Projections and the pairs inside the window."""
-        left, right = window_sides("local", self.window, causal=dims.causal)
-        stored = self.window - 1 if dims.causal else 0
-        attention = window_cost(length, left, right, dims.inner_dim, dtype_bytes)
+        grid = self.grid(causal=dims.causal)
+        attention = attention_cost(dims, length, grid.pairs(length), dtype_bytes)
+        stored = grid.stored if dims.causal else 0
         state = Cost(state_bytes=2 * stored * dims.inner_dim * max(4, dtype_bytes))
         return projection_cost(dims, length, dtype_bytes) + attention + state
 
 
 @state_dataclass
 class WindowState(State):
-    """The last W - 1 valid tokens, the newest in the last column; columns older than the stream are zeros.
+    """The newest valid tokens: as many whole blocks as the next token sees, and those before it in its own block.
+
+    The next token goes to column left * size + `place`, one column per token before it. For a sliding window, whose
+    blocks are single tokens, these are the last W - 1 tokens, the newest in the last column.
 
     Attributes:
         length: int64 (B,).
-        keys: (B, H, W - 1, E).
-        values: (B, H, W - 1, E).
-        segments: int64 (B, W - 1).
+        keys: (B, H, T, E); columns that hold no token are zeros.
+        values: (B, H, T, E).
+        seen: bool (B, T), whether a column holds a token of the newest document.
+        segment: int64 (B,), the number of that document.
+        place: int64 (B,), of the next token in its block, if it belongs to that document.
     """
 
     keys: Tensor
     values: Tensor
-    segments: Tensor
+    seen: Tensor
+    segment: Tensor
+    place: Tensor
+
+
+class Stretch(NamedTuple):
+    """All columns that a call sees.
+
+    Attributes:
+        keys: (B, H, S, E).
+        values: (B, H, S, E).
+        seen: bool (B, S), whether a column holds a token that may be seen.
+        documents: int64 (B, S), numbered as in `BlockColumns`.
+        offset: int64 (B,), the first free column.
+    """
+
+    keys: Tensor
+    values: Tensor
+    seen: Tensor
+    documents: Tensor
+    offset: Tensor
 
 
 class Local(HeadMixer):
-    """Attention inside a sliding window."""
+    """Attention inside a sliding window or inside blocks."""
 
     config: LocalConfig
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> WindowState:
         """Nothing seen yet."""
-        return self._nothing_before(self.config.window - 1, batch_size, device, dtype)
-
-    def _nothing_before(self, columns: int, batch_size: int, device: torch.device, dtype: torch.dtype) -> WindowState:
-        keys = torch.zeros(batch_size, self.dims.num_heads, columns, self.dims.head_dim, device=device, dtype=dtype)
+        stored = self.config.grid(causal=self.dims.causal).stored
+        keys = torch.zeros(batch_size, self.dims.num_heads, stored, self.dims.head_dim, device=device, dtype=dtype)
         length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        segments = torch.zeros(batch_size, columns, dtype=torch.int64, device=device)
-        return WindowState(length, keys, keys.clone(), segments)
+        seen = torch.zeros(batch_size, stored, dtype=torch.bool, device=device)
+        return WindowState(length, keys, keys.clone(), seen, length.clone(), length.clone())
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Attend inside the window; padding is taken out first, so that it takes no position."""
-        q, k, v, mask = heads.q, heads.k, heads.v, heads.mask
-        assert k is not None
-        assert v is not None
-        batch_size, _, length, _ = q.shape
-        left, right = window_sides("local", self.config.window, causal=self.dims.causal)
-        reach = max(length - 1, 0)
-        if isinstance(state, WindowState):
-            before = state
-        else:
-            left, right = min(left, reach), min(right, reach)
-            before = self._nothing_before(left, batch_size, q.device, q.dtype)
-        last_segment = before.segments[:, -1] if left else torch.zeros_like(before.length)
-        segments = continue_segments("local", last_segment, before.length, mask, length)
-        valid = torch.ones_like(segments, dtype=torch.bool) if mask.valid is None else mask.valid
+        assert heads.k is not None
+        assert heads.v is not None
+        q, k, v, mask = heads.q, heads.k, heads.v, Mask(heads.mask.valid, heads.mask.segments)
+        grid, before = self.config.grid(causal=self.dims.causal), state if isinstance(state, WindowState) else None
+        if before is not None and mask.segments is not None:
+            mask = Mask(mask.valid, continue_segments("local", before.segment, before.length, mask, q.shape[2]))
         order = valid_first(mask.valid) if mask.valid is not None and has_gaps(mask.valid) else None
         if order is not None:
-            q, k, v, valid, segments = (take(tensor, order) for tensor in (q, k, v, valid, segments))
-        k, v = (torch.cat((old.to(q.dtype), new), dim=2) for old, new in ((before.keys, k), (before.values, v)))
-        known = torch.arange(left, device=q.device) >= left - before.length[:, None]
-        key_segments = torch.cat((before.segments, segments), dim=1)
-        window = Window(left, right, torch.cat((known, valid), dim=1))
-        if mask.segments is not None or state is not None:
-            window = window._replace(query_segments=segments, key_segments=key_segments)
-        out = window_attention(q, k, v, window)
-        after = None if state is None else _keep_newest(before, k, v, key_segments, valid.sum(dim=1))
-        return (out if order is None else put_back(out, order)), after
+            q, k, v, mask = *(take(tensor, order) for tensor in (q, k, v)), _reordered(mask, order)
+        if before is None and (mask.segments is None or grid.size == 1):
+            out, after = pattern_attention(q, k, v, grid.pattern, mask=mask), None
+        else:
+            nothing = self.new_state(q.shape[0], q.device, q.dtype)
+            out, after = _attend_placed(q, k, v, mask, grid, nothing if before is None else before)
+        return (out if order is None else put_back(out, order)), None if before is None else after
 
 
-def _keep_newest(before: WindowState, k: Tensor, v: Tensor, segments: Tensor, added: Tensor) -> WindowState:
-    """The columns that end with the newest valid token; `added` (B,) of this call's tokens, the first, are valid."""
-    columns = torch.arange(before.keys.shape[2], device=k.device) + added[:, None]
-    kept = (take(tensor, columns) for tensor in (k, v))
-    keys, values = (tensor.to(before.keys.dtype) for tensor in kept)
-    return WindowState(before.length + added, keys, values, take(segments, columns))
+def _reordered(mask: Mask, order: Tensor) -> Mask:
+    """The facts with the valid tokens first; the segments of the invalid ones behind them follow the last valid one."""
+    valid, segments = (None if fact is None else take(fact, order) for fact in (mask.valid, mask.segments))
+    return Mask(valid, None if segments is None else segments.cummax(dim=1).values)
+
+
+def _attend_placed(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, grid: Grid, before: WindowState
+) -> tuple[Tensor, WindowState]:
+    """Attend to the columns of a state and to this call's tokens, each in its column; valid tokens come first."""
+    valid = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if mask.valid is None else mask.valid
+    placed = block_columns(valid, mask.segments, grid.size, last_segment=before.segment, place=before.place)
+    stretch = _extend(before, k, v, placed, grid)
+    spread = mask.segments is not None  # else the queries follow each other as they are
+    out = pattern_attention(
+        placed.spread(q) if spread else q,
+        stretch.keys,
+        stretch.values,
+        grid.pattern,
+        mask=Mask(segments=placed.spread(placed.documents).cummax(dim=1).values) if spread else mask,
+        key_valid=stretch.seen,
+        key_segments=stretch.documents if spread else None,
+        query_offset=stretch.offset,
+    )
+    return placed.collect(out) if spread else out, _newest(before, stretch, placed, mask, grid)
+
+
+def _extend(before: WindowState, k: Tensor, v: Tensor, placed: BlockColumns, grid: Grid) -> Stretch:
+    """The columns of the state and behind them this call's, with room for the rest of the last block."""
+    offset = grid.left * grid.size + before.place
+    total = grid.stored + placed.width + grid.size - 1
+    columns = (offset[:, None] + placed.columns).masked_fill(~placed.valid, total)
+    keys, values = (append(old.to(k.dtype), new, columns, total) for old, new in ((before.keys, k), (before.values, v)))
+    documents = append(torch.zeros_like(before.seen, dtype=torch.int64), placed.documents, columns, total)
+    seen = append(before.seen, placed.valid, columns, total)
+    return Stretch(keys, values, seen, documents.cummax(dim=1).values, offset)
+
+
+def _newest(before: WindowState, stretch: Stretch, placed: BlockColumns, mask: Mask, grid: Grid) -> WindowState:
+    """The columns that the next token may see: those of the block in which it stands and of `left` blocks before."""
+    behind, document = placed.end()
+    end, added, segment = stretch.offset + behind, placed.valid.sum(dim=1), before.segment
+    if mask.segments is not None:
+        newest = take(mask.segments, (added - 1).clamp_min(0)[:, None])[:, 0]
+        segment = torch.where(added > 0, newest, segment)
+    first = (end // grid.size - grid.left) * grid.size
+    kept = first[:, None] + torch.arange(grid.stored, device=end.device)
+    return WindowState(
+        before.length + added,
+        take(stretch.keys, kept).to(before.keys.dtype),
+        take(stretch.values, kept).to(before.values.dtype),
+        take(stretch.seen & (stretch.documents == document[:, None]), kept),
+        segment,
+        end % grid.size,
+    )

@@ -1,37 +1,47 @@
 """Longformer: a sliding window for every token, and everything for a few global tokens.
 
-Beltagy et al. 2020, "Longformer: The Long-Document Transformer", arXiv:2004.05150.
+Beltagy et al. 2020, "Longformer: The Long-Document Transformer", arXiv:2004.05150, section 3.
 
-    i not global: one softmax over {j global} ∪ {|i - j| <= (W - 1) / 2} of q_i · k_j / √E
+    i not global: one softmax over {j global} ∪ {i - j = d u, |u| <= (W - 1) / 2} of q_i · k_j / √E
     i global:     softmax over all j of q'_i · k'_j / √E, with projections W'_q, W'_k, W'_v of its own
 
 Cost O(L (W + G) D) for G global tokens, plus their projections. Which tokens are global is each example's own choice
-(`Mask.global_tokens`); without any, the second projections are not used. Causal: both sets are cut at j <= i.
+(`Mask.global_tokens`); without any, the second projections are not used. Causal: both sets are cut at j <= i. The step
+d can differ by head. The paper's windows that grow from layer to layer are a list of mixers:
+`mixer=[{"name": "longformer", "window": 65}, {"name": "longformer", "window": 129}]`.
 
-Departures: W counts the keys, itself included (the paper's w is W - 1); padding that is marked global counts as
+Departures: W counts the keys, itself included (the paper's w is W - 1), and d is the step between them, 1 for a plain
+window, as in the official code (the paper's tables count the gaps, d - 1). Padding that is marked global counts as
 padding, as in the official code. The paper leaves the causal form with global tokens undefined; here a global token
 sees, and is seen by, what causality allows. Distances are counted in the padded sequence, as in the official code.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, initialise_projection, projection_cost
+from subquad.costs import Cost, visible_pairs, window_sides
+from subquad.heads import HeadMixer, Heads, attention_cost, initialise_projection, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.mask import token_positions
+from subquad.mask import Mask, token_positions
 from subquad.ops.packing import take, valid_first
+from subquad.ops.pattern_attention import pattern_attention
 from subquad.ops.rotary import rotate
-from subquad.ops.softmax import KeySet, sliced_attention
-from subquad.ops.window import ExtraKeys, Window, window_attention, window_cost, window_sides
+from subquad.patterns.bands import Dilated
+from subquad.patterns.pattern import Pattern
+from subquad.patterns.tokens import Sink
 from subquad.registry import register
 from subquad.state import State
+
+LARGEST_MASK = 2**21
+"""Pairs of global tokens and keys, over the whole batch, whose mask is held at a time."""
 
 
 @register("longformer")
@@ -43,12 +53,23 @@ class LongformerConfig(MixerConfig):
 
     window: int = 129
     """W, keys that a token sees around itself, itself included; odd unless causal."""
+    dilation: int | tuple[int, ...] = (1,)
+    """d, the step between the keys of a window: one for all heads, or one for each, as (1, 1, 1, 1, 1, 1, 2, 2)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
         if self.window < 1:
             raise ValueError(f"longformer: window counts the keys a token sees, itself included; got {self.window}")
+        if not self._steps or min(self._steps) < 1:
+            raise ValueError(
+                "longformer: dilation is the step between keys, 1 for a plain window, one for all heads or one for "
+                f"each; got {self.dilation}"
+            )
+
+    @property
+    def _steps(self) -> tuple[int, ...]:
+        return (self.dilation,) if isinstance(self.dilation, int) else self.dilation
 
     @property
     def traits(self) -> Traits:
@@ -56,37 +77,67 @@ class LongformerConfig(MixerConfig):
         return Traits(bidirectional=True, causal=True, padding=True, segments=True, global_tokens=True)
 
     def check(self, dims: Dims) -> None:
-        """A two-sided window is symmetric, hence odd."""
+        """A two-sided window is symmetric, hence odd; steps by head need as many heads."""
         window_sides("longformer", self.window, causal=dims.causal)
+        if len(self._steps) not in (1, dims.num_heads):
+            raise ValueError(
+                f"longformer: dilation has {len(self._steps)} values for {dims.num_heads} heads; give one for all "
+                "heads, or one for each"
+            )
+
+    def dilations(self, num_heads: int) -> tuple[int, ...]:
+        """The step of each head."""
+        return self._steps * num_heads if len(self._steps) == 1 else self._steps
+
+    def pattern(self, dims: Dims) -> Pattern:
+        """The windows of all heads."""
+        left, right = window_sides("longformer", self.window, causal=dims.causal)
+        first, *others = self.dilations(dims.num_heads)
+        own = {head: Dilated(left, right, step) for head, step in enumerate(others, start=1) if step != first}
+        pattern = Dilated(left, right, first).heads(own) if own else Dilated(left, right, first)
+        if dims.causal or right:
+            return pattern
+        return pattern | Sink(0)  # alone, a window of one key would pass for causal, and hide global tokens ahead
 
     def build(self, dims: Dims) -> Longformer:
         """The module."""
         return Longformer(self, dims)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """Projections, the window, and for G global tokens, the first ones, their columns, rows and projections."""
+        """Projections, windows and columns of each head, and for G global tokens, the first ones, their rows."""
+        one_head, count = replace(dims, num_heads=1), min(dims.num_global, length)
+        columns = count * length - (count * (count - 1) // 2 if dims.causal else 0)
+        total = projection_cost(dims, length, dtype_bytes)
+        total += Cost(parameters=3 * (dims.embed_dim + 1 if dims.bias else dims.embed_dim) * dims.inner_dim)
+        for step in self.dilations(dims.num_heads):
+            pairs = self._window_pairs(dims, length, step) + columns - self._seen_twice(dims, length, step)
+            total += attention_cost(one_head, length, pairs, dtype_bytes)
+        return total + self._rows_cost(dims, length, dtype_bytes) if count else total
+
+    def _window_pairs(self, dims: Dims, length: int, step: int) -> int:
+        """Pairs inside the window: positions of equal residue modulo the step form sequences of their own."""
         left, right = window_sides("longformer", self.window, causal=dims.causal)
-        attention = window_cost(length, left, right, dims.inner_dim, dtype_bytes)
-        parameters = 3 * (dims.embed_dim + 1 if dims.bias else dims.embed_dim) * dims.inner_dim
-        total = projection_cost(dims, length, dtype_bytes) + attention + Cost(parameters=parameters)
-        return total + self._global_cost(dims, length, dtype_bytes) if dims.num_global and length else total
+        shorter, longer_ones = divmod(length, step)
+        pairs = longer_ones * visible_pairs(shorter + 1, left=left, right=right)
+        return pairs + (step - longer_ones) * visible_pairs(shorter, left=left, right=right)
 
-    def _global_cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """What the global tokens add; a key that is global leaves the window, where it would count twice.
+    def _seen_twice(self, dims: Dims, length: int, step: int) -> int:
+        """Pairs of the window whose key is global; they count once."""
+        left, right = window_sides("longformer", self.window, causal=dims.causal)
+        keys = range(min(dims.num_global, length))
+        return sum(1 + min(left, (length - 1 - key) // step) + min(right, key // step) for key in keys)
 
-        Autograd keeps the second k and v, the first ones from which the global columns are taken, x and q of the global
-        rows, and without causality their result and mask (causally both are made again).
+    def _rows_cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
+        """The rows of the global tokens.
+
+        Autograd keeps the second k and v, x and q of the rows, and, since the rows take the place of others, the
+        result without them.
         """
-        left, right = window_sides("longformer", self.window, causal=dims.causal)
         count, inner = min(dims.num_global, length), dims.inner_dim
-        in_windows = sum(min(length, key + left + 1) - max(0, key - right) for key in range(count))
-        causal_rows = count * (count + 1) // 2
-        columns = count * length - (causal_rows - count if dims.causal else 0)
-        rows = causal_rows if dims.causal else count * length
-        kept = 4 * length * inner + count * (dims.embed_dim + inner) + (0 if dims.causal else count * inner + length)
+        pairs = count * (count + 1) // 2 if dims.causal else count * length
         return Cost(
-            flops=2 * (2 * length + count) * dims.embed_dim * inner + 2 * 2 * (columns + rows - in_windows) * inner,
-            activation_bytes=dtype_bytes * kept + (0 if dims.causal else max(4, dtype_bytes) * dims.num_heads * count),
+            flops=2 * (2 * length + count) * dims.embed_dim * inner + 2 * 2 * pairs * inner,
+            activation_bytes=dtype_bytes * (3 * length * inner + count * (dims.embed_dim + inner)),
         )
 
 
@@ -94,8 +145,8 @@ class Chosen(NamedTuple):
     """The global tokens of each example, in order, in as many slots as the example with most of them needs.
 
     Attributes:
-        places: int64 (B, G).
-        filled: bool (B, G), False for a slot that this example doesn't need.
+        places: int64 (B, G); a slot that this example doesn't need holds the place of another token.
+        filled: bool (B, G), False for such a slot.
     """
 
     places: Tensor
@@ -119,49 +170,16 @@ class Longformer(HeadMixer):
         """Window and global columns in one softmax; the rows of global tokens, computed apart, take their place."""
         assert heads.k is not None
         assert heads.v is not None
-        batch_size, _, length, _ = heads.q.shape
-        valid = heads.mask.valid
-        if valid is None:
-            valid = torch.ones(batch_size, length, dtype=torch.bool, device=heads.q.device)
-        is_global = None if heads.mask.global_tokens is None else heads.mask.global_tokens & valid
-        count = 0 if is_global is None else int(is_global.sum(dim=1).max())
-        if is_global is None or count == 0:
-            return self._attend_window(heads, valid, None), None
-        chosen = _choose(is_global, count)
-        extra = self._global_columns(heads, chosen)
-        out = self._attend_window(heads, valid & ~is_global, extra)
-        rows = self._attend_rows(heads, valid, chosen)
-        room = torch.zeros_like(out[:, :, :1]).expand(-1, -1, length + 1, -1)
-        target = chosen.places.masked_fill(~chosen.filled, length)[:, None, :, None].expand_as(rows)
-        placed = room.scatter(2, target, rows)[:, :, :length]
-        return torch.where(is_global[:, None, :, None], placed, out), None
+        facts, chosen = replace(heads.mask, global_tokens=None), _choose(heads.mask)
+        if chosen is not None:
+            facts = replace(facts, global_tokens=heads.mask.global_tokens)
+        out = pattern_attention(heads.q, heads.k, heads.v, self.config.pattern(self.dims), mask=facts)
+        if chosen is None:
+            return out, None
+        rows = torch.where(chosen.filled[:, None, :, None], self._attend_rows(heads, chosen), take(out, chosen.places))
+        return out.scatter(2, chosen.places[:, None, :, None].expand_as(rows), rows), None
 
-    def _attend_window(self, heads: Heads, key_valid: Tensor, extra: ExtraKeys | None) -> Tensor:
-        assert heads.k is not None
-        assert heads.v is not None
-        left, right = window_sides("longformer", self.config.window, causal=self.dims.causal)
-        reach = max(heads.q.shape[2] - 1, 0)
-        left, right = min(left, reach), min(right, reach)
-        segments = heads.mask.segments
-        key_segments = None if segments is None else F.pad(segments, (left, 0))
-        window = Window(left, right, F.pad(key_valid, (left, 0)), segments, key_segments)
-        k, v = (F.pad(tensor, (0, 0, left, 0)) for tensor in (heads.k, heads.v))
-        return window_attention(heads.q, k, v, window, extra)
-
-    def _global_columns(self, heads: Heads, chosen: Chosen) -> ExtraKeys:
-        """Keys and values of the global tokens, by the ordinary projections, for every token to see."""
-        assert heads.k is not None
-        assert heads.v is not None
-        visible = chosen.filled[:, None, :].expand(-1, heads.q.shape[2], -1)
-        if heads.mask.segments is not None:
-            visible = visible & (heads.mask.segments[..., None] == take(heads.mask.segments, chosen.places)[:, None, :])
-        if self.dims.causal:
-            visible = visible & (
-                chosen.places[:, None, :] <= torch.arange(visible.shape[1], device=visible.device)[:, None]
-            )
-        return ExtraKeys(take(heads.k, chosen.places), take(heads.v, chosen.places), visible)
-
-    def _attend_rows(self, heads: Heads, valid: Tensor, chosen: Chosen) -> Tensor:
+    def _attend_rows(self, heads: Heads, chosen: Chosen) -> Tensor:
         """What the global tokens see, by the projections of their own: (B, H, G, E)."""
         chosen_x = heads.x.gather(1, chosen.places[..., None].expand(-1, -1, heads.x.shape[2]))
         q = self.split(self.project_global_query(chosen_x))
@@ -169,12 +187,31 @@ class Longformer(HeadMixer):
         if self.dims.positions == "rotary":
             positions = token_positions(heads.mask, k.shape[0], k.shape[2], device=k.device)
             q, k = rotate(q, take(positions, chosen.places)), rotate(k, positions)
-        segments = heads.mask.segments
-        query_segments = None if segments is None else take(segments, chosen.places)
-        last_key = chosen.places if self.dims.causal else None
-        return sliced_attention(q, k, v, KeySet(valid, query_segments, segments, last_key))
+        height = max(1, LARGEST_MASK // max(1, k.shape[0] * k.shape[2]))
+        slices = zip(q.split(height, dim=2), chosen.places.split(height, dim=1), strict=True)
+        attend = partial(checkpoint, _attend_slice, use_reentrant=False, preserve_rng_state=False)
+        # The mask of a slice is made again in the backward pass: kept, all together would weigh G x L.
+        return torch.cat([attend(part, k, v, places, heads.mask, self.dims.causal) for part, places in slices], dim=2)
 
 
-def _choose(is_global: Tensor, count: int) -> Chosen:
-    filled = torch.arange(count, device=is_global.device) < is_global.sum(dim=1)[:, None]
-    return Chosen(valid_first(is_global)[:, :count], filled)
+def _choose(mask: Mask) -> Chosen | None:
+    """The global tokens that are no padding; None without any."""
+    if mask.global_tokens is None:
+        return None
+    is_global = mask.global_tokens if mask.valid is None else mask.global_tokens & mask.valid
+    counts = is_global.sum(dim=1, keepdim=True)
+    count = max([0, *counts[:, 0].tolist()])
+    filled = torch.arange(count, device=counts.device) < counts
+    return Chosen(valid_first(is_global)[:, :count], filled) if count else None
+
+
+def _attend_slice(q: Tensor, k: Tensor, v: Tensor, places: Tensor, mask: Mask, causal: bool) -> Tensor:
+    """Rows of queries at the given places (B, G), over all keys that the mask and causality allow."""
+    visible = torch.ones(*places.shape, k.shape[2], dtype=torch.bool, device=q.device)
+    if mask.valid is not None:
+        visible = visible & mask.valid[:, None, :]
+    if mask.segments is not None:
+        visible = visible & (take(mask.segments, places)[..., None] == mask.segments[:, None, :])
+    if causal:
+        visible = visible & (torch.arange(k.shape[2], device=q.device) <= places[..., None])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])

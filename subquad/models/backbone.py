@@ -24,9 +24,10 @@ class SubquadOutput(BaseModelOutputWithPooling):
     """Output of `SubquadModel`.
 
     Attributes:
-        last_hidden_state: (B, L, D), without the prepended vector; 0 at invalid positions.
+        last_hidden_state: (B, L, D), without the prepended vectors; 0 at invalid positions.
         pooler_output: (B, D), or None without pooling.
-        hidden_states: the stream before each block and at the end, if asked for, prepended vector included.
+        hidden_states: the stream before each block and at the end, if asked for, with the prepended vectors: a global
+            stream, then the one that is pooled.
         aux_loss: sum of the layers' auxiliary losses, or None.
     """
 
@@ -57,6 +58,8 @@ class SubquadPreTrainedModel(PreTrainedModel):
                 init.normal_(module.positions.weight, std=0.02)
             if module.cls is not None:
                 init.zeros_(module.cls)
+            if module.stream is not None:
+                init.normal_(module.stream)
         elif isinstance(module, TokenMixer):
             module.initialise()
 
@@ -74,13 +77,14 @@ class SubquadModel(SubquadPreTrainedModel):
         self.add_pooling = add_pooling
         prepend_cls = add_pooling and config.pooling == "cls"
         self.prepended = int(prepend_cls)
+        self.global_stream = config.global_stream()
         self.embedding = Embedding(config, prepend_cls=prepend_cls)
         layers = zip(config.layer_mixers(), config.layer_feedforwards(), strict=True)
         self.blocks = nn.ModuleList(
             Block(
                 mixer,
                 feedforward,
-                config.mixer_dims(index, prepended=self.prepended),
+                config.mixer_dims(index, prepended=self.global_stream + self.prepended),
                 norm=config.norm,
                 feedforward_chunk=config.feedforward_chunk,
             )
@@ -128,18 +132,19 @@ class SubquadModel(SubquadPreTrainedModel):
         vectors = self.embedding.tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = self.embedding.prepend_cls(vectors)
         mask = self._mask(x, attention_mask, segment_ids, global_attention_mask)
-        x = self.embedding(x, mask)
+        x, stream_mask = self.embedding(x, mask), self._behind_global_stream(mask)
         collected, aux_loss = [x], None
         for block in self.blocks:
-            x, block_loss = block(x, mask)
+            x, block_loss = block(x, stream_mask)
             aux_loss = add_losses(aux_loss, block_loss)
             collected.append(x)
         x = self.final_norm(x)
-        x = x if mask is None else mask.zero_invalid(x)
+        x = x if stream_mask is None else stream_mask.zero_invalid(x)
+        tokens = x[:, self.global_stream :]
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return SubquadOutput(
-            last_hidden_state=x[:, self.prepended :],
-            pooler_output=_pool(x, mask, self.config.pooling) if self.add_pooling else None,
+            last_hidden_state=tokens[:, self.prepended :],
+            pooler_output=_pool(tokens, mask, self.config.pooling) if self.add_pooling else None,
             hidden_states=(*collected[:-1], x) if wants_states else None,
             aux_loss=aux_loss,
         )
@@ -149,11 +154,12 @@ class SubquadModel(SubquadPreTrainedModel):
 
         A parameter that layers share counts once.
         """
-        total, tokens = Cost(), length + self.prepended
+        total, prepended = Cost(), self.global_stream + self.prepended
+        tokens = length + prepended
         for index, (mixer, feedforward) in enumerate(
             zip(self.config.layer_mixers(), self.config.layer_feedforwards(), strict=True)
         ):
-            total += mixer.cost(self.config.mixer_dims(index, prepended=self.prepended), tokens, dtype_bytes)
+            total += mixer.cost(self.config.mixer_dims(index, prepended=prepended), tokens, dtype_bytes)
             if feedforward is not None:
                 total += feedforward.cost(self.config.hidden_size, tokens, dtype_bytes)
         shared = sum(self.get_parameter(name).numel() for name in self._tied_weights_keys)
@@ -162,15 +168,15 @@ class SubquadModel(SubquadPreTrainedModel):
     def _mask(
         self, x: Tensor, attention: Tensor | None, segments: Tensor | None, global_tokens: Tensor | None
     ) -> Mask | None:
-        """The mask over the stream x, the prepended vector included."""
+        """The mask over x, the prepended vector included, the global stream not yet."""
         shape = (x.shape[0], x.shape[1] - self.prepended)
         named = (("attention_mask", attention), ("segment_ids", segments), ("global_attention_mask", global_tokens))
         for name, given in named:
             if given is not None and tuple(given.shape) != shape:
                 raise ValueError(f"SubquadModel: {name} must have shape (B, L) = {shape}, got {tuple(given.shape)}")
-        valid = None if attention is None else self._behind_cls(attention != 0, fill=True)
-        segment_ids = None if segments is None else self._behind_cls(segments, fill=None)
-        is_global = None if global_tokens is None else self._behind_cls(global_tokens != 0, fill=False)
+        valid = None if attention is None else _behind(attention != 0, self.prepended, fill=True)
+        segment_ids = None if segments is None else _behind(segments, self.prepended, fill=None)
+        is_global = None if global_tokens is None else _behind(global_tokens != 0, self.prepended, fill=False)
         if self.config.global_tokens == "first":
             first = _first_valid(valid, x)
             is_global = first if is_global is None else is_global | first
@@ -178,12 +184,20 @@ class SubquadModel(SubquadPreTrainedModel):
             return None
         return Mask(valid, segment_ids, is_global)
 
-    def _behind_cls(self, facts: Tensor, *, fill: bool | None) -> Tensor:
-        """Prepend the fact about the learned vector: `fill`, or None to copy the first token's."""
-        if not self.prepended:
-            return facts
-        first = facts[:, :1] if fill is None else torch.full_like(facts[:, :1], fill)
-        return torch.cat((first, facts), dim=1)
+    def _behind_global_stream(self, mask: Mask | None) -> Mask | None:
+        """The mask over what the mixers see."""
+        if mask is None:
+            return None
+        valid = None if mask.valid is None else _behind(mask.valid, self.global_stream, fill=True)
+        segments = None if mask.segments is None else _behind(mask.segments, self.global_stream, fill=None)
+        is_global = None if mask.global_tokens is None else _behind(mask.global_tokens, self.global_stream, fill=False)
+        return Mask(valid, segments, is_global)
+
+
+def _behind(facts: Tensor, count: int, *, fill: bool | None) -> Tensor:
+    """Facts (B, L) behind those of `count` prepended vectors: `fill`, or None to copy the first token's."""
+    first = facts[:, :1] if fill is None else torch.full_like(facts[:, :1], fill)
+    return torch.cat((first.expand(-1, count), facts), dim=1) if count else facts
 
 
 def _first_valid(valid: Tensor | None, x: Tensor) -> Tensor:

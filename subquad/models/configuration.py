@@ -42,6 +42,7 @@ class SubquadConfig(PreTrainedConfig):
         residual: "standard".
         feedforward_chunk: tokens that pass the feed-forward at a time; 0 for all.
         pooling: "cls" prepends a learned vector and pools there; "first", "last": that valid token; "mean": over them.
+            The vectors of a global stream are never pooled.
         causal: each token sees itself and the past only.
         global_tokens: "first" asks for the first valid token to be global.
         max_position_embeddings: longest input of learned positions and of mixers with parameters per position.
@@ -114,6 +115,21 @@ class SubquadConfig(PreTrainedConfig):
             written = None if layer is None else {**common, **_as_dict(layer, "feedforward")}
             layers.append(None if written is None else FeedforwardConfig.from_dict(written))
         return layers
+
+    def global_stream(self) -> int:
+        """Vectors that the model prepends because its mixers have a global stream; 0 for most.
+
+        Raises:
+            ValueError: layers that want different numbers.
+        """
+        wanted = {mixer.prepended_tokens: mixer.name for mixer in reversed(self.layer_mixers())}
+        if len(wanted) > 1:
+            found = ", ".join(f"{name} {count}" for count, name in sorted(wanted.items()))
+            raise ValueError(
+                "SubquadConfig: the model prepends one global stream for all layers, so their mixers must agree on its "
+                f"tokens (num_global); got {found}"
+            )
+        return next(iter(wanted))
 
     def mixer_dims(self, layer: int, *, prepended: int = 0) -> Dims:
         """Dims of the mixer of a layer, where `prepended` tokens stand before the input."""

@@ -21,19 +21,24 @@ def sinusoid(length: int, width: int, *, device: torch.device) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """Token vectors plus position vectors, behind an optional learned vector for classification."""
+    """Token vectors plus position vectors, behind an optional learned vector for classification.
+
+    In front of all stands the global stream of mixers that have one: learned vectors, which take no position.
+    """
 
     def __init__(self, config: SubquadConfig, *, prepend_cls: bool) -> None:
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.cls = nn.Parameter(torch.zeros(config.hidden_size)) if prepend_cls else None
+        count = config.global_stream()
+        self.stream = nn.Parameter(torch.zeros(count, config.hidden_size)) if count else None
         rows = config.max_position_embeddings + prepend_cls
         self.positions = nn.Embedding(rows, config.hidden_size) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, vectors: Tensor, mask: Mask | None) -> Tensor:
-        """Add the positions to vectors (B, L, D), the first of which may be `cls`.
+        """Add the positions to vectors (B, L, D), the first of which may be `cls`; put the global stream before them.
 
         Raises:
             ValueError: more tokens than learned positions.
@@ -47,6 +52,8 @@ class Embedding(nn.Module):
                 limit = self.config.max_position_embeddings
                 raise ValueError(f"the input has {length} tokens, but max_position_embeddings={limit}; raise it")
             vectors = vectors + self.positions(positions)
+        if self.stream is not None:
+            vectors = torch.cat((self.stream.expand(batch_size, -1, -1).to(vectors.dtype), vectors), dim=1)
         return self.dropout(vectors)
 
     def prepend_cls(self, vectors: Tensor) -> Tensor:

@@ -26,12 +26,13 @@ from subquad.receipt import leave_receipt
 
 
 class Part(NamedTuple):
-    """Pieces that heads head0..head1-1 of an example run, under the same facts."""
+    """Pieces that heads head0..head1-1 of an example run, under the same facts; fresh if no other part comes before."""
 
     head0: int
     head1: int
     pieces: tuple[Piece, ...]
     facts: ExampleFacts
+    fresh: bool
 
 
 class Example(NamedTuple):
@@ -75,10 +76,10 @@ def _plan(q: Tensor, k: Tensor, request: Request) -> list[Example]:
             key = head0, shape.offset, under_pattern.anything
             if key not in plans:
                 plans[key] = _compile(pattern.of_head(head0), shape, sliced=under_pattern.anything)
-            parts.append(Part(head0, head1, plans[key], under_pattern))
+            parts.append(Part(head0, head1, plans[key], under_pattern, fresh=True))
         if columns is not None:
             pieces = _column_pieces(columns, shape, causal=pattern.causal)
-            parts.append(Part(0, num_heads, pieces, restricting))
+            parts.append(Part(0, num_heads, pieces, restricting, fresh=False))
         examples.append(Example(tuple(parts), shape.offset))
     return examples
 
@@ -130,8 +131,9 @@ class _BlockedAttention(torch.autograd.Function):
         for index, example in enumerate(examples):
             everything = _widened(q[index], k[index], v[index], out[index], lse[index], example, scale)
             for part in example.parts:
-                for piece in part.pieces:
-                    piece.forward(_of_heads(everything, part))
+                work = _of_heads(everything, part)
+                for number, piece in enumerate(part.pieces):
+                    piece.forward(work._replace(fresh=part.fresh and number == 0))
             _write_back(out[index], everything.out)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.examples, ctx.scale = examples, scale
@@ -154,8 +156,9 @@ class _BlockedAttention(torch.autograd.Function):
             of_lse = None if grad_lse is None else grad_lse[index]
             gradients = Gradients(upstream[index].to(lse.dtype), of_lse, grad_q, grad_k, grad_v)
             for part in example.parts:
-                for piece in part.pieces:
-                    piece.backward(_of_heads(everything, part), _gradients_of_heads(gradients, part))
+                work, of_heads = _of_heads(everything, part), _gradients_of_heads(gradients, part)
+                for number, piece in enumerate(part.pieces):
+                    piece.backward(work._replace(fresh=part.fresh and number == 0), of_heads)
             for grad, total in zip(grads, (grad_q, grad_k, grad_v), strict=True):
                 _write_back(grad[index], total)
         return *grads, None, None
@@ -168,7 +171,7 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
 def _widened(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, example: Example, scale: float) -> Work:
     """One example in the dtype of its log-sum-exp: the tensors themselves, where that is theirs."""
     q, k, v, out = (tensor.to(lse.dtype) for tensor in (q, k, v, out))
-    return Work(q, k, v, out, lse, example.parts[0].facts, example.offset, scale)
+    return Work(q, k, v, out, lse, example.parts[0].facts, example.offset, scale, fresh=False)
 
 
 def _write_back(tensor: Tensor, widened: Tensor) -> None:

@@ -139,12 +139,17 @@ def _subtract(part: Term, earlier: Term) -> list[Term]:
         before = part._replace(high=min(part.high, earlier.low - 1))
         after = part._replace(low=max(part.low, earlier.high + 1))
         return [side for side in (before, after) if not side.empty]
+    if earlier.low <= part.low and part.high <= earlier.high and part.modulus % earlier.modulus == 0:
+        earlier = Term(filters=earlier.filters)  # its distances hold anyway: without them tiles are classified sharper
     return [part._replace(filters=(*part.filters, Not(_as_pattern(earlier))))]
 
 
 def _as_pattern(term: Term) -> Pattern:
     distances = Distances(term._replace(filters=()))
-    return And((distances, *term.filters)) if term.filters else distances
+    if not term.filters:
+        return distances
+    filters = term.filters if distances.term == Term() else (distances, *term.filters)
+    return And(filters) if len(filters) > 1 else filters[0]
 
 
 def _choose_maker(term: Term, shape: Shape) -> Maker | None:

@@ -28,6 +28,7 @@ class Work(NamedTuple):
         facts: what restricts this example.
         offset: absolute position of query 0.
         scale: factor of the scores.
+        fresh: whether these heads have seen no piece yet, so that results are written and not merged.
     """
 
     q: Tensor
@@ -38,6 +39,7 @@ class Work(NamedTuple):
     facts: ExampleFacts
     offset: int
     scale: float
+    fresh: bool
 
 
 class Gradients(NamedTuple):
@@ -99,8 +101,12 @@ def make_bias(visible: Tensor, dtype: torch.dtype) -> Bias:
     return Bias(values, hidden if bool(hidden.any()) else None)
 
 
-def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Merge a softmax over further keys into `out` and `lse`, in place and exactly."""
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, *, fresh: bool) -> None:
+    """Merge a softmax over further keys into `out` and `lse`, in place and exactly; only write it if they are fresh."""
+    if fresh:
+        out.copy_(part)
+        lse.copy_(part_lse)
+        return
     total = torch.logaddexp(lse, part_lse)
     weight = torch.where(total == -torch.inf, 0.0, (part_lse - total).exp())
     out.lerp_(part, weight[..., None])

@@ -211,7 +211,7 @@ def _forward_run(run: Run, bias: Bias | None, work: Work) -> None:
         )
         if chosen is not None and chosen.hidden_rows is not None:
             part_lse = part_lse.masked_fill(chosen.hidden_rows, -torch.inf)
-        merge(out, lse, part_out, part_lse)
+        merge(out, lse, part_out, part_lse, fresh=work.fresh)
 
 
 def _backward_run(run: Run, bias: Bias | None, work: Work, gradients: Gradients) -> None:
@@ -230,7 +230,8 @@ def _backward_run(run: Run, bias: Bias | None, work: Work, gradients: Gradients)
         if grad_lse is not None:
             more_q, more_k = lse_backward(grad_lse, q, k, lse, work.scale, values, causal=run.causal)
             grad_q, grad_k = grad_q + more_q, grad_k + more_k
-        add_stack(gradients.q[part], grad_q, run.row, run.step)
+        rows = stack(gradients.q[part], run.row, run.rows, run.number, run.step)
+        rows.copy_(grad_q) if work.fresh else rows.add_(grad_q)
         add_stack(gradients.k[part], grad_k, run.column, run.step)
         add_stack(gradients.v[part], grad_v, run.column, run.step)
 

@@ -88,7 +88,8 @@ class Run(NamedTuple):
     restricted: bool
 
     def cut(self, size: int) -> Iterator[Run]:
-        """The same strips in runs of at most `size`."""
+        """The same strips in runs of at most `size`, about equally many in each."""
+        size = -(-self.number // -(-self.number // size))
         for start in range(0, self.number, size):
             yield self._replace(
                 number=min(size, self.number - start),

@@ -75,7 +75,7 @@ class TilePiece(Piece):
             part_out, part_lse = fused_forward(q, k, v, work.scale, None if bias is None else bias.values)
             if bias is not None and bias.hidden_rows is not None:
                 part_lse = part_lse.masked_fill(bias.hidden_rows, -torch.inf)
-            merge(out, lse, part_out, part_lse)
+            merge(out, lse, part_out, part_lse, fresh=work.fresh)
             _put_rows(work.out[part], group, out)
             _put_rows(work.lse[part], group, lse)
 

@@ -87,6 +87,15 @@ class Pattern(ABC):
         """The queries below `length` that see anything, where the pattern is a set of queries; else None."""
         return None
 
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What was derived from this pattern at some length, kept as long as the pattern lives; no part of its value."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and stored forms begin without the memo."""
+        return {name: value for name, value in self.__dict__.items() if name != "memo"}
+
     @property
     def block(self) -> int | None:
         """The size of the blocks that the pattern is made of, if it is made of blocks."""
@@ -184,17 +193,18 @@ class Pattern(ABC):
             device: where positions will be.
 
         Returns:
-            a function of example, head, query and key.
+            a function of example, head, query and key; positions may have any integer dtype.
         """
         resolved = self.resolve(length).to(torch.device(device))
         if not self.num_heads:
-            return lambda example, head, query, key: resolved.visible(query, key)
+            return lambda example, head, query, key: resolved.visible(query.long(), key.long())
         heads = [resolved.of_head(head) for head in range(self.num_heads + 1)]  # the last one stands for all others
         distinct = list(dict.fromkeys(heads))
         owner = torch.tensor([distinct.index(pattern) for pattern in heads], device=device)
 
         def visible(example: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             mine = owner[head.clamp(max=len(heads) - 1)]
+            query, key = query.long(), key.long()
             result = distinct[0].visible(query, key)
             for number, pattern in enumerate(distinct[1:], start=1):
                 result = torch.where(mine == number, pattern.visible(query, key), result)

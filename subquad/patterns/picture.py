@@ -12,8 +12,9 @@ from typing import NamedTuple
 from subquad.drawing import Drawing, Layer, Panel
 from subquad.patterns.bands import Band
 from subquad.patterns.blocks import BlockBand, Random
+from subquad.patterns.composition import And, Compound, Or
 from subquad.patterns.expression import write_pattern
-from subquad.patterns.pattern import And, Compound, Or, Pattern
+from subquad.patterns.pattern import Pattern
 from subquad.patterns.terms import UNBOUNDED
 from subquad.patterns.tokens import Columns, Documents, Global, Sink
 

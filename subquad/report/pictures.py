@@ -1,11 +1,11 @@
-"""Small inline pictures: who attends whom, and the accuracies of the seeds as dots.
+"""Pictures: who attends whom, in a page and as a figure of its own, and the accuracies of the seeds as dots.
 
 Drawn as SVG from checked numbers and grids; nothing but those and escaped titles reaches the markup.
 """
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from subquad.drawing import Drawing, Layer, Panel, cells_path
 from subquad.records import units
 from subquad.records.mechanisms import Picture
 from subquad.report.html import Html, element
@@ -16,21 +16,34 @@ DOTS_WIDTH, DOTS_HEIGHT = 120.0, 18.0
 def attention_picture(picture: Picture, title: str) -> Html:
     """Return the grid of a mechanism: a row a query, a column a key, filled where the query sees the key."""
     n = picture.length
-    runs = [
-        f"M{match.start()} {row}h{match.end() - match.start()}v1h-{match.end() - match.start()}z"
-        for row, text in enumerate(picture.rows)
-        for match in re.finditer("1+", text)
-    ]
     return element(
         "svg",
         element("title", title),
         element("rect", width=str(n), height=str(n), class_="unseen"),
-        element("path", d="".join(runs), class_="seen"),
+        element("path", d=cells_path(picture.rows), class_="seen"),
         class_="grid",
         viewBox=f"0 0 {n} {n}",
         role="img",
         shape_rendering="crispEdges",
     )
+
+
+def mechanism_drawing(name: str, pictures: Mapping[str, Picture], drawn_with: Mapping[str, object]) -> Drawing:
+    """Return the picture of a mechanism as a figure of its own, for a file.
+
+    Args:
+        name: of the mechanism.
+        pictures: form ("bidirectional", "causal") to who attends whom.
+        drawn_with: the options that were made small for the pictures.
+
+    Raises:
+        ValueError: no pictures.
+    """
+    if not pictures:
+        raise ValueError(f"{name}: it has no form without a context, hence no picture")
+    sizes = ", ".join(f"{option}={value}" for option, value in drawn_with.items())
+    panels = tuple(Panel(form, (Layer("", picture.rows),)) for form, picture in pictures.items())
+    return Drawing(panels, f"{name}, {sizes}" if sizes else name)
 
 
 def seed_dots(values: Sequence[float], mean: float, low: float, high: float, color: str) -> Html:

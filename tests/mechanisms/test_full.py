@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from subquad import Mask
 from subquad.build import build_mixer
+from subquad.cache import KeyValueCache
 from subquad.heads import HeadMixer
-from subquad.mechanisms.full import ContextCache, KeyValueCache
-from subquad.ops import softmax
+from subquad.mechanisms.full import ContextCache
 
 LENGTHS = st.sampled_from([1, 2, 5, 11])
 
@@ -114,19 +114,17 @@ def test_the_cache_holds_valid_tokens_without_gaps() -> None:
 
 
 @given(pieces=st.lists(st.integers(1, 6), min_size=1, max_size=4), data=st.data())
-def test_a_stream_in_slices_of_queries_equals_the_definition(pieces: list[int], data: st.DataObject) -> None:
+def test_a_stream_equals_the_definition_over_the_whole(pieces: list[int], data: st.DataObject) -> None:
     length = sum(pieces)
     mixer, mask = full(causal=True), data.draw(masks(2, length)) or Mask()
     x = torch.randn(2, length, 6, dtype=torch.float64)
     state, outputs, start = mixer.init_state(2), [], 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(softmax, "MASK_ELEMENTS", 1)
-        for size in pieces:
-            cut = slice(start, start + size)
-            part = Mask(*(None if fact is None else fact[:, cut] for fact in (mask.valid, mask.segments)))
-            y, state, _ = mixer(x[:, cut], mask=part, state=state)
-            outputs.append(y)
-            start += size
+    for size in pieces:
+        cut = slice(start, start + size)
+        part = Mask(*(None if fact is None else fact[:, cut] for fact in (mask.valid, mask.segments)))
+        y, state, _ = mixer(x[:, cut], mask=part, state=state)
+        outputs.append(y)
+        start += size
     torch.testing.assert_close(torch.cat(outputs, dim=1), definition(mixer, x, mask), rtol=1e-10, atol=1e-10)
 
 
@@ -139,6 +137,17 @@ def test_a_stream_goes_on_after_a_first_call_of_nothing_but_padding() -> None:
     y.sum().backward()
     assert x.grad is not None
     assert bool(x.grad.isfinite().all())
+
+
+def test_a_cache_as_long_as_the_call_is_not_taken_for_it() -> None:
+    mixer, x = full(causal=True), torch.randn(2, 5, 6, dtype=torch.float64)
+    valid = torch.tensor([[True, True, True, False, False], [False, False, True, True, True]])
+    state = mixer(x[:, :2], mask=Mask(valid[:, :2]), state=mixer.init_state(2)).state
+    second = mixer(x[:, 2:], mask=Mask(valid[:, 2:]), state=state)
+    assert isinstance(second.state, KeyValueCache)
+    assert second.state.keys.shape[2] == 3  # columns, as many as this call has tokens, of which row 0 has one valid
+    whole = mixer(x, mask=Mask(valid)).y
+    torch.testing.assert_close(second.y, whole[:, 2:], rtol=1e-10, atol=1e-10)
 
 
 def test_the_context_is_projected_once_and_kept() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from comparison import (
-    Sees,
     assert_same_values_and_gradients,
     disturbed,
     finish,
@@ -26,7 +28,10 @@ from transformers.models.longformer.modeling_longformer import LongformerSelfAtt
 
 from subquad import Mask
 from subquad.build import build_mixer
-from subquad.mechanisms.longformer import Longformer
+from subquad.heads import projection_cost
+from subquad.interface import Dims
+from subquad.mechanisms import longformer as module
+from subquad.mechanisms.longformer import Longformer, LongformerConfig
 
 
 def longformer(window: int, **form: Any) -> Longformer:
@@ -36,8 +41,17 @@ def longformer(window: int, **form: Any) -> Longformer:
     return mixer
 
 
+def near(mixer: Longformer, head: int, i: int, j: int) -> bool:
+    """Whether j lies in the window of i: a number of steps of the head's length away."""
+    window, dilation = mixer.config.window, mixer.config.dilation
+    step = dilation if isinstance(dilation, int) else dilation[head % len(dilation)]
+    steps, remainder = divmod(i - j, step)
+    inside = 0 <= steps < window if mixer.dims.causal else abs(steps) <= (window - 1) // 2
+    return inside and remainder == 0
+
+
 def definition(mixer: Longformer, x: Tensor, mask: Mask | None) -> Tensor:
-    window, causal = mixer.config.window, mixer.dims.causal
+    causal, num_heads = mixer.dims.causal, mixer.dims.num_heads
     q, k, v = qkv(mixer, x)
     global_layers = (mixer.project_global_query, mixer.project_global_key, mixer.project_global_value)
     global_q, global_k, global_v = (split_heads(mixer, layer, x) for layer in global_layers)
@@ -49,19 +63,20 @@ def definition(mixer: Longformer, x: Tensor, mask: Mask | None) -> Tensor:
     def allowed(b: int, i: int, j: int) -> bool:
         return is_valid(mask, b, j) and same_document(mask, b, i, j) and (j <= i or not causal)
 
-    def near(i: int, j: int) -> bool:
-        return 0 <= i - j < window if causal else abs(i - j) <= (window - 1) // 2
-
-    sees_all: Sees = allowed
     out = torch.zeros_like(q)
     for b in range(x.shape[0]):
         for i in range(x.shape[1]):
             if is_global(b, i):
-                keys = [j for j in range(x.shape[1]) if sees_all(b, i, j)]
+                keys = [j for j in range(x.shape[1]) if allowed(b, i, j)]
                 row = softmax_over(global_q[b, i], global_k[b, keys], global_v[b, keys])
             else:
-                keys = [j for j in range(x.shape[1]) if allowed(b, i, j) and (near(i, j) or is_global(b, j))]
-                row = softmax_over(q[b, i], k[b, keys], v[b, keys])
+                rows = []
+                for h in range(num_heads):
+                    keys = [
+                        j for j in range(x.shape[1]) if allowed(b, i, j) and (near(mixer, h, i, j) or is_global(b, j))
+                    ]
+                    rows.append(softmax_over(q[b, i, h, None], k[b, keys, h, None], v[b, keys, h, None]))
+                row = torch.cat(rows)
             place = torch.zeros_like(out)
             place[b, i] = 1.0
             out = out + place * row
@@ -70,20 +85,88 @@ def definition(mixer: Longformer, x: Tensor, mask: Mask | None) -> Tensor:
 
 @pytest.mark.parametrize("causal", [False, True])
 @given(
-    length=st.sampled_from([1, 2, 6, 31, 32, 34]),
+    length=st.sampled_from([1, 2, 6, 13, 22]),
     window=st.sampled_from([1, 3, 5, 71]),
+    dilation=st.sampled_from([1, 2, (1, 2), (3, 1), (5, 5)]),
     share=st.sampled_from([None, 0.0, 0.2, 1.0]),
+    largest_mask=st.sampled_from([1, 60, 2**21]),
     data=st.data(),
 )
 def test_it_equals_the_definition(
-    causal: bool, length: int, window: int, share: float | None, data: st.DataObject
+    causal: bool,
+    length: int,
+    window: int,
+    dilation: int | tuple[int, ...],
+    share: float | None,
+    largest_mask: int,
+    data: st.DataObject,
 ) -> None:
-    mixer, mask = longformer(window, causal=causal), data.draw(masks(2, length))
+    mixer, mask = longformer(window, dilation=dilation, causal=causal), data.draw(masks(2, length))
     if share is not None:
         facts = mask or Mask()
         mask = Mask(facts.valid, facts.segments, torch.rand(2, length) < share)
     x = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
-    assert_same_values_and_gradients(mixer, lambda: mixer(x, mask=mask).y, lambda: definition(mixer, x, mask), [x])
+    with pytest.MonkeyPatch.context() as patch:  # held until the backward pass, in which slices are made again
+        patch.setattr(module, "LARGEST_MASK", largest_mask)
+        assert_same_values_and_gradients(mixer, lambda: mixer(x, mask=mask).y, lambda: definition(mixer, x, mask), [x])
+
+
+@given(
+    length=st.integers(0, 30),
+    window=st.sampled_from([1, 3, 9]),
+    dilation=st.sampled_from([1, 2, (1, 3), (4, 7)]),
+    count=st.integers(0, 12),
+    causal=st.booleans(),
+)
+def test_the_price_counts_each_visible_pair_once(
+    length: int, window: int, dilation: int | tuple[int, ...], count: int, causal: bool
+) -> None:
+    mixer = longformer(window, dilation=dilation, causal=causal)
+    dims = replace(mixer.dims, num_global=count)
+    seen = [
+        (h, i, j)
+        for h in range(2)
+        for i in range(length)
+        for j in range(length)
+        if near(mixer, h, i, j) or (j < count and (j <= i or not causal))
+    ]
+    used = min(count, length)
+    rows = sum(i + 1 if causal else length for i in range(used))
+    flops = 2 * 2 * dims.head_dim * (len(seen) + 2 * rows)
+    if used:
+        flops += 2 * (2 * length + used) * dims.embed_dim * dims.inner_dim
+    assert mixer.config.cost(dims, length, 4).flops == projection_cost(dims, length, 4).flops + flops
+
+
+def test_the_price_is_arithmetic_at_any_length() -> None:
+    config, dims = LongformerConfig(dilation=(1, 2)), Dims(embed_dim=8, num_heads=2, head_dim=4, num_global=5)
+    once, twice = (config.cost(dims, length, 4).flops for length in (2**20, 2**21))
+    assert 2 * once < twice < 2 * once * 1.001
+
+
+def test_a_step_reaches_further_with_as_many_keys() -> None:
+    mixer = longformer(5, dilation=(1, 3))
+    with torch.no_grad():
+        mixer.project_out.weight.copy_(torch.eye(4))  # a head's output in two channels of its own
+    x = torch.randn(1, 20, 4, dtype=torch.float64, requires_grad=True)
+    y = mixer(x).y[0, 10]
+    for head, places in enumerate(([8, 9, 10, 11, 12], [4, 7, 10, 13, 16])):
+        (gradient,) = torch.autograd.grad(y[2 * head : 2 * head + 2].sum(), x, retain_graph=True)
+        assert gradient[0].abs().amax(dim=1).nonzero()[:, 0].tolist() == places
+
+
+def test_rows_of_global_tokens_keep_no_mask_for_the_backward_pass() -> None:
+    mixer, kept = longformer(3), []
+    marked = (torch.arange(20) % 4 == 0)[None]
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        mixer(torch.randn(1, 20, 4, dtype=torch.float64), mask=Mask(global_tokens=marked))
+    assert kept
+    assert not [shape for shape in kept if shape[-2:] == (5, 20)]
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -106,6 +189,15 @@ def test_without_global_tokens_it_is_windowed_attention() -> None:
     torch.testing.assert_close(mixer(x).y, local(x).y, rtol=1e-10, atol=1e-10)
     nobody = Mask(global_tokens=torch.zeros(2, 40, dtype=torch.bool))
     assert torch.equal(mixer(x, mask=nobody).y, mixer(x).y)
+
+
+@pytest.mark.parametrize("dilation", [1, (1, 2)])
+def test_a_window_of_the_token_alone_sees_global_tokens_on_both_sides(dilation: int | tuple[int, ...]) -> None:
+    mixer, x = longformer(1, dilation=dilation), torch.randn(1, 9, 4, dtype=torch.float64, requires_grad=True)
+    marked = torch.zeros(1, 9, dtype=torch.bool)
+    marked[0, [1, 7]] = True
+    (gradient,) = torch.autograd.grad(mixer(x, mask=Mask(global_tokens=marked)).y[0, 4].sum(), x)
+    assert gradient[0].abs().amax(dim=1).nonzero()[:, 0].tolist() == [1, 4, 7]
 
 
 def test_without_global_tokens_the_second_projections_get_no_gradient() -> None:
@@ -155,6 +247,24 @@ def test_a_window_as_long_as_the_sequence_is_dense_attention() -> None:
     dense = build_mixer("full", embed_dim=4, num_heads=2).double()
     dense.load_state_dict({name: value for name, value in mixer.state_dict().items() if "global" not in name})
     torch.testing.assert_close(mixer(x).y, dense(x).y, rtol=1e-10, atol=1e-10)
+
+
+def test_steps_by_head_need_as_many_heads() -> None:
+    with pytest.raises(ValueError, match="longformer: dilation has 3 values for 2 heads; give one for all heads, or"):
+        longformer(5, dilation=(1, 1, 2))
+
+
+@pytest.mark.parametrize("dilation", [0, (1, -1), ()])
+def test_a_step_is_at_least_one_key(dilation: int | tuple[int, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=rf"longformer: dilation is the step .* 1 for a plain window.*got {re.escape(str(dilation))}"
+    ):
+        longformer(5, dilation=dilation)
+
+
+def test_steps_by_head_survive_json() -> None:
+    config = LongformerConfig(dilation=(1, 2))
+    assert LongformerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_an_even_two_sided_window_is_refused() -> None:

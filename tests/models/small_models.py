@@ -11,6 +11,7 @@ from subquad.benchmark.probe_subject import miniature
 from subquad.build import list_mixers, mixer_config
 from subquad.models import SubquadConfig, SubquadForSequenceClassification, SubquadModel
 from subquad.models.block import Block
+from subquad.registry import MIXERS as REGISTERED
 
 VOCABULARY = 11
 
@@ -24,6 +25,14 @@ MIXERS: dict[str, Any] = {name: small(name) for name in list_mixers(bidirectiona
 MIXERS["a mixed list"] = [small(name) for name in list_mixers(bidirectional=True)]
 
 
+def feedforwards_beside(mixer: Any) -> list[str | None]:
+    """An MLP for every layer, but for those whose mixer owns its channel mixing."""
+    layers = mixer if isinstance(mixer, list) else [mixer]
+    names = [layer.get("name") if isinstance(layer, dict) else layer for layer in layers]
+    owning = {name for name, config_class in REGISTERED.items() if config_class.placement == "block"}
+    return [None if name in owning else "mlp" for name in names] or ["mlp"]
+
+
 def config(**changes: Any) -> SubquadConfig:
     """Three layers of width 16."""
     sizes: dict[str, Any] = {
@@ -34,6 +43,7 @@ def config(**changes: Any) -> SubquadConfig:
         "intermediate_size": 24,
         "num_labels": 3,
         "max_position_embeddings": 40,
+        "feedforward": feedforwards_beside(changes.get("mixer", "full")),
     }
     return SubquadConfig(**(sizes | changes))
 

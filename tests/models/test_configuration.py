@@ -110,7 +110,7 @@ def whole_block() -> Iterator[str]:
 
 def test_a_block_mixer_refuses_a_feedforward(whole_block: str) -> None:
     with pytest.raises(ValueError, match="whole_block: owns its channel mixing; use feedforward=None with it"):
-        classifier(mixer=whole_block)
+        classifier(mixer=whole_block, feedforward="mlp")
 
 
 def test_the_output_of_a_block_mixer_is_used_as_it_is(whole_block: str) -> None:
