@@ -29,7 +29,8 @@ CONTEXT_LENGTH = 23
 MAX_LENGTH = 96
 """`max_length` of mechanisms that are bound to one."""
 
-_SMALL = {"block": 4, "chunk": 4, "stride": 4, "summary": 4, "landmarks": 4, "rank": 6, "features": 8, "top_k": 3}
+_SMALL = {"block": 4, "chunk": 4, "stride": 4, "summary": 2, "landmarks": 4, "rank": 6, "features": 8, "top_k": 3}
+_SMALL |= {"num_random": 1, "num_global": 3}
 _MEMORIES = {"memory_length": 8, "compressed_length": 4}
 
 
@@ -113,7 +114,7 @@ def small_subject(config: MixerConfig, dims: Dims, *, seed: int = 0) -> Subject:
 
 
 def miniature(config: MixerConfig, *, memories: bool = False) -> MixerConfig:
-    """The config with its sizes shrunk for sequences of a few dozen tokens; unchanged if it refuses the small sizes.
+    """The config with its sizes shrunk for sequences of a few dozen tokens; sizes that it refuses are left.
 
     Args:
         config: the options to shrink.
@@ -127,10 +128,12 @@ def miniature(config: MixerConfig, *, memories: bool = False) -> MixerConfig:
             continue
         limit = 4 + value % 2 if field.name == "window" else limits.get(field.name, value)  # a window stays odd or even
         changes[field.name] = min(value, limit)
-    try:
-        return replace(config, **changes)
-    except ValueError:
-        return config
+    for name, value in changes.items():
+        try:
+            config = replace(config, **{name: value})
+        except ValueError:
+            continue  # this size belongs to another form of the mechanism
+    return config
 
 
 def _small_dims(config: MixerConfig, dims: Dims) -> Dims:

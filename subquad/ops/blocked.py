@@ -8,8 +8,10 @@ the backward pass but q, k, v, the result and the log-sum-exp.
 from __future__ import annotations
 
 import itertools
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -26,19 +28,32 @@ from subquad.receipt import leave_receipt
 
 
 class Part(NamedTuple):
-    """Pieces that heads head0..head1-1 of an example run, under the same facts; fresh if no other part comes before."""
+    """A piece for some neighbouring heads.
+
+    Attributes:
+        head0: first head.
+        head1: behind the last head.
+        piece: what they run.
+        fresh: whether none of its queries stands in an earlier part of the same heads.
+    """
 
     head0: int
     head1: int
-    pieces: tuple[Piece, ...]
-    facts: ExampleFacts
+    piece: Piece
     fresh: bool
 
 
-class Example(NamedTuple):
-    """All parts of one example, and the absolute position of its first query."""
+class Plan(NamedTuple):
+    """All parts of a pattern; `dense` if some heads run dense attention in slices."""
 
     parts: tuple[Part, ...]
+    dense: bool
+
+
+class Example(NamedTuple):
+    """What one example runs, each part under its own facts, and the absolute position of its first query."""
+
+    parts: list[tuple[Part, ExampleFacts]]
     offset: int
 
 
@@ -51,37 +66,54 @@ def attend_blocked(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[T
     if q.device.type != "cpu":
         raise ValueError(f"pattern_attention: backend 'blocked' runs on the CPU, got {q.device}; use 'flex' or 'dense'")
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    out, lse = _BlockedAttention.apply(q, k, v, _plan(q, k, request), request.scale)  # pyright: ignore[reportGeneralTypeIssues] - apply has no types
+    examples = _plan_examples(q, k, request)
+    out, lse = _BlockedAttention.apply(q, k, v, examples, request.scale)  # pyright: ignore[reportGeneralTypeIssues] - apply has no types
     valid = request.facts.query_valid
     if valid is None:
         return out, lse
     return out.masked_fill(~valid[:, None, :, None], 0.0), lse.masked_fill(~valid[:, None], -torch.inf)
 
 
-def _plan(q: Tensor, k: Tensor, request: Request) -> list[Example]:
+def _plan_examples(q: Tensor, k: Tensor, request: Request) -> list[Example]:
     (batch, num_heads, length, width), key_length = q.shape, k.shape[2]
     if 0 in (batch, num_heads, length, key_length, width):
         return []
-    pattern = request.pattern.resolve(key_length)
-    head_ranges = _equal_heads(pattern, num_heads)
-    plans: dict[tuple[int, int, bool], tuple[Piece, ...]] = {}
     examples = []
     for index in range(batch):
         shape, facts = Shape(length, key_length, request.offset(index)), request.facts.example(index)
-        columns = _seen_columns(facts)
-        restricting = ExampleFacts.of(facts)
-        under_pattern = restricting if columns is None else restricting.without_keys(columns)
-        parts = []
-        for head0, head1 in head_ranges:
-            key = head0, shape.offset, under_pattern.anything
-            if key not in plans:
-                plans[key] = _compile(pattern.of_head(head0), shape, sliced=under_pattern.anything)
-            parts.append(Part(head0, head1, plans[key], under_pattern, fresh=True))
+        columns, restricting = _seen_columns(facts), ExampleFacts.of(facts)
+        of_pattern = restricting if columns is None else restricting.without_keys(columns)
+        plan = plan_pattern(request.pattern, num_heads, shape, sliced=of_pattern.anything)
+        if plan.dense:
+            _note_dense(shape)
+        parts = [(part, of_pattern) for part in plan.parts]
         if columns is not None:
-            pieces = _column_pieces(columns, shape, causal=pattern.causal)
-            parts.append(Part(0, num_heads, pieces, restricting, fresh=False))
-        examples.append(Example(tuple(parts), shape.offset))
+            pieces = _column_pieces(columns, shape, causal=request.pattern.causal)
+            parts += [(Part(0, num_heads, piece, fresh=False), restricting) for piece in pieces]
+        examples.append(Example(parts, shape.offset))
     return examples
+
+
+@lru_cache(maxsize=32)
+def plan_pattern(pattern: Pattern, num_heads: int, shape: Shape, *, sliced: bool) -> Plan:
+    """Compile a pattern for all heads; equal strips of different heads become one part.
+
+    A pure function, remembered because layers ask again with the same arguments.
+    """
+    resolved = pattern.resolve(shape.keys)
+    ranges = _equal_heads(resolved, num_heads)
+    plans = [compile_pattern(resolved.of_head(head0), shape, sliced=sliced) for head0, _ in ranges]
+    common = set.intersection(*({piece.signature for piece in plan.pieces} - {None} for plan in plans))
+    assigned = [(0, num_heads, piece) for piece in plans[0].pieces if piece.signature in common]
+    for (head0, head1), plan in zip(ranges, plans, strict=True):
+        assigned += [(head0, head1, piece) for piece in plan.pieces if piece.signature not in common]
+    covered = np.zeros((num_heads, shape.queries), dtype=bool)
+    parts = []
+    for head0, head1, piece in assigned:
+        rows = piece.covered(shape.queries)
+        parts.append(Part(head0, head1, piece, fresh=not (covered[head0:head1] & rows).any()))
+        covered[head0:head1] |= rows
+    return Plan(tuple(parts), any(plan.dense for plan in plans))
 
 
 def _equal_heads(pattern: Pattern, num_heads: int) -> list[tuple[int, int]]:
@@ -93,16 +125,13 @@ def _equal_heads(pattern: Pattern, num_heads: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(borders))
 
 
-def _compile(pattern: Pattern, shape: Shape, *, sliced: bool) -> tuple[Piece, ...]:
-    plan = compile_pattern(pattern, shape, sliced=sliced)
-    if plan.dense:
-        leave_receipt(
-            "pattern_attention",
-            asked="blocked",
-            ran="dense attention in slices of queries",
-            reason=f"{shape.queries} queries and {shape.keys} keys are too few for the pattern to save anything",
-        )
-    return plan.pieces
+def _note_dense(shape: Shape) -> None:
+    leave_receipt(
+        "pattern_attention",
+        asked="blocked",
+        ran="dense attention in slices of queries",
+        reason=f"{shape.queries} queries and {shape.keys} keys are too few for the pattern to save anything",
+    )
 
 
 def _seen_columns(facts: Facts) -> Tensor | None:
@@ -130,10 +159,8 @@ class _BlockedAttention(torch.autograd.Function):
         lse = torch.full(q.shape[:3], -torch.inf, dtype=_working_dtype(q.dtype), device=q.device)
         for index, example in enumerate(examples):
             everything = _widened(q[index], k[index], v[index], out[index], lse[index], example, scale)
-            for part in example.parts:
-                work = _of_heads(everything, part)
-                for number, piece in enumerate(part.pieces):
-                    piece.forward(work._replace(fresh=part.fresh and number == 0))
+            for part, facts in example.parts:
+                part.piece.forward(_of_heads(everything, part, facts))
             _write_back(out[index], everything.out)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.examples, ctx.scale = examples, scale
@@ -155,10 +182,8 @@ class _BlockedAttention(torch.autograd.Function):
             grad_q, grad_k, grad_v = (grad[index].to(lse.dtype) for grad in grads)
             of_lse = None if grad_lse is None else grad_lse[index]
             gradients = Gradients(upstream[index].to(lse.dtype), of_lse, grad_q, grad_k, grad_v)
-            for part in example.parts:
-                work, of_heads = _of_heads(everything, part), _gradients_of_heads(gradients, part)
-                for number, piece in enumerate(part.pieces):
-                    piece.backward(work._replace(fresh=part.fresh and number == 0), of_heads)
+            for part, facts in example.parts:
+                part.piece.backward(_of_heads(everything, part, facts), _gradients_of_heads(gradients, part))
             for grad, total in zip(grads, (grad_q, grad_k, grad_v), strict=True):
                 _write_back(grad[index], total)
         return *grads, None, None
@@ -171,7 +196,7 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
 def _widened(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, example: Example, scale: float) -> Work:
     """One example in the dtype of its log-sum-exp: the tensors themselves, where that is theirs."""
     q, k, v, out = (tensor.to(lse.dtype) for tensor in (q, k, v, out))
-    return Work(q, k, v, out, lse, example.parts[0].facts, example.offset, scale, fresh=False)
+    return Work(q, k, v, out, lse, ExampleFacts.nothing(), example.offset, scale, fresh=False)
 
 
 def _write_back(tensor: Tensor, widened: Tensor) -> None:
@@ -179,10 +204,10 @@ def _write_back(tensor: Tensor, widened: Tensor) -> None:
         tensor.copy_(widened)
 
 
-def _of_heads(work: Work, part: Part) -> Work:
+def _of_heads(work: Work, part: Part, facts: ExampleFacts) -> Work:
     heads = slice(part.head0, part.head1)
     names = ("q", "k", "v", "out", "lse")
-    return work._replace(facts=part.facts, **{name: getattr(work, name)[heads] for name in names})
+    return work._replace(facts=facts, fresh=part.fresh, **{name: getattr(work, name)[heads] for name in names})
 
 
 def _gradients_of_heads(gradients: Gradients, part: Part) -> Gradients:

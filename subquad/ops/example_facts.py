@@ -39,6 +39,11 @@ class ExampleFacts:
             return cls(query_valid, key_valid, None, None)
         return cls(query_valid, key_valid, query_segments, key_segments)
 
+    @classmethod
+    def nothing(cls) -> ExampleFacts:
+        """No restriction."""
+        return cls(None, None, None, None)
+
     @property
     def anything(self) -> bool:
         """Whether anything is restricted."""

@@ -9,11 +9,15 @@ hands the pattern to FlexAttention.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from subquad.mask import Mask
 from subquad.ops.blocked import attend_blocked
+from subquad.ops.flex import attend_flex
 from subquad.ops.pattern_request import Request, check_request
 from subquad.ops.softmax import softmax_attention_with_lse
 from subquad.patterns.pattern import Pattern
@@ -37,7 +41,7 @@ def pattern_attention(
     Returns:
         (B, H, L, E), the dtype of q.
     """
-    return pattern_attention_with_lse(
+    request = check_request(
         q,
         k,
         v,
@@ -47,8 +51,8 @@ def pattern_attention(
         key_segments=key_segments,
         scale=scale,
         query_offset=query_offset,
-        backend=backend,
-    )[0]
+    )
+    return _backend(backend, q, with_lse=False)(q, k, v, request)[0]
 
 
 def pattern_attention_with_lse(
@@ -96,11 +100,24 @@ def pattern_attention_with_lse(
         scale=scale,
         query_offset=query_offset,
     )
-    backends = {"dense": attend_dense, "blocked": attend_blocked, "flex": attend_dense}
-    name = ("flex" if q.device.type == "cuda" else "blocked") if backend is None else backend
+    out, lse = _backend(backend, q, with_lse=True)(q, k, v, request)
+    assert lse is not None
+    return out, lse
+
+
+Backend = Callable[[Tensor, Tensor, Tensor, Request], tuple[Tensor, Tensor | None]]
+
+
+def _backend(name: str | None, q: Tensor, *, with_lse: bool) -> Backend:
+    backends: dict[str, Backend] = {
+        "dense": attend_dense,
+        "blocked": attend_blocked,
+        "flex": partial(attend_flex, with_lse=with_lse),
+    }
+    name = ("flex" if q.device.type == "cuda" else "blocked") if name is None else name
     if name not in backends:
         raise ValueError(f"pattern_attention: unknown backend {name!r}; known: {', '.join(sorted(backends))}")
-    return backends[name](q, k, v, request)
+    return backends[name]
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:

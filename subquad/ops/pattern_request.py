@@ -153,6 +153,7 @@ def _offsets(q: Tensor, query_offset: int | Tensor) -> tuple[int, ...]:
                 f"{query_offset.dtype} {tuple(query_offset.shape)}"
             )
         offsets = tuple(query_offset.tolist()) or (0,)
+        offsets = offsets[:1] if len(set(offsets)) == 1 else offsets
     else:
         offsets = (query_offset,)
     if min(offsets) < 0:

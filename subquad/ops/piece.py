@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from subquad.ops.example_facts import ExampleFacts
 
 RUN_PAIRS = 2**12
 """What starting a run of calls costs a head, in pairs of dense attention."""
-CALL_BYTES = 3 * 2**20
+CALL_BYTES = 6 * 2**20
 """Temporaries of one call: small enough to stay in the cache, large enough to keep two threads busy."""
 
 
@@ -28,7 +31,7 @@ class Work(NamedTuple):
         facts: what restricts this example.
         offset: absolute position of query 0.
         scale: factor of the scores.
-        fresh: whether these heads have seen no piece yet, so that results are written and not merged.
+        fresh: whether the queries of the piece have seen no other, so that results are written and not merged.
     """
 
     q: Tensor
@@ -85,6 +88,15 @@ class Piece(ABC):
     def price(self) -> float:
         """What it costs for one head, in pairs of dense attention."""
 
+    @property
+    @abstractmethod
+    def signature(self) -> Hashable:
+        """Equal only for pieces that compute the same, whatever the head; None where that isn't known."""
+
+    @abstractmethod
+    def covered(self, length: int) -> NDArray[np.bool_]:
+        """Which of `length` queries the piece computes, bool (length,)."""
+
     @abstractmethod
     def forward(self, work: Work) -> None:
         """Merge this part into `work.out` and `work.lse`."""
@@ -94,11 +106,13 @@ class Piece(ABC):
         """Add this part's share to the gradients of q, k and v."""
 
 
-def make_bias(visible: Tensor, dtype: torch.dtype) -> Bias:
-    """The bias of a bool mask (n, heads, rows, columns)."""
+def make_bias(visible: Tensor, dtype: torch.dtype, clear: int = 0) -> Bias:
+    """The bias of a bool mask (n, heads, rows, columns), behind `clear` columns that all rows see."""
+    *batch, rows, columns = visible.shape
+    values = torch.zeros(*batch, rows, clear + columns, dtype=dtype)
+    values[..., clear:].masked_fill_(~visible, -torch.inf)
     hidden = ~visible.any(dim=-1)
-    values = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
-    return Bias(values, hidden if bool(hidden.any()) else None)
+    return Bias(values, None if clear or not bool(hidden.any()) else hidden)
 
 
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, *, fresh: bool) -> None:

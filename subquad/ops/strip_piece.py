@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from subquad.ops.fused import fused_backward, fused_forward, lse_backward
@@ -64,6 +65,25 @@ class StripPiece(Piece):
         """The strips in runs."""
         return self.strips.runs()
 
+    @property
+    def signature(self) -> Hashable:
+        """Strips without lists; the predicate matters only where something is masked."""
+        numbering, strips = self.numbering, self.strips
+        if numbering.queries is not None or numbering.keys is not None:
+            return None
+        return numbering, strips.signature, self.predicate if strips.masked.any() else None
+
+    def covered(self, length: int) -> NDArray[np.bool_]:
+        """The rows of all strips, in all lanes."""
+        edges = np.zeros(self.numbering.rows + 1, dtype=np.int64)
+        np.add.at(edges, self.strips.row0, 1)
+        np.add.at(edges, self.strips.row1, -1)
+        rows = np.flatnonzero(edges[:-1].cumsum() > 0)
+        covered = np.zeros(length, dtype=bool)
+        lanes = np.arange(self.numbering.lanes)[:, None] if self.numbering.queries is None else 0
+        covered[self.numbering.query(rows) + lanes] = True
+        return covered
+
     def without_hidden(self, rest: Pattern, offset: int) -> StripPiece:
         """Drop the strips in which `rest` shows nothing, and mask those in which it doesn't show everything."""
         strips, numbering = self.strips, self.numbering
@@ -107,15 +127,16 @@ class StripPiece(Piece):
         """The mask of the strips of a run; (n, lanes or 1, rows, columns)."""
         numbering = self.numbering
         lanes = numbering.lanes if not self.invariant or run.restricted else 1
+        clear = 0 if run.restricted else run.clear
         strip = run.step * torch.arange(run.number)[:, None, None, None]
         lane = torch.arange(lanes)[:, None, None]
         row = run.row + strip + torch.arange(run.rows)[:, None]
-        column = run.column + strip + torch.arange(run.columns)
+        column = run.column + strip + torch.arange(clear, run.columns)
         query = _place(row, lane, numbering.first_query, numbering.step, numbering.queries)
         key = _place(column, lane, numbering.first_key, numbering.step, numbering.keys)
         visible = self.predicate.visible(query + work.offset, key)
         allowed = work.facts.visible(query, key) if run.restricted else None
-        return make_bias(visible if allowed is None else visible & allowed, work.q.dtype)
+        return make_bias(visible if allowed is None else visible & allowed, work.q.dtype, clear)
 
 
 def _place(index: Tensor, lane: Tensor, first: int, step: int, chosen: np.ndarray | None) -> Tensor:

@@ -75,6 +75,7 @@ class Run(NamedTuple):
         masked: whether the pattern doesn't show everything in the strips.
         causal: row t of each strip sees its columns 0..t.
         restricted: whether facts about the example hide something in the strips.
+        clear: how many of the first columns the pattern shows to all rows, though the strips are masked.
     """
 
     number: int
@@ -86,10 +87,12 @@ class Run(NamedTuple):
     masked: bool
     causal: bool
     restricted: bool
+    clear: int
 
     def cut(self, size: int) -> Iterator[Run]:
         """The same strips in runs of at most `size`, about equally many in each."""
         size = -(-self.number // -(-self.number // size))
+        size += size % 2  # an odd one out keeps one of two threads waiting
         for start in range(0, self.number, size):
             yield self._replace(
                 number=min(size, self.number - start),
@@ -110,6 +113,7 @@ class Strips:
         masked: whether the pattern doesn't show everything.
         causal: whether row t sees columns 0..t and nothing else.
         restricted: whether facts about the example hide something.
+        clear: how many of the first columns the pattern shows to all rows.
     """
 
     row0: Indices
@@ -119,15 +123,21 @@ class Strips:
     masked: NDArray[np.bool_]
     causal: NDArray[np.bool_]
     restricted: NDArray[np.bool_]
+    clear: Indices
 
     def __getitem__(self, chosen: NDArray[np.bool_] | Indices) -> Strips:
         """Some of the strips."""
         return Strips(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
+    @property
+    def signature(self) -> bytes:
+        """Equal for equal strips."""
+        return b"|".join(getattr(self, name).tobytes() for name in self.__dataclass_fields__)
+
     def runs(self) -> list[Run]:
         """Equal neighbours at equal distances together."""
         sizes = self.row1 - self.row0, self.column1 - self.column0
-        fields = (*sizes, self.masked, self.causal, self.restricted)
+        fields = (*sizes, self.masked, self.causal, self.restricted, self.clear)
         skew = self.row0 - self.column0  # equal inside a run, so that one mask of distances serves all its strips
         count, found, start = len(self.row0), [], 0
         same = np.ones(max(count - 1, 0), dtype=bool)
@@ -138,10 +148,10 @@ class Strips:
             end = start + 1
             while end < count and same[end - 1] and steps[end - 1] == steps[start]:
                 end += 1
-            rows, columns, masked, causal, restricted = (field[start].item() for field in fields)
+            rows, columns, masked, causal, restricted, clear = (field[start].item() for field in fields)
             step = int(steps[start]) if end - start > 1 else 0
             row, column = int(self.row0[start]), int(self.column0[start])
-            found.append(Run(end - start, row, column, rows, columns, step, masked, causal, restricted))
+            found.append(Run(end - start, row, column, rows, columns, step, masked, causal, restricted, clear))
             start = end
         return found
 
@@ -155,5 +165,6 @@ def make_strips(
     causal: NDArray[np.bool_] | bool = False,
 ) -> Strips:
     """Strips without facts about an example; those without rows or columns are left out."""
-    flags = (np.broadcast_to(flag, row0.shape) for flag in (masked, causal, False))
-    return Strips(row0, row1, column0, column1, *flags)[(row1 > row0) & (column1 > column0)]
+    flags = [np.broadcast_to(flag, row0.shape) for flag in (masked, causal, False)]
+    strips = Strips(row0, row1, column0, column1, flags[0], flags[1], flags[2], np.zeros_like(row0))
+    return strips[(row1 > row0) & (column1 > column0)]

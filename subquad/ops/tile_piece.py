@@ -5,8 +5,9 @@ This runs any pattern; it pays for patterns of whole blocks, whose tiles are vis
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,6 +41,16 @@ class TileGroup:
     tiles: Indices
     masked: bool
 
+    @cached_property
+    def row_step(self) -> int | None:
+        """The distance of neighbours, where all are equally far apart."""
+        return _step(self.row0)
+
+    @cached_property
+    def tile_steps(self) -> tuple[int | None, ...]:
+        """The same for each column of tiles."""
+        return tuple(_step(column) for column in self.tiles.T)
+
 
 @dataclass(frozen=True)
 class TilePiece(Piece):
@@ -65,6 +76,18 @@ class TilePiece(Piece):
         """What it costs for one head, in pairs of dense attention; gathering costs something too."""
         pairs = sum(group.rows * group.tiles.size * self.size * (1.3 if group.masked else 1.0) for group in self.groups)
         return pairs * (1.25 + 32 / self.size) + RUN_PAIRS * len(self.groups)
+
+    @property
+    def signature(self) -> Hashable:
+        """None: tiles are where heads differ."""
+        return None
+
+    def covered(self, length: int) -> NDArray[np.bool_]:
+        """The rows of all groups."""
+        covered = np.zeros(length, dtype=bool)
+        for group in self.groups:
+            covered[group.row0[:, None] + np.arange(group.rows)] = True
+        return covered
 
     def forward(self, work: Work) -> None:
         """One call for each cut of a group."""
@@ -92,9 +115,9 @@ class TilePiece(Piece):
                 grad_lse = _take_rows(gradients.lse[part], group)
                 more_q, more_k = lse_backward(grad_lse, q, k, lse, work.scale, mask)
                 grad_q, grad_k = grad_q + more_q, grad_k + more_k
-            gradients.q[part].index_add_(1, _rows(group), grad_q.transpose(0, 1).flatten(1, 2))
-            _scatter(grad_keys[part], group.tiles, grad_k)
-            _scatter(grad_values[part], group.tiles, grad_v)
+            _add_rows(gradients.q[part], group, grad_q, fresh=work.fresh)
+            _scatter(grad_keys[part], group, grad_k)
+            _scatter(grad_values[part], group, grad_v)
         _untile(gradients.k, grad_keys)
         _untile(gradients.v, grad_values)
 
@@ -206,26 +229,34 @@ def _rows(group: TileGroup) -> Tensor:
     return (torch.from_numpy(group.row0)[:, None] + torch.arange(group.rows)).flatten()
 
 
-def _even(positions: Indices) -> int | None:
-    """The distance of neighbours where all are equally far apart, else None."""
-    steps = np.diff(positions)
-    if not len(steps):
+def _step(positions: Indices) -> int | None:
+    if len(positions) < 2:
         return 0
-    return int(steps[0]) if (steps == steps[0]).all() else None
+    step = int(positions[1] - positions[0])
+    return step if (np.diff(positions) == step).all() else None
 
 
 def _take_rows(x: Tensor, group: TileGroup) -> Tensor:
     """(G, L, ...) -> (N, G, rows, ...): a view where the group's tiles are evenly spaced, else a copy."""
-    step = _even(group.row0)
-    if step is not None:
-        return stack(x, int(group.row0[0]), group.rows, len(group.row0), step)
+    if group.row_step is not None:
+        return stack(x, int(group.row0[0]), group.rows, len(group.row0), group.row_step)
     return x.index_select(1, _rows(group)).unflatten(1, (-1, group.rows)).transpose(0, 1)
 
 
 def _put_rows(x: Tensor, group: TileGroup, taken: Tensor) -> None:
     """Write back what `_take_rows` copied."""
-    if _even(group.row0) is None:
+    if group.row_step is None:
         x.index_copy_(1, _rows(group), taken.transpose(0, 1).flatten(1, 2))
+
+
+def _add_rows(x: Tensor, group: TileGroup, part: Tensor, *, fresh: bool) -> None:
+    """Add (N, G, rows, E) to the rows (G, L, E) of a group; write it, if these are fresh."""
+    if group.row_step is None:
+        x.index_add_(1, _rows(group), part.transpose(0, 1).flatten(1, 2))
+    elif fresh:
+        _take_rows(x, group).copy_(part)
+    else:
+        _take_rows(x, group).add_(part)
 
 
 def _tiled(x: Tensor, size: int) -> Tensor:
@@ -246,11 +277,11 @@ def _gather(tiles: Tensor, chosen: Indices) -> Tensor:
     return gathered.unflatten(1, chosen.shape).flatten(2, 3).transpose(0, 1)
 
 
-def _scatter(tiles: Tensor, chosen: Indices, gathered: Tensor) -> None:
+def _scatter(tiles: Tensor, group: TileGroup, gathered: Tensor) -> None:
     """Add (N, G, C * size, E) to the tiles (G, tiles, size, E) that it was gathered from."""
-    columns = gathered.unflatten(2, (chosen.shape[1], -1))
-    for column, tile in enumerate(chosen.T):
-        part, step = columns[:, :, column], _even(tile)
+    columns = gathered.unflatten(2, (group.tiles.shape[1], -1))
+    for column, (tile, step) in enumerate(zip(group.tiles.T, group.tile_steps, strict=True)):
+        part = columns[:, :, column]
         if step == 0:
             tiles[:, int(tile[0])] += part.sum(dim=0)
         elif step is not None and step > 0:

@@ -87,15 +87,6 @@ class Pattern(ABC):
         """The queries below `length` that see anything, where the pattern is a set of queries; else None."""
         return None
 
-    @cached_property
-    def memo(self) -> dict[Any, Any]:
-        """What was derived from this pattern at some length, kept as long as the pattern lives; no part of its value."""
-        return {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and stored forms begin without the memo."""
-        return {name: value for name, value in self.__dict__.items() if name != "memo"}
-
     @property
     def block(self) -> int | None:
         """The size of the blocks that the pattern is made of, if it is made of blocks."""
