@@ -1,17 +1,17 @@
-"""Patterns made of patterns: unions, intersections, complements, patterns by head, queries that start later."""
+"""Patterns made of patterns: unions, intersections, complements, patterns by head."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from subquad.patterns.pattern import Pattern
-from subquad.patterns.terms import UNBOUNDED, Classes, Indices, Term, Tile, check_integer
+from subquad.patterns.terms import Classes, Indices, Term, Tile
 
 MOST_TERMS = 64
 """Conjunctions that a product may have before it is kept as it is."""
@@ -212,76 +212,6 @@ class ByHead(Compound):
         return dict(self.own).get(head, self.base).of_head(head)
 
 
-@dataclass(frozen=True)
-class Shifted(Compound):
-    """A pattern whose queries start at a position other than 0."""
-
-    part: Pattern
-    offset: int
-
-    @property
-    def inner(self) -> tuple[Pattern, ...]:
-        """The pattern that is shifted."""
-        return (self.part,)
-
-    def rebuild(self, inner: tuple[Pattern, ...]) -> Pattern:
-        """Another one, shifted as far."""
-        return replace(self, part=inner[0])
-
-    def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        """At the true position of the query."""
-        return self.part.visible(i + self.offset, j)
-
-    def tiles(self, i0: Indices, i1: Indices, j0: Indices, j1: Indices) -> Classes:
-        """At the true position of the queries."""
-        return self.part.tiles(i0 + self.offset, i1 + self.offset, j0, j1)
-
-    def offsets(self) -> tuple[int, int]:
-        """Bounds moved against the queries."""
-        low, high = self.part.offsets()
-        return _moved(low, self.offset), _moved(high, self.offset)
-
-    def terms(self) -> list[Term]:
-        """Terms moved against the queries."""
-        return self._move(self.part.terms(), self)
-
-    def complement(self) -> list[Term]:
-        """Left out, moved likewise."""
-        return self._move(self.part.complement(), ~self)
-
-    def _move(self, terms: list[Term], whole: Pattern) -> list[Term]:
-        if any(self.offset % term.modulus for term in terms):
-            return [Term(filters=(whole,))]
-        return [
-            Term(
-                _moved(t.low, self.offset),
-                _moved(t.high, self.offset),
-                t.modulus,
-                tuple(f.shift(self.offset) for f in t.filters),
-            )
-            for t in terms
-        ]
-
-    def chosen_keys(self, length: int) -> Indices | None:
-        """Those of the part."""
-        return self.part.chosen_keys(length)
-
-    def chosen_queries(self, length: int) -> Indices | None:
-        """Those of the part that come after the shift."""
-        chosen = self.part.chosen_queries(length + self.offset)
-        return None if chosen is None else chosen[chosen >= self.offset] - self.offset
-
-    @property
-    def block(self) -> int | None:
-        """That of the part, where the queries start with a block."""
-        return self.part.block if self.part.block is not None and self.offset % self.part.block == 0 else None
-
-    def shift(self, offset: int) -> Pattern:
-        """Both shifts in one."""
-        check_integer("shift", "offset", offset, least=0, remedy="it is the position of the first query")
-        return self.part.shift(self.offset + offset)
-
-
 def joined(kind: type[And] | type[Or], first: Pattern, second: Pattern) -> Pattern:
     """A junction that isn't nested in one of its own kind and names each part once."""
     sides = (side.parts if isinstance(side, kind) else (side,) for side in (first, second))
@@ -296,10 +226,6 @@ def _tiles_of(parts: tuple[Pattern, ...], i0: Indices, i1: Indices, j0: Indices,
 def _hull(parts: tuple[Pattern, ...]) -> tuple[int, int]:
     bounds = [part.offsets() for part in parts]
     return min(low for low, _ in bounds), max(high for _, high in bounds)
-
-
-def _moved(bound: int, offset: int) -> int:
-    return bound if abs(bound) == UNBOUNDED else bound - offset
 
 
 def _products(whole: Pattern, alternatives: list[list[Term]]) -> list[Term]:

@@ -16,8 +16,9 @@ from typing import Any
 from subquad.config import nearest
 from subquad.patterns.bands import Causal, Dilated, Log, Ngram, Strided, Window
 from subquad.patterns.blocks import Block, BlockWindow, Random
-from subquad.patterns.composition import And, ByHead, Not, Or, Shifted
+from subquad.patterns.composition import And, ByHead, Not, Or
 from subquad.patterns.pattern import Pattern
+from subquad.patterns.shifted import Shifted
 from subquad.patterns.tokens import Columns, Documents, Global, Sink
 
 CONSTRUCTORS: dict[str, type[Pattern]] = {

@@ -222,5 +222,5 @@ from subquad.patterns.composition import ByHead as ByHead  # noqa: E402
 from subquad.patterns.composition import Compound as Compound  # noqa: E402
 from subquad.patterns.composition import Not as Not  # noqa: E402
 from subquad.patterns.composition import Or as Or  # noqa: E402
-from subquad.patterns.composition import Shifted as Shifted  # noqa: E402
 from subquad.patterns.composition import joined  # noqa: E402
+from subquad.patterns.shifted import Shifted as Shifted  # noqa: E402

@@ -115,7 +115,8 @@ def test_a_mechanism_without_any_docstring_has_a_card_all_the_same(monkeypatch: 
 
 
 def test_options_tell_type_default_and_description() -> None:
-    window, reach, plain = describe_options(OwnConfig)
+    options = {option.name: option for option in describe_options(OwnConfig)}
+    window, reach, plain = options["window"], options["reach"], options["plain"]
     assert window == OptionCard(
         "window", "int", 129, False, "W, keys that a token sees, itself included; odd unless causal."
     )

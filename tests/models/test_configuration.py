@@ -11,7 +11,7 @@ import torch
 from small_models import classifier, config, small
 
 from subquad import Cost, Dims, MixerConfig, TokenMixer, Traits
-from subquad.build import make_dims
+from subquad.build import make_dims, mixer_config
 from subquad.mechanisms.full import Full
 from subquad.models import SubquadConfig
 from subquad.models.block import Block
@@ -21,7 +21,7 @@ from subquad.registry import MIXERS, register
 def test_mixers_are_tiled_over_the_depth() -> None:
     listed = config(mixer=["full", {"name": "local", "window": 5}], num_hidden_layers=5)
     assert [mixer.name for mixer in listed.layer_mixers()] == ["full", "local", "full", "local", "full"]
-    assert listed.layer_mixers()[1].to_dict() == {"name": "local", "window": 5}
+    assert listed.layer_mixers()[1] == mixer_config("local", window=5)
 
 
 def test_the_feedforward_takes_width_and_dropout_from_the_config_unless_it_names_its_own() -> None:
