@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -191,11 +190,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(mixer: Any) -> None:
 @BY_MIXER
 @torch.no_grad()
 def test_bfloat16_stays_close_to_float32(mixer: Any) -> None:
-    model, (tokens, attention) = classifier(mixer=mixer).bfloat16(), batch()
-    exact = copy.deepcopy(model).float()(tokens, attention_mask=attention).logits  # of the same, rounded, parameters
-    narrow = model(tokens, attention_mask=attention).logits
+    model, (tokens, attention) = classifier(mixer=mixer), batch()
+    exact = model(tokens, attention_mask=attention).logits
+    narrow = model.bfloat16()(tokens, attention_mask=attention).logits
+    rounded = model.float()(tokens, attention_mask=attention).logits  # float32 with the same rounded parameters
     assert narrow.dtype == torch.bfloat16
-    assert float((narrow.float() - exact).norm() / exact.norm()) < 0.1
+    unavoidable = float((rounded - exact).norm() / exact.norm())
+    assert float((narrow.float() - exact).norm() / exact.norm()) < max(0.1, 2 * unavoidable)
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
