@@ -44,17 +44,31 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All parts of a pattern; `dense` if some heads run dense attention in slices."""
+    """All parts of a pattern.
+
+    Attributes:
+        parts: of all heads.
+        dense: whether some heads run dense attention in slices.
+        complete: whether every query of every head stands in a part that comes fresh to it.
+    """
 
     parts: tuple[Part, ...]
     dense: bool
+    complete: bool
 
 
 class Example(NamedTuple):
-    """What one example runs, each part under its own facts, and the absolute position of its first query."""
+    """What one example runs.
+
+    Attributes:
+        parts: each under its own facts.
+        offset: absolute position of the first query.
+        complete: whether every query is written before anything is merged into it.
+    """
 
     parts: list[tuple[Part, ExampleFacts]]
     offset: int
+    complete: bool
 
 
 def attend_blocked(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
@@ -90,7 +104,7 @@ def _plan_examples(q: Tensor, k: Tensor, request: Request) -> list[Example]:
         if columns is not None:
             pieces = _column_pieces(columns, shape, causal=request.pattern.causal)
             parts += [(Part(0, num_heads, piece, fresh=False), restricting) for piece in pieces]
-        examples.append(Example(parts, shape.offset))
+        examples.append(Example(parts, shape.offset, plan.complete and not of_pattern.anything))
     return examples
 
 
@@ -107,13 +121,15 @@ def plan_pattern(pattern: Pattern, num_heads: int, shape: Shape, *, sliced: bool
     assigned = [(0, num_heads, piece) for piece in plans[0].pieces if piece.signature in common]
     for (head0, head1), plan in zip(ranges, plans, strict=True):
         assigned += [(head0, head1, piece) for piece in plan.pieces if piece.signature not in common]
-    covered = np.zeros((num_heads, shape.queries), dtype=bool)
+    covered, written = np.zeros((2, num_heads, shape.queries), dtype=bool)
     parts = []
     for head0, head1, piece in assigned:
         rows = piece.covered(shape.queries)
-        parts.append(Part(head0, head1, piece, fresh=not (covered[head0:head1] & rows).any()))
+        fresh = not (covered[head0:head1] & rows).any()
+        parts.append(Part(head0, head1, piece, fresh))
         covered[head0:head1] |= rows
-    return Plan(tuple(parts), any(plan.dense for plan in plans))
+        written[head0:head1] |= rows & fresh
+    return Plan(tuple(parts), any(plan.dense for plan in plans), bool(written.all()))
 
 
 def _equal_heads(pattern: Pattern, num_heads: int) -> list[tuple[int, int]]:
@@ -155,8 +171,8 @@ class _BlockedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, examples: list[Example], scale: float
     ) -> tuple[Tensor, Tensor]:
-        out = torch.zeros_like(q)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=_working_dtype(q.dtype), device=q.device)
+        out = _room(q, examples)
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
         for index, example in enumerate(examples):
             everything = _widened(q[index], k[index], v[index], out[index], lse[index], example, scale)
             for part, facts in example.parts:
@@ -173,7 +189,7 @@ class _BlockedAttention(torch.autograd.Function):
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grads = _room(q, ctx.examples), torch.zeros_like(k), torch.zeros_like(v)
         upstream = torch.zeros_like(out) if grad_out is None else grad_out
         upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
         for index, example in enumerate(ctx.examples):
@@ -189,8 +205,10 @@ class _BlockedAttention(torch.autograd.Function):
         return *grads, None, None
 
 
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _room(q: Tensor, examples: list[Example]) -> Tensor:
+    """Where one row for each query will stand; zeros where some may stay unwritten."""
+    complete = examples and all(example.complete for example in examples)
+    return torch.empty_like(q) if complete else torch.zeros_like(q)
 
 
 def _widened(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, example: Example, scale: float) -> Work:

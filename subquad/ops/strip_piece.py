@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -45,6 +45,7 @@ class StripPiece(Piece):
     strips: Strips
     predicate: Pattern
     invariant: bool
+    _shared_biases: dict[tuple[Run, torch.dtype], Bias] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def empty(self) -> bool:
@@ -95,7 +96,8 @@ class StripPiece(Piece):
             numbering.key(strips.column1 - 1) + spread,
         )
         masked = strips.masked | ((classes != Tile.FULL) & ~strips.causal)
-        return replace(self, strips=replace(strips, masked=masked)[classes != Tile.EMPTY])
+        strips = replace(strips, masked=masked)[classes != Tile.EMPTY]
+        return StripPiece(numbering, strips, self.predicate, self.invariant)
 
     def forward(self, work: Work) -> None:
         """One call of the fused operator for each cut of a run."""
@@ -119,9 +121,16 @@ class StripPiece(Piece):
             elements = (run.rows + 2 * run.columns) * work.q.shape[-1]
             elements += run.rows * run.columns * self.numbering.lanes if own_mask else 0
             size = max(1, CALL_BYTES // (elements * work.q.element_size()))
-            shared = self._bias(run._replace(number=1), work) if run.masked and not own_mask else None
+            shared = self._shared_bias(run, work) if run.masked and not own_mask else None
             for cut in run.cut(size):
                 yield cut, self._bias(cut, work) if own_mask else shared
+
+    def _shared_bias(self, run: Run, work: Work) -> Bias:
+        """The one small mask of all strips of a run of distances, kept with the piece."""
+        key = run._replace(number=1, step=0), work.q.dtype
+        if key not in self._shared_biases:
+            self._shared_biases[key] = self._bias(key[0], work)
+        return self._shared_biases[key]
 
     def _bias(self, run: Run, work: Work) -> Bias:
         """The mask of the strips of a run; (n, lanes or 1, rows, columns)."""

@@ -251,12 +251,9 @@ def _put_rows(x: Tensor, group: TileGroup, taken: Tensor) -> None:
 
 def _add_rows(x: Tensor, group: TileGroup, part: Tensor, *, fresh: bool) -> None:
     """Add (N, G, rows, E) to the rows (G, L, E) of a group; write it, if these are fresh."""
-    if group.row_step is None:
-        x.index_add_(1, _rows(group), part.transpose(0, 1).flatten(1, 2))
-    elif fresh:
-        _take_rows(x, group).copy_(part)
-    else:
-        _take_rows(x, group).add_(part)
+    rows = _take_rows(x, group)
+    rows.copy_(part) if fresh else rows.add_(part)
+    _put_rows(x, group, rows)
 
 
 def _tiled(x: Tensor, size: int) -> Tensor:
