@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -165,6 +165,8 @@ class TokenMixer(nn.Module, ABC):
         check_call(name, self.config.traits, self.dims, Call(x, context, mask, context_mask, state))
         if state is not None:
             check_state(name, x, state, self.init_state(0))
+        if mask is not None and not self.config.traits.global_tokens:
+            mask = replace(mask, global_tokens=None)  # declined with a receipt, so that no operation honours it
         x_kept = x if mask is None else mask.zero_invalid(x)
         if context is not None and context_mask is not None:
             context = context_mask.zero_invalid(context)

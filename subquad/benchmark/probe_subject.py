@@ -128,7 +128,7 @@ def miniature(config: MixerConfig, *, memories: bool = False) -> MixerConfig:
             continue
         limit = 4 + value % 2 if field.name == "window" else limits.get(field.name, value)  # a window stays odd or even
         changes[field.name] = min(value, limit)
-    for name, value in changes.items():
+    for name, value in sorted(changes.items(), key=lambda change: change[1]):  # parts before what they must fit into
         try:
             config = replace(config, **{name: value})
         except ValueError:

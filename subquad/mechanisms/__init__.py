@@ -5,8 +5,10 @@ from subquad.mechanisms import full as full
 from subquad.mechanisms import linear as linear
 from subquad.mechanisms import linformer as linformer
 from subquad.mechanisms import local as local
+from subquad.mechanisms import logsparse as logsparse
 from subquad.mechanisms import longformer as longformer
 from subquad.mechanisms import ngram as ngram
 from subquad.mechanisms import performer as performer
+from subquad.mechanisms import sparse_transformer as sparse_transformer
 from subquad.mechanisms import star as star
 from subquad.mechanisms import streaming as streaming

@@ -21,6 +21,14 @@ CONFIGS = [
         for steps, norm in product((1, 3), ("post", "pre_official"))
         for boundary, start in (("zero_key", "token"), ("mask", "mean"), ("ring", "padded_mean"))
     ),
+    *(
+        mixer_config("sparse_transformer", kind=kind, stride=7, summary=3, combine=combine, summary_per_head=True)
+        for kind, combine in product(("strided", "fixed"), ("merged", "local", "summary", "heads"))
+    ),
+    *(
+        mixer_config("logsparse", local=local, restart=restart, kernel=kernel)
+        for local, restart, kernel in ((4, None, 1), (3, 16, 5), (1, 7, 2))
+    ),
 ]
 BY_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 

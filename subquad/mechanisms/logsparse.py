@@ -1,0 +1,267 @@
+"""LogSparse: softmax attention at distances that double, with queries and keys from a convolution.
+
+Li et al. 2019, "Enhancing the Locality and Breaking the Memory Bottleneck of Transformer on Time Series Forecasting",
+arXiv:1907.00235, sections 4.1 and 4.2.
+
+    o_i = softmax over i - j in {0, 1, 2, 4, 8, ...} of q_i · k_j / √E            bidirectional: |i - j| likewise
+    local: i - j < n or i - j = n - 1 + 2^m                                       restart: (i - j) mod R likewise
+    kernel: q_i = Σ_s W_s x_{i-s}, 0 <= s < K; k_i likewise, values pointwise     bidirectional: centred on i
+
+Cost O(L log L D), with restart O(L² log R D / R) for fixed R, which stays O(L log L D) where R grows with L, as in the
+paper. About log L layers reach everything. State: the keys and values of all tokens. With kernel > 1 there is none: it
+would have to hold the last K - 1 inputs of the newest document too.
+
+Departures: the paper has only the causal form; the bidirectional one is its mirror image. The published code makes the
+first rows dense, leaves out the newest key of the last range where that is short, and derives the length of the window
+from that of a range; here every row follows the rule above, and the window is an option. The ranges of `restart` are
+counted back from the query, as there. Distances count valid tokens: an invalid token takes no position, in the
+convolution neither. A convolution sees zeros beyond the ends of a document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from subquad.cache import KeyValueCache, attend_cached, empty_cache
+from subquad.costs import Cost
+from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
+from subquad.interface import Dims, MixerConfig, Traits
+from subquad.mask import Mask, token_positions
+from subquad.ops.packing import has_gaps, put_back, take, valid_first
+from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.rotary import rotate
+from subquad.patterns.pattern import Pattern
+from subquad.patterns.terms import UNBOUNDED, Classes, Indices, Term, classify
+from subquad.registry import register
+from subquad.state import State
+
+
+@dataclass(frozen=True)
+class DoublingDistances(Pattern):
+    """The distances i - j of the formula; those of |i - j| where `both` sides are seen."""
+
+    local: int
+    restart: int | None
+    both: bool
+
+    def steps(self, limit: int) -> list[int]:
+        """The distances below `limit` and below the first restart, ascending."""
+        limit = limit if self.restart is None else min(limit, self.restart)
+        beyond = (self.local - 1 + (1 << power) for power in range(max(0, limit).bit_length()))
+        return [*range(min(self.local, limit)), *(distance for distance in beyond if distance < limit)]
+
+    def pairs(self, length: int) -> int:
+        """Visible pairs among `length` tokens: length - d of them for each distance d."""
+        period, past = self.restart or length, 0
+        for step in self.steps(length):
+            times = (length - 1 - step) // period + 1
+            past += times * (length - step) - period * (times * (times - 1) // 2)
+        return 2 * past - length if self.both else past
+
+    def visible(self, i: Tensor, j: Tensor) -> Tensor:
+        """A power of two has one bit."""
+        distance = i - j
+        step = distance.abs() if self.restart is None else distance.abs() % self.restart
+        beyond = step - (self.local - 1)
+        chosen = (beyond <= 0) | (beyond & (beyond - 1) == 0)
+        return chosen if self.both else chosen & (distance >= 0)
+
+    def tiles(self, i0: Indices, i1: Indices, j0: Indices, j1: Indices) -> Classes:
+        """By counting the distances between the smallest and the largest of a rectangle."""
+        lowest, highest = i0 - j1, i1 - j0
+        count = np.maximum(self._before(highest + 1) - self._before(lowest), 0)
+        if self.both:
+            count = count + np.maximum(self._before(1 - lowest) - self._before(np.maximum(-highest, 1)), 0)
+        return classify(count > 0, count == highest - lowest + 1)
+
+    def offsets(self) -> tuple[int, int]:
+        """The past, or both sides."""
+        return -UNBOUNDED if self.both else 0, UNBOUNDED
+
+    def terms(self) -> list[Term]:
+        """A window, and single distances beyond it, unless they start anew."""
+        if self.restart is not None:
+            return [Term(*self.offsets(), filters=(self,))]
+        near = self.local + 1  # the first two powers of two follow without a gap
+        single = self.steps(UNBOUNDED)[near + 1 :]
+        future = [Term(-distance, -distance) for distance in single] if self.both else []
+        return [Term(-near if self.both else 0, near), *(Term(distance, distance) for distance in single), *future]
+
+    @property
+    def by_distance(self) -> bool:
+        """Always."""
+        return True
+
+    def _before(self, distance: Indices) -> Indices:
+        """How many of the distances are below the given ones."""
+        period = self.restart or UNBOUNDED
+        steps = np.array(self.steps(period), dtype=np.int64)
+        whole, rest = np.divmod(np.maximum(distance, 0), period)
+        return whole * len(steps) + np.searchsorted(steps, rest)
+
+
+@register("logsparse")
+@dataclass(frozen=True, kw_only=True)
+class LogSparseConfig(MixerConfig):
+    """Options of LogSparse attention."""
+
+    family: ClassVar[str] = "sparse"
+
+    local: int = 1
+    """n, keys that end with the token itself, all of which it sees before the distances double; the paper: log L."""
+    restart: int | None = None
+    """R, after how many tokens, counted back from each token, the distances start anew; None for never."""
+    kernel: int = 1
+    """K, width of the convolution that makes queries and keys; 1 for a projection, odd unless causal."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        if self.local < 1:
+            raise ValueError(f"logsparse: local counts the nearest keys, the token's own included; got {self.local}")
+        if self.restart is not None and self.restart < 1:
+            raise ValueError(
+                f"logsparse: restart counts the tokens of a range and must be at least 1, got {self.restart}; None "
+                "never starts anew"
+            )
+        if self.kernel < 1:
+            raise ValueError(
+                f"logsparse: kernel counts the tokens that make a query, itself included; got {self.kernel}"
+            )
+
+    @property
+    def traits(self) -> Traits:
+        """A state without a convolution alone."""
+        return Traits(bidirectional=True, causal=True, padding=True, segments=True, state=self.kernel == 1)
+
+    def check(self, dims: Dims) -> None:
+        """A two-sided convolution is centred, hence odd."""
+        if not dims.causal and self.kernel % 2 == 0:
+            raise ValueError(
+                "logsparse: a bidirectional convolution is centred on the token, so that kernel must be odd; got "
+                f"{self.kernel}, use {self.kernel - 1} or {self.kernel + 1}"
+            )
+
+    def pattern(self, *, causal: bool) -> DoublingDistances:
+        """Who sees whom."""
+        return DoublingDistances(self.local, self.restart, not causal)
+
+    def build(self, dims: Dims) -> LogSparse:
+        """The module."""
+        return LogSparse(self, dims)
+
+    def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
+        """Projections, two of them once for each token under the kernel, and the visible pairs."""
+        further = 2 * (self.kernel - 1) * dims.embed_dim * dims.inner_dim
+        stored = length if dims.causal and self.traits.state else 0
+        own = Cost(
+            flops=2 * length * further,
+            state_bytes=2 * stored * dims.inner_dim * max(4, dtype_bytes),
+            parameters=further,
+        )
+        pairs = self.pattern(causal=dims.causal).pairs(length)
+        return projection_cost(dims, length, dtype_bytes) + attention_cost(dims, length, pairs, dtype_bytes) + own
+
+
+class Convolution(nn.Module):
+    """A convolution over tokens, in two steps: what every token gives to the outputs near it, and their sums.
+
+    So the sums can leave out what crosses the border of a document, and autograd keeps x alone.
+    """
+
+    def __init__(self, dims: Dims, kernel: int) -> None:
+        super().__init__()
+        self.dims, self.kernel = dims, kernel
+        self.weight = nn.Parameter(torch.empty(dims.num_heads, kernel, dims.head_dim, dims.embed_dim))
+        self.bias = nn.Parameter(torch.zeros(dims.inner_dim)) if dims.bias else None
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Xavier-uniform weights, as the projections have, and zero biases."""
+        bound = (6 / (self.kernel * (self.dims.embed_dim + self.dims.inner_dim))) ** 0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What each token of x (B, L, D) gives to K outputs, the latest last: (B, L, H * K * E)."""
+        return F.linear(x, self.weight.flatten(0, 2))
+
+    def add_up(self, shares: Tensor, segments: Tensor | None) -> Tensor:
+        """The outputs (B, H, L, E) from shares (B, H, L, K * E); `segments` (B, L) don't mix."""
+        length, ahead = shares.shape[2], 0 if self.dims.causal else (self.kernel - 1) // 2
+        parts = shares.unflatten(-1, (self.kernel, -1))
+        total = torch.zeros_like(parts[..., 0, :])
+        for part, behind in enumerate(range(-ahead, self.kernel - ahead)):
+            shift = max(-length, min(behind, length))
+            moved = F.pad(parts[..., part, :], (0, 0, shift, -shift))
+            if segments is not None:
+                source = (torch.arange(length, device=segments.device) - shift).clamp(0, length - 1)
+                same = segments == segments[:, source]
+                moved = moved.masked_fill(~same[:, None, :, None], 0.0)
+            total = total + moved
+        return total if self.bias is None else total + self.bias.view(self.dims.num_heads, 1, -1)
+
+
+class LogSparse(HeadMixer):
+    """Attention at distances that double."""
+
+    config: LogSparseConfig
+
+    def __init__(self, config: LogSparseConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        if config.kernel > 1:
+            self.project_query = Convolution(dims, config.kernel)
+            self.project_key = Convolution(dims, config.kernel)
+
+    def initialise(self) -> None:
+        """The convolutions."""
+        for projection in (self.project_query, self.project_key):
+            if isinstance(projection, Convolution):
+                projection.initialise()
+
+    def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
+        """An empty cache."""
+        return empty_cache(self.dims, batch_size, device, dtype)
+
+    def _rotate(
+        self, q: Tensor, k: Tensor | None, mask: Mask | None, key_mask: Mask | None, state: State | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Only what is no convolution, whose sums come later, when padding has been taken out."""
+        return super()._rotate(q, k, mask, key_mask, state) if self.config.kernel == 1 else (q, k)
+
+    def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
+        """Attend; padding is taken out first, so that it takes no position."""
+        pattern = self.config.pattern(causal=self.dims.causal)
+        if isinstance(state, KeyValueCache):
+            return attend_cached("logsparse", heads, pattern, state)
+        assert heads.k is not None
+        assert heads.v is not None
+        q, k, v, mask = heads.q, heads.k, heads.v, Mask(heads.mask.valid, heads.mask.segments)
+        order = valid_first(mask.valid) if mask.valid is not None and has_gaps(mask.valid) else None
+        if order is not None:
+            q, k, v, mask = *(take(tensor, order) for tensor in (q, k, v)), _in_order(mask, order)
+        q, k = self._convolve(self.project_query, q, mask), self._convolve(self.project_key, k, mask)
+        out = pattern_attention(q, k, v, pattern, mask=mask)
+        return (out if order is None else put_back(out, order)), None
+
+    def _convolve(self, projection: nn.Module, x: Tensor, mask: Mask) -> Tensor:
+        """The sums of a convolution, rotated; what comes from a projection is ready."""
+        if not isinstance(projection, Convolution):
+            return x
+        x = projection.add_up(x, mask.segments)
+        if self.dims.positions == "none":
+            return x
+        return rotate(x, token_positions(mask, x.shape[0], x.shape[2], device=x.device))
+
+
+def _in_order(mask: Mask, order: Tensor) -> Mask:
+    """The facts with the valid tokens first; the segments of the invalid ones behind them follow the last valid one."""
+    valid, segments = (None if fact is None else take(fact, order) for fact in (mask.valid, mask.segments))
+    return Mask(valid, None if segments is None else segments.cummax(dim=1).values)
