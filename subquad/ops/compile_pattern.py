@@ -138,8 +138,9 @@ def _as_pattern(term: Term) -> Pattern:
     distances = Distances(term._replace(filters=()))
     if not term.filters:
         return distances
-    filters = term.filters if distances.term == Term() else (distances, *term.filters)
-    return And(filters) if len(filters) > 1 else filters[0]
+    if distances.term == Term():
+        return And(term.filters) if len(term.filters) > 1 else term.filters[-1]
+    return And((distances, *term.filters))
 
 
 def _choose_maker(term: Term, shape: Shape) -> Maker | None:

@@ -118,7 +118,11 @@ def test_options_tell_type_default_and_description() -> None:
     options = {option.name: option for option in describe_options(OwnConfig)}
     window, reach, plain = options["window"], options["reach"], options["plain"]
     assert window == OptionCard(
-        "window", "int", 129, False, "W, keys that a token sees, itself included; odd unless causal."
+        "window",
+        "int",
+        129,
+        False,
+        "W, keys that a token sees in a sliding window, itself included; odd unless causal.",
     )
     assert reach == OptionCard("reach", "int", None, True, "How far a token looks.")
     assert plain == OptionCard("plain", "tuple[int, ...]", (1, 2), False, "")

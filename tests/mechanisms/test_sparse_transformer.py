@@ -230,6 +230,6 @@ def test_a_stride_may_be_shorter_than_a_summary_that_it_does_not_use() -> None:
 
 
 def test_the_fixed_form_refuses_packed_documents() -> None:
-    mixer, x = sparse(kind="fixed", stride=4, summary=2), torch.randn(1, 9, 6, dtype=torch.float64)
+    mixer, x = sparse(causal=True, kind="fixed", stride=4, summary=2), torch.randn(1, 9, 6, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"sparse_transformer: mask.segments is not supported"):
         mixer(x, mask=Mask(segments=torch.zeros(1, 9, dtype=torch.int64)))

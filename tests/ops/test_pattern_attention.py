@@ -47,6 +47,10 @@ def heads(length: int, *, batch: int = 1, dtype: torch.dtype = torch.float64, wi
     return torch.randn(batch, 2, length, width, dtype=dtype, requires_grad=True)
 
 
+def triple(length: int, **shape: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return heads(length, **shape), heads(length, **shape), heads(length, **shape)
+
+
 def assert_backends_agree(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, **facts: Any) -> None:
     """Values, log-sum-exps, and the gradients of a random combination of both."""
     expected = pattern_attention_with_lse(q, k, v, pattern, backend="dense", **facts)
@@ -76,7 +80,7 @@ def test_blocked_equals_the_definition_for_any_composition(length: int, data: st
         facts[1] = (torch.rand(2, length) < 0.1).long().cumsum(dim=1)
     if data.draw(st.booleans()):
         facts[2] = torch.rand(2, length) < 0.05
-    q, k, v = (heads(length, batch=2) for _ in range(3))
+    q, k, v = triple(length, batch=2)
     assert_backends_agree(q, k, v, pattern, mask=Mask(*facts))
 
 
@@ -97,7 +101,7 @@ def test_queries_may_start_at_any_position(length: int, before: int, data: st.Da
 def test_blocked_equals_the_definition_where_strips_and_tiles_run(name: str, length: int) -> None:
     pattern = LONG[name] if length > 700 or name != "longformer" else Window(64, 64) | Global([0, 699])
     with receipts() as collected:
-        assert_backends_agree(*(heads(length) for _ in range(3)), pattern)
+        assert_backends_agree(*triple(length), pattern)
     assert length < 1000 or not collected.entries
 
 
@@ -105,14 +109,14 @@ def test_blocked_equals_the_definition_where_strips_and_tiles_run(name: str, len
 def test_long_patterns_honour_padding_and_documents(name: str) -> None:
     valid = torch.arange(1100) < torch.tensor([[900], [1100]])
     documents = (torch.rand(2, 1100) < 0.005).long().cumsum(dim=1)
-    assert_backends_agree(*(heads(1100, batch=2) for _ in range(3)), LONG[name], mask=Mask(valid, documents))
+    assert_backends_agree(*triple(1100, batch=2), LONG[name], mask=Mask(valid, documents))
 
 
 @pytest.mark.parametrize("name", LONG)
 def test_a_row_receives_from_its_keys_and_from_no_other(name: str) -> None:
     length = 1100
     pattern = LONG[name]
-    q, k, v = (heads(length) for _ in range(3))
+    q, k, v = triple(length)
     out = pattern_attention(q, k, v, pattern)
     visible = pattern.dense(length)
     for row in (0, 65, 640, 1099):
@@ -122,7 +126,7 @@ def test_a_row_receives_from_its_keys_and_from_no_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, pattern in LONG.items() if pattern.causal])
 def test_the_future_changes_nothing_of_a_causal_pattern(name: str) -> None:
-    q, k, v = (heads(900).detach() for _ in range(3))
+    q, k, v = (tensor.detach() for tensor in triple(900))
     before = pattern_attention(q, k, v, LONG[name])
     for tensor in (q, k, v):
         tensor[:, :, 517:] = 100.0
@@ -131,14 +135,14 @@ def test_the_future_changes_nothing_of_a_causal_pattern(name: str) -> None:
 
 def test_packed_documents_never_mix() -> None:
     documents = torch.tensor([[0] * 300 + [1] * 500])
-    q, k, v = (heads(800).detach() for _ in range(3))
+    q, k, v = (tensor.detach() for tensor in triple(800))
     packed = pattern_attention(q, k, v, Window(40, 40), mask=Mask(segments=documents))
-    alone = pattern_attention(*(tensor[:, :, 300:] for tensor in (q, k, v)), Window(40, 40))
+    alone = pattern_attention(q[:, :, 300:], k[:, :, 300:], v[:, :, 300:], Window(40, 40))
     torch.testing.assert_close(packed[:, :, 300:], alone, rtol=1e-12, atol=1e-12)
 
 
 def test_an_invalid_example_gives_zeros_and_finite_gradients() -> None:
-    q, k, v = (heads(200, batch=2) for _ in range(3))
+    q, k, v = triple(200, batch=2)
     valid = torch.tensor([[True], [False]]).expand(2, 200)
     out, lse = pattern_attention_with_lse(q, k, v, Window(9, 9), mask=Mask(valid))
     assert not out[1].any()
@@ -149,7 +153,7 @@ def test_an_invalid_example_gives_zeros_and_finite_gradients() -> None:
 
 
 def test_global_tokens_of_the_mask_are_columns_of_their_example() -> None:
-    q, k, v = (heads(300, batch=2) for _ in range(3))
+    q, k, v = triple(300, batch=2)
     marked = torch.zeros(2, 300, dtype=torch.bool)
     marked[0, [3, 250]] = True
     out = pattern_attention(q, k, v, Window(5, 5), mask=Mask(global_tokens=marked))
@@ -160,7 +164,7 @@ def test_global_tokens_of_the_mask_are_columns_of_their_example() -> None:
 
 @pytest.mark.parametrize("name", LONG)
 def test_only_q_k_v_the_result_and_its_log_sum_exp_are_kept(name: str) -> None:
-    q, k, v = (heads(1100, dtype=torch.float32, width=16) for _ in range(3))
+    q, k, v = triple(1100, dtype=torch.float32, width=16)
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -175,9 +179,10 @@ def test_only_q_k_v_the_result_and_its_log_sum_exp_are_kept(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LONG)
 def test_narrow_dtypes_stay_close_to_float64(name: str, dtype: torch.dtype) -> None:
-    wide = [heads(1100, width=16) for _ in range(3)]
-    narrow = [tensor.detach().to(dtype).requires_grad_() for tensor in wide]
-    expected, found = pattern_attention(*wide, LONG[name]), pattern_attention(*narrow, LONG[name])
+    q, k, v = wide = triple(1100, width=16)
+    expected = pattern_attention(q, k, v, LONG[name])
+    q, k, v = narrow = [tensor.detach().to(dtype).requires_grad_() for tensor in wide]
+    found = pattern_attention(q, k, v, LONG[name])
     assert found.dtype == dtype
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
@@ -192,15 +197,15 @@ def test_narrow_dtypes_stay_close_to_float64(name: str, dtype: torch.dtype) -> N
 def test_strides_don_t_matter() -> None:
     stream = torch.randn(2, 300, 3, 2, 4, dtype=torch.float64)
     q, k, v = (stream[:, :, part].transpose(1, 2) for part in range(3))
-    dense = [tensor.contiguous() for tensor in (q, k, v)]
     pattern = Window(20, 20) | Strided(16)
-    torch.testing.assert_close(pattern_attention(q, k, v, pattern), pattern_attention(*dense, pattern))
-    channels_first = [tensor.mT.contiguous().mT for tensor in dense]
-    torch.testing.assert_close(pattern_attention(*channels_first, pattern), pattern_attention(*dense, pattern))
+    expected = pattern_attention(q.contiguous(), k.contiguous(), v.contiguous(), pattern)
+    torch.testing.assert_close(pattern_attention(q, k, v, pattern), expected)
+    q, k, v = (tensor.mT.contiguous().mT for tensor in (q, k, v))
+    torch.testing.assert_close(pattern_attention(q, k, v, pattern), expected)
 
 
 def test_short_sequences_run_densely_and_say_so() -> None:
-    q, k, v = (heads(20) for _ in range(3))
+    q, k, v = triple(20)
     with receipts() as collected:
         pattern_attention(q, k, v, Window(9, 9) | Sink(2))
     (receipt,) = collected.entries
@@ -210,7 +215,7 @@ def test_short_sequences_run_densely_and_say_so() -> None:
 
 
 def test_parts_of_a_softmax_merge_by_their_log_sum_exps() -> None:
-    q, k, v = (heads(300) for _ in range(3))
+    q, k, v = triple(300)
     near, far = Window(16, 16), ~Window(16, 16) & Strided(8)
     (one, one_lse), (other, other_lse) = (pattern_attention_with_lse(q, k, v, part) for part in (near, far))
     weight = torch.sigmoid(other_lse - one_lse)[..., None]
