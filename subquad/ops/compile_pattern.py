@@ -138,9 +138,8 @@ def _as_pattern(term: Term) -> Pattern:
     distances = Distances(term._replace(filters=()))
     if not term.filters:
         return distances
-    if distances.term == Term():
-        return And(term.filters) if len(term.filters) > 1 else term.filters[-1]
-    return And((distances, *term.filters))
+    others = And(term.filters) if len(term.filters) > 1 else next(iter(term.filters))
+    return others if distances.term == Term() else And((distances, *term.filters))
 
 
 def _choose_maker(term: Term, shape: Shape) -> Maker | None:

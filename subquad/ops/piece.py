@@ -15,7 +15,7 @@ from subquad.ops.example_facts import ExampleFacts
 
 RUN_PAIRS = 2**12
 """What starting a run of calls costs a head, in pairs of dense attention."""
-CALL_BYTES = 6 * 2**20
+CALL_BYTES = 4 * 2**20
 """Temporaries of one call: small enough to stay in the cache, large enough to keep two threads busy."""
 
 
