@@ -35,8 +35,8 @@ SLICE_ROWS = 128
 """Queries per strip where nothing suggests another size."""
 SLICE_PAIRS = 2**20
 """Largest mask of one strip, in pairs."""
-STAIR_ROWS = 512
-"""Rows of strips that are joined although they reach differently far."""
+STAIR_ROWS = 1024
+"""Rows of strips that are joined although they reach differently far: from 768 on the operator takes 256 at a time."""
 PIECE_PAIRS = 40
 """What one more piece costs each query, in pairs of dense attention."""
 COLUMN_CHUNKS = 512

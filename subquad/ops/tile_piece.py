@@ -52,6 +52,23 @@ class TileGroup:
         return tuple(_step(column) for column in self.tiles.T)
 
 
+class Room:
+    """Memory for gathered tiles, used again from call to call: fresh pages cost more than the copy itself."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def gather(self, tiles: Tensor, chosen: Indices) -> Tensor:
+        """(G, tiles, size, E) -> (N, G, C * size, E)."""
+        sequences, _, size, width = tiles.shape
+        elements = sequences * chosen.size * size * width
+        if self._memory.numel() < elements or self._memory.dtype != tiles.dtype:
+            self._memory = tiles.new_empty(elements)
+        gathered = self._memory[:elements].view(sequences, chosen.size, size, width)
+        torch.index_select(tiles, 1, torch.from_numpy(chosen.ravel()), out=gathered)
+        return gathered.unflatten(1, chosen.shape).flatten(2, 3).transpose(0, 1)
+
+
 @dataclass(frozen=True)
 class TilePiece(Piece):
     """Part of a pattern in tiles.
@@ -92,8 +109,9 @@ class TilePiece(Piece):
     def forward(self, work: Work) -> None:
         """One call for each cut of a group."""
         keys, values = _tiled(work.k, self.size), _tiled(work.v, self.size)
+        room = Room(), Room()
         for group, bias, part in self._cuts(work):
-            k, v = _gather(keys[part], group.tiles), _gather(values[part], group.tiles)
+            k, v = room[0].gather(keys[part], group.tiles), room[1].gather(values[part], group.tiles)
             q, out, lse = (_take_rows(x[part], group) for x in (work.q, work.out, work.lse))
             part_out, part_lse = fused_forward(q, k, v, work.scale, None if bias is None else bias.values)
             if bias is not None and bias.hidden_rows is not None:
@@ -105,9 +123,10 @@ class TilePiece(Piece):
     def backward(self, work: Work, gradients: Gradients) -> None:
         """As `forward`; keys are gathered and masks made again."""
         keys, values = _tiled(work.k, self.size), _tiled(work.v, self.size)
+        room = Room(), Room()
         grad_keys, grad_values = _tiled(gradients.k, self.size), _tiled(gradients.v, self.size)
         for group, bias, part in self._cuts(work):
-            k, v = _gather(keys[part], group.tiles), _gather(values[part], group.tiles)
+            k, v = room[0].gather(keys[part], group.tiles), room[1].gather(values[part], group.tiles)
             mask = None if bias is None else bias.values
             q, out, lse, grad = (_take_rows(x[part], group) for x in (work.q, work.out, work.lse, gradients.out))
             grad_q, grad_k, grad_v = fused_backward(grad, q, k, v, out, lse, work.scale, mask)
@@ -266,12 +285,6 @@ def _untile(x: Tensor, tiled: Tensor) -> None:
     """Write back what `_tiled` copied."""
     if x.shape[1] % tiled.shape[2]:
         x.copy_(tiled.flatten(1, 2)[:, : x.shape[1]])
-
-
-def _gather(tiles: Tensor, chosen: Indices) -> Tensor:
-    """(G, tiles, size, E) -> (N, G, C * size, E)."""
-    gathered = tiles.index_select(1, torch.from_numpy(chosen.ravel()))
-    return gathered.unflatten(1, chosen.shape).flatten(2, 3).transpose(0, 1)
 
 
 def _scatter(tiles: Tensor, group: TileGroup, gathered: Tensor) -> None:
