@@ -39,7 +39,7 @@ VERBS = {
     "profile": Verb("subquad.cli.profile", "Measure time and memory over lengths on this machine.", _CHOOSE),
     "report": Verb("subquad.cli.report", "Write the page and print the tables of what is recorded.", _CHOOSE),
     "list": Verb("subquad.cli.list_mixers", "All mechanisms by family, with what each can do.", _KNOW),
-    "show": Verb("subquad.cli.show", "One mechanism: paper, formula, options, price, picture.", _KNOW),
+    "show": Verb("subquad.cli.show", "One mechanism or pattern: paper, formula, options, price, picture.", _KNOW),
     "data": Verb("subquad.cli.data", "Generate or check the data of a task.", _PREPARE),
     "doctor": Verb("subquad.cli.doctor", "Check this machine and this installation.", _PREPARE),
 }
