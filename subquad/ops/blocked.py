@@ -20,11 +20,15 @@ from subquad.ops.compile_pattern import compile_pattern
 from subquad.ops.example_facts import ExampleFacts
 from subquad.ops.pattern_request import Facts, Request
 from subquad.ops.piece import Gradients, Piece, Work
+from subquad.ops.sliced import attend_sliced
 from subquad.ops.strips import Shape
 from subquad.patterns.bands import Causal
 from subquad.patterns.pattern import Pattern
 from subquad.patterns.tokens import Global
 from subquad.receipt import leave_receipt
+
+CALL_FLOPS = 2**21
+"""What starting a call costs, in products of q · k of all heads: with 8 heads of 64, 4,096 pairs of each."""
 
 
 class Part(NamedTuple):
@@ -48,7 +52,7 @@ class Plan(NamedTuple):
 
     Attributes:
         parts: of all heads.
-        dense: whether some heads run dense attention in slices.
+        dense: whether dense attention in slices costs less.
         complete: whether every query of every head stands in a part that comes fresh to it.
     """
 
@@ -80,6 +84,8 @@ def attend_blocked(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[T
     if q.device.type != "cpu":
         raise ValueError(f"pattern_attention: backend 'blocked' runs on the CPU, got {q.device}; use 'flex' or 'dense'")
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    if _saves_nothing(q, k, request):
+        return attend_sliced(q, k, v, request)
     examples = _plan_examples(q, k, request)
     out, lse = _BlockedAttention.apply(q, k, v, examples, request.scale)  # pyright: ignore[reportGeneralTypeIssues] - apply has no types
     valid = request.facts.query_valid
@@ -88,18 +94,37 @@ def attend_blocked(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[T
     return out.masked_fill(~valid[:, None, :, None], 0.0), lse.masked_fill(~valid[:, None], -torch.inf)
 
 
+def _saves_nothing(q: Tensor, k: Tensor, request: Request) -> bool:
+    """Whether dense attention in slices costs less than any plan; leaves a receipt."""
+    (_, num_heads, length, _), key_length = q.shape, k.shape[2]
+    if 0 in (*q.shape, key_length):
+        return False
+    shape = _shape(q, k, request.offset(0))
+    if not plan_pattern(request.pattern, num_heads, shape, sliced=request.facts.anything).dense:
+        return False
+    leave_receipt(
+        "pattern_attention",
+        asked="blocked",
+        ran="dense attention in slices of queries",
+        reason=f"{length} queries and {key_length} keys are too few for the pattern to save anything",
+    )
+    return True
+
+
+def _shape(q: Tensor, k: Tensor, offset: int) -> Shape:
+    return Shape(q.shape[2], k.shape[2], offset, CALL_FLOPS // (q.shape[1] * q.shape[3]))
+
+
 def _plan_examples(q: Tensor, k: Tensor, request: Request) -> list[Example]:
     (batch, num_heads, length, width), key_length = q.shape, k.shape[2]
     if 0 in (batch, num_heads, length, key_length, width):
         return []
     examples = []
     for index in range(batch):
-        shape, facts = Shape(length, key_length, request.offset(index)), request.facts.example(index)
+        shape, facts = _shape(q, k, request.offset(index)), request.facts.example(index)
         columns, restricting = _seen_columns(facts), ExampleFacts.of(facts)
         of_pattern = restricting if columns is None else restricting.without_keys(columns)
         plan = plan_pattern(request.pattern, num_heads, shape, sliced=of_pattern.anything)
-        if plan.dense:
-            _note_dense(shape)
         parts = [(part, of_pattern) for part in plan.parts]
         if columns is not None:
             pieces = _column_pieces(columns, shape, causal=request.pattern.causal)
@@ -129,7 +154,7 @@ def plan_pattern(pattern: Pattern, num_heads: int, shape: Shape, *, sliced: bool
         parts.append(Part(head0, head1, piece, fresh))
         covered[head0:head1] |= rows
         written[head0:head1] |= rows & fresh
-    return Plan(tuple(parts), any(plan.dense for plan in plans), bool(written.all()))
+    return Plan(tuple(parts), all(plan.dense for plan in plans), bool(written.all()))
 
 
 def _equal_heads(pattern: Pattern, num_heads: int) -> list[tuple[int, int]]:
@@ -139,15 +164,6 @@ def _equal_heads(pattern: Pattern, num_heads: int) -> list[tuple[int, int]]:
     of_heads = [pattern.of_head(head) for head in range(num_heads)]
     borders = [0, *(head for head in range(1, num_heads) if of_heads[head] != of_heads[head - 1]), num_heads]
     return list(itertools.pairwise(borders))
-
-
-def _note_dense(shape: Shape) -> None:
-    leave_receipt(
-        "pattern_attention",
-        asked="blocked",
-        ran="dense attention in slices of queries",
-        reason=f"{shape.queries} queries and {shape.keys} keys are too few for the pattern to save anything",
-    )
 
 
 def _seen_columns(facts: Facts) -> Tensor | None:

@@ -67,7 +67,9 @@ def compile_pattern(pattern: Pattern, shape: Shape, *, sliced: bool) -> HeadPlan
 
 
 def _price(pieces: list[Piece], shape: Shape) -> float:
-    return sum(piece.price for piece in pieces) + PIECE_PAIRS * shape.queries * max(0, len(pieces) - 1)
+    return sum(piece.price(shape.call_pairs) for piece in pieces) + PIECE_PAIRS * shape.queries * max(
+        0, len(pieces) - 1
+    )
 
 
 def _in_slices(pattern: Pattern, shape: Shape) -> list[Piece]:

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from subquad.mask import Mask
 from subquad.ops.blocked import attend_blocked
 from subquad.ops.flex import attend_flex
-from subquad.ops.pattern_request import Request, check_request
+from subquad.ops.pattern_request import Request, check_request, visible_pairs
 from subquad.ops.softmax import softmax_attention_with_lse
 from subquad.patterns.pattern import Pattern
 
@@ -122,25 +121,6 @@ def _backend(name: str | None, q: Tensor, *, with_lse: bool) -> Backend:
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
     """The definition."""
-    return softmax_attention_with_lse(q, k, v, visible_pairs(q, k, request), request.scale)
-
-
-def visible_pairs(q: Tensor, k: Tensor, request: Request) -> Tensor:
-    """Which pairs are visible, pattern and facts together: bool (B or 1, H or 1, L, S)."""
-    pattern, facts = request.pattern.resolve(k.shape[2]), request.facts
-    j = torch.arange(k.shape[2], device=q.device)
-    starts = torch.tensor(request.offsets, device=q.device)[:, None, None]
-    i = starts + torch.arange(q.shape[2], device=q.device)[:, None]
-    heads = [pattern.of_head(head).visible(i, j) for head in range(max(1, pattern.num_heads))]
-    heads += [pattern.of_head(len(heads)).visible(i, j)] * (q.shape[1] - len(heads)) if pattern.num_heads else []
-    visible = torch.stack([head.expand(len(request.offsets), q.shape[2], k.shape[2]) for head in heads], dim=1)
-    if facts.global_keys is not None:
-        columns = facts.global_keys[:, None, None, :]
-        visible = visible | (columns & (j <= i)[:, None] if pattern.causal else columns)
-    if facts.key_valid is not None:
-        visible = visible & facts.key_valid[:, None, None, :]
-    if facts.query_valid is not None:
-        visible = visible & facts.query_valid[:, None, :, None]
-    if facts.query_segments is not None and facts.key_segments is not None:
-        visible = visible & (facts.query_segments[:, None, :, None] == facts.key_segments[:, None, None, :])
-    return visible
+    pattern = request.pattern.resolve(k.shape[2])
+    visible = visible_pairs(request, pattern, q.shape[1], range(q.shape[2]), range(k.shape[2]))
+    return softmax_attention_with_lse(q, k, v, visible.to(q.device), request.scale)

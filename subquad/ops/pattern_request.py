@@ -64,6 +64,46 @@ class Request:
         return self.offsets[min(example, len(self.offsets) - 1)]
 
 
+def visible_pairs(request: Request, pattern: Pattern, num_heads: int, rows: range, columns: range) -> Tensor:
+    """Which pairs are visible, pattern and facts together.
+
+    Args:
+        request: its facts and offsets count.
+        pattern: its pattern, resolved.
+        num_heads: H.
+        rows: of queries.
+        columns: of keys.
+
+    Returns:
+        bool (B or 1, H or 1, rows, columns).
+    """
+    facts = request.facts
+    given = next(
+        (fact for fact in (facts.key_valid, facts.query_segments, facts.global_keys) if fact is not None), None
+    )
+    device = None if given is None else given.device
+    i = (
+        torch.tensor(request.offsets, device=device)[:, None, None]
+        + torch.arange(rows.start, rows.stop, device=device)[:, None]
+    )
+    j = torch.arange(columns.start, columns.stop, device=device)
+    distinct = [pattern.of_head(head) for head in range(num_heads)] if pattern.num_heads else [pattern]
+    shape = len(request.offsets), len(rows), len(columns)
+    visible = torch.stack([head.to(i.device).visible(i, j).expand(shape) for head in distinct], dim=1)
+    query, key = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
+    if facts.global_keys is not None:
+        chosen = facts.global_keys[:, None, None, key]
+        visible = visible | (chosen & (j <= i)[:, None] if request.pattern.causal else chosen)
+    if facts.key_valid is not None:
+        visible = visible & facts.key_valid[:, None, None, key]
+    if facts.query_valid is not None:
+        visible = visible & facts.query_valid[:, None, query, None]
+    if facts.query_segments is not None and facts.key_segments is not None:
+        same = facts.query_segments[:, None, query, None] == facts.key_segments[:, None, None, key]
+        visible = visible & same
+    return visible
+
+
 def check_request(
     q: Tensor,
     k: Tensor,

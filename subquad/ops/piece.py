@@ -13,8 +13,6 @@ from torch import Tensor
 
 from subquad.ops.example_facts import ExampleFacts
 
-RUN_PAIRS = 2**12
-"""What starting a run of calls costs a head, in pairs of dense attention."""
 CALL_BYTES = 4 * 2**20
 """Temporaries of one call: small enough to stay in the cache, large enough to keep two threads busy."""
 
@@ -83,10 +81,9 @@ class Piece(ABC):
     def empty(self) -> bool:
         """Whether nothing is left to compute."""
 
-    @property
     @abstractmethod
-    def price(self) -> float:
-        """What it costs for one head, in pairs of dense attention."""
+    def price(self, call_pairs: int) -> float:
+        """What it costs for one head, in pairs of dense attention, of which starting a call costs `call_pairs`."""
 
     @property
     @abstractmethod

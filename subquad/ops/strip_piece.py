@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from subquad.ops.fused import fused_backward, fused_forward, lse_backward
-from subquad.ops.piece import CALL_BYTES, RUN_PAIRS, Bias, Gradients, Piece, Work, add_stack, make_bias, merge, stack
+from subquad.ops.piece import CALL_BYTES, Bias, Gradients, Piece, Work, add_stack, make_bias, merge, stack
 from subquad.ops.strips import Numbering, Run, Strips
 from subquad.patterns.pattern import Pattern, Tile
 
@@ -52,14 +52,13 @@ class StripPiece(Piece):
         """Whether there are no strips."""
         return len(self.strips.row0) == 0
 
-    @property
-    def price(self) -> float:
+    def price(self, call_pairs: int) -> float:
         """Small strips run less efficiently, masks and calls cost something too."""
         strips = self.strips
         rows, columns = strips.row1 - strips.row0, strips.column1 - strips.column0
         pairs = rows * columns * np.where(strips.causal, 0.6, 1.0) * (1 + 32 / rows + 32 / columns)
         masks = 1.0 if self.invariant else 1 + 0.15 * strips.masked
-        return self.numbering.lanes * float((pairs * masks).sum()) + RUN_PAIRS * len(self.runs)
+        return self.numbering.lanes * float((pairs * masks).sum()) + call_pairs * len(self.runs)
 
     @cached_property
     def runs(self) -> list[Run]:

@@ -19,11 +19,19 @@ from subquad.patterns.pattern import Indices
 
 @dataclass(frozen=True)
 class Shape:
-    """Queries, keys, and the absolute position of the first query."""
+    """The size of a problem.
+
+    Attributes:
+        queries: L.
+        keys: S.
+        offset: absolute position of the first query.
+        call_pairs: what starting a call costs a head, in pairs of dense attention.
+    """
 
     queries: int
     keys: int
     offset: int
+    call_pairs: int
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from subquad.ops.fused import fused_backward, fused_forward, lse_backward
-from subquad.ops.piece import CALL_BYTES, RUN_PAIRS, Bias, Gradients, Piece, Work, make_bias, merge, stack
+from subquad.ops.piece import CALL_BYTES, Bias, Gradients, Piece, Work, make_bias, merge, stack
 from subquad.ops.strip_piece import StripPiece
 from subquad.ops.strips import Numbering, Shape, make_strips
 from subquad.patterns.pattern import Classes, Indices, Pattern, Tile
@@ -88,11 +88,10 @@ class TilePiece(Piece):
         """Whether nothing is left to compute."""
         return not self.groups
 
-    @property
-    def price(self) -> float:
+    def price(self, call_pairs: int) -> float:
         """What it costs for one head, in pairs of dense attention; gathering costs something too."""
         pairs = sum(group.rows * group.tiles.size * self.size * (1.3 if group.masked else 1.0) for group in self.groups)
-        return pairs * (1.25 + 32 / self.size) + RUN_PAIRS * len(self.groups)
+        return pairs * (1.25 + 32 / self.size) + call_pairs * len(self.groups)
 
     @property
     def signature(self) -> Hashable:

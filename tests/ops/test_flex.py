@@ -17,8 +17,8 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, 
 from subquad.mask import Mask
 from subquad.ops import flex
 from subquad.ops.flex import attend_flex, block_classes, make_block_mask
-from subquad.ops.pattern_attention import attend_dense, visible_pairs
-from subquad.ops.pattern_request import Request, check_request
+from subquad.ops.pattern_attention import attend_dense
+from subquad.ops.pattern_request import Request, check_request, visible_pairs
 from subquad.patterns import (
     Block,
     BlockWindow,
@@ -98,7 +98,8 @@ def written_out(mask: BlockMask, shape: tuple[int, int, int, int]) -> Tensor:
 
 def assert_same_pairs(q: Tensor, k: Tensor, asked: Request) -> None:
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    assert torch.equal(written_out(make_block_mask(q, k, asked), shape), visible_pairs(q, k, asked).expand(shape))
+    expected = visible_pairs(asked, asked.pattern.resolve(k.shape[2]), q.shape[1], range(q.shape[2]), range(k.shape[2]))
+    assert torch.equal(written_out(make_block_mask(q, k, asked), shape), expected.expand(shape))
 
 
 @pytest.mark.parametrize("length", [200, 256, 300])

@@ -43,6 +43,12 @@ LONG = {
 }
 
 
+@pytest.fixture(autouse=True)
+def cheap_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls priced as for wide heads, so that strips and tiles run at lengths that tests can afford."""
+    monkeypatch.setattr("subquad.ops.blocked.CALL_FLOPS", 2**15)
+
+
 def heads(length: int, *, batch: int = 1, dtype: torch.dtype = torch.float64, width: int = 4) -> Tensor:
     return torch.randn(batch, 2, length, width, dtype=dtype, requires_grad=True)
 
