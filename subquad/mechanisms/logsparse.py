@@ -33,7 +33,7 @@ from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask, token_positions
-from subquad.ops.packing import has_gaps, put_back, take, valid_first
+from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.pattern_attention import pattern_attention
 from subquad.ops.rotary import rotate
 from subquad.patterns.pattern import Pattern
@@ -246,7 +246,7 @@ class LogSparse(HeadMixer):
         q, k, v, mask = heads.q, heads.k, heads.v, Mask(heads.mask.valid, heads.mask.segments)
         order = valid_first(mask.valid) if mask.valid is not None and has_gaps(mask.valid) else None
         if order is not None:
-            q, k, v, mask = *(take(tensor, order) for tensor in (q, k, v)), _in_order(mask, order)
+            q, k, v, mask = *(take(tensor, order) for tensor in (q, k, v)), in_order(mask, order)
         q, k = self._convolve(self.project_query, q, mask), self._convolve(self.project_key, k, mask)
         out = pattern_attention(q, k, v, pattern, mask=mask)
         return (out if order is None else put_back(out, order)), None
@@ -259,9 +259,3 @@ class LogSparse(HeadMixer):
         if self.dims.positions == "none":
             return x
         return rotate(x, token_positions(mask, x.shape[0], x.shape[2], device=x.device))
-
-
-def _in_order(mask: Mask, order: Tensor) -> Mask:
-    """The facts with the valid tokens first; the segments of the invalid ones behind them follow the last valid one."""
-    valid, segments = (None if fact is None else take(fact, order) for fact in (mask.valid, mask.segments))
-    return Mask(valid, None if segments is None else segments.cummax(dim=1).values)

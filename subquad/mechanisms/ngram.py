@@ -26,7 +26,7 @@ from subquad.costs import Cost, visible_pairs
 from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask, continue_segments
-from subquad.ops.packing import has_gaps, put_back, take, valid_first
+from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.pattern_attention import pattern_attention
 from subquad.patterns.bands import Ngram as NgramPattern
 from subquad.registry import register
@@ -107,7 +107,7 @@ class Ngram(HeadMixer):
         order = valid_first(mask.valid) if mask.valid is not None and has_gaps(mask.valid) else None
         if order is not None:
             q, k, v = (take(tensor, order) for tensor in (q, k, v))
-            mask = _in_order(mask, order)
+            mask = in_order(mask, order)
         if isinstance(state, NgramState):
             out, after = self._continue(q, k, v, mask, state)
         else:
@@ -149,12 +149,6 @@ class Ngram(HeadMixer):
         key_segments = torch.cat((before.segments, segments), dim=1)
         out = self._look_back(q, k, v, Mask(mask.valid, segments), key_valid, key_segments)
         return out, _keep_newest(before, k, v, key_segments, valid.sum(dim=1))
-
-
-def _in_order(mask: Mask, order: Tensor) -> Mask:
-    """The facts in another order, which puts the invalid tokens last; their segments must not decrease there."""
-    valid = None if mask.valid is None else take(mask.valid, order)
-    return Mask(valid, None if mask.segments is None else take(mask.segments, order).cummax(dim=1).values)
 
 
 def _keep_newest(before: NgramState, k: Tensor, v: Tensor, segments: Tensor, added: Tensor) -> NgramState:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subquad.mask import Mask
+
 
 def has_gaps(valid: Tensor) -> bool:
     """Whether an invalid token precedes a valid one in some row of valid (bool (B, L)); False for right padding."""
@@ -25,6 +27,15 @@ def take(x: Tensor, order: Tensor) -> Tensor:
     if x.ndim == 2:
         return x.gather(1, order)
     return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def in_order(mask: Mask, order: Tensor) -> Mask:
+    """The facts of `mask` with the valid tokens first, by an order (int64 (B, L)) of `valid_first`.
+
+    The segments of the invalid tokens behind them follow the last valid one, since segments must not decrease.
+    """
+    valid, segments = (None if fact is None else take(fact, order) for fact in (mask.valid, mask.segments))
+    return Mask(valid, None if segments is None else segments.cummax(dim=1).values)
 
 
 def put_back(x: Tensor, order: Tensor) -> Tensor:

@@ -216,11 +216,5 @@ class Pattern(ABC):
         return Not(self)
 
 
-# The operators above make these, and these are patterns: whichever file came second would have to be imported late.
-from subquad.patterns.composition import And as And  # noqa: E402
-from subquad.patterns.composition import ByHead as ByHead  # noqa: E402
-from subquad.patterns.composition import Compound as Compound  # noqa: E402
-from subquad.patterns.composition import Not as Not  # noqa: E402
-from subquad.patterns.composition import Or as Or  # noqa: E402
-from subquad.patterns.composition import joined  # noqa: E402
-from subquad.patterns.shifted import Shifted as Shifted  # noqa: E402
+from subquad.patterns.composition import And, ByHead, Not, Or, joined  # noqa: E402 - they derive from Pattern, whose operators make them
+from subquad.patterns.shifted import Shifted  # noqa: E402 - likewise
