@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from subquad.ops.onednn import has_onednn, product, scaled_product
+
+
+def test_this_build_of_torch_offers_the_private_operator() -> None:
+    assert has_onednn()
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 2), (256, 64, 256)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_products_are_those_of_plain_matrices(shape: tuple[int, int, int], transposed: bool, wide: bool) -> None:
+    rows, inner, columns = shape
+    a, bias, factor = torch.randn(rows, inner), torch.randn(columns), torch.randn(rows, columns)
+    extra = 3 if wide else 0
+    b = (
+        torch.randn(inner, columns + extra).T[:columns]
+        if transposed
+        else torch.randn(columns, inner + extra)[:, :inner]
+    )
+    expected = (a.double() @ b.double().T + bias.double()).float()
+    torch.testing.assert_close(product(a, b, bias), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(product(a, b), expected - bias, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scaled_product(a, b, factor, bias), expected * factor, atol=1e-4, rtol=1e-4)
+
+
+def test_float64_keeps_its_precision() -> None:
+    a, b = torch.randn(200, 100, dtype=torch.float64), torch.randn(200, 100, dtype=torch.float64)
+    torch.testing.assert_close(product(a, b), a @ b.T, atol=1e-12, rtol=1e-12)
