@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from subquad.ops.fused import fused_backward, fused_forward, lse_backward
-from subquad.ops.piece import CALL_BYTES, Bias, Gradients, Piece, Work, add_stack, make_bias, merge, stack
+from subquad.ops.piece import CALL_BYTES, Bias, Gradients, Piece, Work, add_stack, make_bias, merge, share_out, stack
 from subquad.ops.strips import Numbering, Run, Strips
 from subquad.patterns.pattern import Pattern, Tile
 
@@ -119,9 +119,9 @@ class StripPiece(Piece):
             own_mask = run.restricted or (run.masked and not self.invariant)
             elements = (run.rows + 2 * run.columns) * work.q.shape[-1]
             elements += run.rows * run.columns * self.numbering.lanes if own_mask else 0
-            size = max(1, CALL_BYTES // (elements * work.q.element_size()))
             shared = self._shared_bias(run, work) if run.masked and not own_mask else None
-            for cut in run.cut(size):
+            for part in share_out(run.number, CALL_BYTES // (elements * work.q.element_size())):
+                cut = run.cut(part)
                 yield cut, self._bias(cut, work) if own_mask else shared
 
     def _shared_bias(self, run: Run, work: Work) -> Bias:
@@ -268,9 +268,7 @@ def _backward_run(run: Run, bias: Bias | None, work: Work, gradients: Gradients)
 def _sequences(run: Run, count: int, like: Tensor) -> Iterator[slice]:
     """Ranges of sequences for one call each: one where a run is long, more where it is short."""
     elements = run.number * (run.rows + 2 * run.columns) * like.shape[-1]
-    size = max(1, min(count, CALL_BYTES // (elements * like.element_size())))
-    for start in range(0, count, size):
-        yield slice(start, start + size)
+    return share_out(count, CALL_BYTES // (elements * like.element_size()))
 
 
 def _of_sequences(bias: Bias | None, part: slice) -> Bias | None:

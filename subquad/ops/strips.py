@@ -7,7 +7,6 @@ Equal strips at equal distances are one batch for the fused operator, as overlap
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,16 +96,10 @@ class Run(NamedTuple):
     restricted: bool
     clear: int
 
-    def cut(self, size: int) -> Iterator[Run]:
-        """The same strips in runs of at most `size`, about equally many in each."""
-        size = -(-self.number // -(-self.number // size))
-        size += size % 2  # an odd one out keeps one of two threads waiting
-        for start in range(0, self.number, size):
-            yield self._replace(
-                number=min(size, self.number - start),
-                row=self.row + start * self.step,
-                column=self.column + start * self.step,
-            )
+    def cut(self, part: slice) -> Run:
+        """Some of the strips."""
+        start, number = part.start, part.stop - part.start
+        return self._replace(number=number, row=self.row + start * self.step, column=self.column + start * self.step)
 
 
 @dataclass(frozen=True)

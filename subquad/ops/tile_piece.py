@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from subquad.ops.fused import fused_backward, fused_forward, lse_backward
-from subquad.ops.piece import CALL_BYTES, Bias, Gradients, Piece, Work, make_bias, merge, stack
+from subquad.ops.piece import CALL_BYTES, Bias, Gradients, Piece, Work, make_bias, merge, share_out, stack
 from subquad.ops.strip_piece import StripPiece
 from subquad.ops.strips import Numbering, Shape, make_strips
 from subquad.patterns.pattern import Classes, Indices, Pattern, Tile
@@ -146,12 +146,11 @@ class TilePiece(Piece):
                 width = some.tiles.shape[1] * self.size
                 elements = (some.rows + 2 * width) * work.q.shape[-1] + (some.rows * width if some.masked else 0)
                 size = max(1, CALL_BYTES // (elements * work.q.element_size()))
-                for start in range(0, len(some.row0), size):
-                    cut = replace(some, row0=some.row0[start : start + size], tiles=some.tiles[start : start + size])
+                for chosen in share_out(len(some.row0), size):
+                    cut = replace(some, row0=some.row0[chosen], tiles=some.tiles[chosen])
                     bias = self._bias(cut, work, restricted=restricted) if some.masked or restricted else None
-                    heads = max(1, size // len(cut.row0))
-                    for head in range(0, len(work.q), heads):
-                        yield cut, bias, slice(head, head + heads)
+                    for heads in share_out(len(work.q), size // len(cut.row0)):
+                        yield cut, bias, heads
 
     def _restricted(self, group: TileGroup, work: Work) -> Iterator[tuple[TileGroup, bool]]:
         """The part of a group that facts about the example leave alone, and the part that they restrict."""
