@@ -6,20 +6,31 @@ made again in the backward pass; nothing is kept but q, k, v, the result and its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.fused import fused_backward, fused_forward, lse_backward
-from subquad.ops.pattern_request import Request, visible_pairs
+from subquad.ops.pattern_request import Facts, Request, visible_pairs
 from subquad.ops.piece import Bias, make_bias
-from subquad.patterns.pattern import UNBOUNDED
+from subquad.patterns.pattern import UNBOUNDED, Pattern
 
 SLICE_PAIRS = 2**21
 """Largest mask of a slice, in pairs of all examples and heads that differ; at least one query runs at a time."""
+REMEMBERED_PAIRS = 2**19
+"""Largest masks that are kept for the next call."""
+
+
+class Slice(NamedTuple):
+    """Some queries, the keys that they may reach, and what they see of them; no bias where they see everything."""
+
+    rows: slice
+    columns: slice
+    bias: Bias | None
 
 
 def attend_sliced(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
@@ -27,9 +38,29 @@ def attend_sliced(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Te
     return _SlicedAttention.apply(q, k, v, request)  # pyright: ignore[reportReturnType] - apply has no types
 
 
-def _slices(q: Tensor, k: Tensor, request: Request) -> Iterator[tuple[slice, slice, Bias | None]]:
-    """Queries, the keys that they may reach, and their mask; None where everything is visible."""
-    pattern, (batch, num_heads, length, _), key_length = request.pattern.resolve(k.shape[2]), q.shape, k.shape[2]
+def _slices(q: Tensor, k: Tensor, request: Request) -> Iterable[Slice]:
+    """All slices; made anew where masks are large or depend on the examples."""
+    batch, num_heads, length, key_length = *q.shape[:3], k.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    masks = num_heads if request.pattern.num_heads else 1
+    if request.facts.anything or len(request.offsets) > 1 or masks * length * key_length > REMEMBERED_PAIRS:
+        return _make_slices(request, batch, num_heads, length, key_length, dtype)
+    return _remembered_slices(request.pattern, request.offset(0), num_heads, length, key_length, dtype)
+
+
+@lru_cache(maxsize=16)
+def _remembered_slices(
+    pattern: Pattern, offset: int, num_heads: int, length: int, key_length: int, dtype: torch.dtype
+) -> tuple[Slice, ...]:
+    """A pure function, remembered because layers ask again: with few tokens masks cost more than attention."""
+    request = Request(pattern, Facts(), (offset,), scale=1.0)
+    return tuple(_make_slices(request, 1, num_heads, length, key_length, dtype))
+
+
+def _make_slices(
+    request: Request, batch: int, num_heads: int, length: int, key_length: int, dtype: torch.dtype
+) -> Iterator[Slice]:
+    pattern = request.pattern.resolve(key_length)
     low, high = (-UNBOUNDED, UNBOUNDED) if request.facts.global_keys is not None else pattern.offsets()
     masks = batch * (num_heads if pattern.num_heads else 1)
     size = max(1, min(length, SLICE_PAIRS // (masks * key_length)))
@@ -40,9 +71,8 @@ def _slices(q: Tensor, k: Tensor, request: Request) -> Iterator[tuple[slice, sli
         if first >= last:
             continue
         visible = visible_pairs(request, pattern, num_heads, range(start, stop), range(first, last))
-        everything = bool(visible.all())
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        yield slice(start, stop), slice(first, last), None if everything else make_bias(visible, dtype)
+        bias = None if bool(visible.all()) else make_bias(visible, dtype)
+        yield Slice(slice(start, stop), slice(first, last), bias)
 
 
 class _SlicedAttention(torch.autograd.Function):
