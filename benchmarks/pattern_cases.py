@@ -1,28 +1,21 @@
-"""The patterns that the benchmarks of the pattern engine time, their inputs, and what they are compared with."""
+"""The patterns that the benchmarks of the pattern engine time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
-from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from sampling import sample_by_turns
-from torch import Tensor
+from attention_rows import BATCH, HEADS, WIDTH, Attention, Inputs, check_against
 
 from subquad.ops.pattern_attention import pattern_attention
 from subquad.patterns import Block, BlockWindow, Causal, Columns, Dilated, Global, Ngram, Random, Strided, Window
 from subquad.patterns.pattern import Pattern
 
-BATCH, HEADS, WIDTH = 1, 8, 64
 GATE_LENGTH, GATE_ERROR = 1024, 2e-5
 FORWARD_FLOPS_PER_PAIR = 4 * WIDTH
 STEP_PER_FORWARD = 3.5
 """Two products forward, five backward, since the scores are made again."""
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,6 +49,10 @@ class Case:
         pattern = self.pattern(length)
         return lambda q, k, v: pattern_attention(q, k, v, pattern)
 
+    def useful_flops(self, length: int) -> float:
+        """Of the visible pairs."""
+        return STEP_PER_FORWARD * FORWARD_FLOPS_PER_PAIR * BATCH * visible_pairs(self.pattern(length), length)
+
 
 def bigbird(length: int, block: int = 64, random: int = 3) -> Pattern:
     """First and last block global, one neighbour on each side, and random blocks of each head's own."""
@@ -82,71 +79,20 @@ CASES = {
 }
 
 
-class Inputs(NamedTuple):
-    """q, k, v and the gradient of the result, all (B, H, L, E) and contiguous."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    upstream: Tensor
-
-    @classmethod
-    def draw(cls, length: int) -> Inputs:
-        """The same for every method; float32."""
-        generator = torch.Generator().manual_seed(0)
-        q, k, v, upstream = (torch.randn(BATCH, HEADS, length, WIDTH, generator=generator) for _ in range(4))
-        return cls(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), upstream)
-
-    def double(self) -> Inputs:
-        """The same in float64."""
-        q, k, v, upstream = (tensor.detach().double() for tensor in self)
-        return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), upstream)
-
-
-def step(attention: Attention, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Forward and backward: the result and the gradients of q, k and v."""
-    q, k, v, upstream = inputs
-    out = attention(q, k, v)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Fused attention of every pair."""
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def dense_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Fused attention of every pair j <= i."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-BASELINES: Mapping[str, Attention] = {"dense": dense, "causal dense": dense_causal}
-
-
-def sample_beside_baselines(
-    cases: Sequence[Case], length: int, *, samples: int | None, warm_up: int
-) -> dict[str, list[float]]:
-    """Seconds of a step of every case and of the baselines that they need, all in turns."""
-    inputs = Inputs.draw(length)
-    methods = {name: BASELINES[name] for name in dict.fromkeys(case.baseline(length) for case in cases)}
-    methods |= {case.name: case.attention(length) for case in cases}
-    steps = {name: lambda attention=attention: step(attention, inputs) for name, attention in methods.items()}
-    return sample_by_turns(steps, samples=samples, warm_up=warm_up, title=f"{length:,} tokens")
-
-
 def check_against_definition(case: Case) -> None:
-    """Result and gradients against the definition in float64, before any time is taken.
+    """The engine against the definition.
 
     Raises:
         SystemExit: they differ by more than float32 explains.
     """
-    pattern, inputs = case.pattern(GATE_LENGTH), Inputs.draw(GATE_LENGTH)
-    expected = step(lambda q, k, v: pattern_attention(q, k, v, pattern, backend="dense"), inputs.double())
-    for name, got, right in zip("oqkv", step(case.attention(GATE_LENGTH), inputs), expected, strict=True):
-        error = float((got - right).abs().max() / right.abs().max())
-        if not error <= GATE_ERROR:
-            what = "the result" if name == "o" else f"the gradient of {name}"
-            raise SystemExit(f"{case.name}: {what} is off by {error:.1e} of its largest entry; nothing was timed")
+    pattern = case.pattern(GATE_LENGTH)
+    check_against(
+        case.name,
+        case.attention(GATE_LENGTH),
+        lambda q, k, v: pattern_attention(q, k, v, pattern, backend="dense"),
+        Inputs.draw(GATE_LENGTH),
+        error=GATE_ERROR,
+    )
 
 
 def visible_pairs(pattern: Pattern, length: int) -> int:

@@ -11,7 +11,8 @@ import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pattern_cases import CASES, Case, Inputs, step
+from attention_rows import Inputs, step
+from pattern_cases import CASES, Case
 from rich.console import Console
 from rich.text import Text
 from sampling import Spread, prepare_torch, sample_by_turns

@@ -10,7 +10,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pattern_cases import Case, sample_beside_baselines
+from attention_rows import sample_beside_baselines
+from pattern_cases import Case
 from rich.console import Console
 from rich.text import Text
 from sampling import SpeedUp, Spread

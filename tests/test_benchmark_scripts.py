@@ -18,7 +18,15 @@ from subquad.build import build_mixer
 from subquad.heads import HeadMixer
 from subquad.ops.pattern_attention import pattern_attention
 
-SCRIPTS = ("sampling", "pattern_cases", "pattern_scaling", "pattern_small", "pattern_attention", "hugging_face")
+SCRIPTS = (
+    "sampling",
+    "attention_rows",
+    "pattern_cases",
+    "pattern_scaling",
+    "pattern_small",
+    "pattern_attention",
+    "hugging_face",
+)
 ROWS = ("window-513", "window-129", "causal-256", "bigbird", "fixed", "strided", "dilated", "ngram")
 
 
@@ -77,7 +85,7 @@ def test_the_interval_of_a_noisy_speed_up_holds_its_ratio(scripts: SimpleNamespa
 @given(length=st.integers(1, 400))
 def test_pairs_are_counted_as_the_pattern_shows_them(scripts: SimpleNamespace, row: str, length: int) -> None:
     pattern = scripts.pattern_cases.CASES[row].pattern(length)
-    shown = pattern.dense(length).expand(scripts.pattern_cases.HEADS, length, length)
+    shown = pattern.dense(length).expand(scripts.attention_rows.HEADS, length, length)
     assert scripts.pattern_cases.visible_pairs(pattern, length) == int(shown.sum())
 
 
@@ -123,7 +131,7 @@ def test_the_table_holds_what_the_file_holds(
 ) -> None:
     monkeypatch.setattr(scripts.pattern_cases, "GATE_LENGTH", 40)
     monkeypatch.setattr(scripts.pattern_attention, "prepare_torch", lambda threads: None)
-    monkeypatch.setattr(scripts.pattern_attention, "sgemm_flops_per_second", lambda: 1e11)
+    monkeypatch.setattr(scripts.attention_rows, "sgemm_flops_per_second", lambda: 1e11)
     path = tmp_path / "figures.json"
     scripts.pattern_attention.main(
         ["--lengths", "64", "--rows", "ngram", "window-129", "--samples", "2", "--warm-up", "1", "--json", str(path)]
