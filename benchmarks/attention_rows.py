@@ -80,10 +80,13 @@ class Inputs(NamedTuple):
 
 
 def step(attention: Attention, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Forward and backward: the result and the gradients of q, k and v."""
-    q, k, v, upstream = inputs
-    out = attention(q, k, v)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)
+    """Forward and backward: the result and the gradients of q, k and v; a method's parameters get theirs too."""
+    *leaves, upstream = inputs
+    for leaf in leaves:
+        leaf.grad = None
+    out = attention(*leaves)
+    out.backward(upstream)
+    return out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

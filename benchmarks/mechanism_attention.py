@@ -1,0 +1,42 @@
+"""Mechanisms that choose keys, compress them or replace the softmax, against fused dense attention.
+
+    python benchmarks/mechanism_attention.py                                 every row at 4,096 and 16,384 tokens
+    python benchmarks/mechanism_attention.py --rows linear topk --lengths 4096
+
+What the columns mean stands in `attention_rows.py`. Timed is what a mixer runs between its projections, feature maps,
+hashing and sorting included; useful are the operations of its price. The tests hold results and gradients against the
+definitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from attention_rows import measure_table
+from mechanism_cases import CASES
+from sampling import describe_machine, machine_facts, prepare_torch, result_console, sampling_options
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = sampling_options(__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", help="instead of 4,096 and 16,384")
+    parser.add_argument("--rows", nargs="+", choices=CASES, metavar="ROW", help=f"of {', '.join(CASES)}")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, and write the figures where asked."""
+    options, console = parse_options(arguments), result_console()
+    prepare_torch(options.threads)
+    describe_machine(console)
+    figures = measure_table(console, [CASES[name] for name in options.rows or CASES], options)
+    if options.json is not None:
+        document = {"environment": machine_facts(), **figures}
+        options.json.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The mechanisms that choose, compress or replace: what `mechanism_attention.py` times.
+
+Each row is what a mixer runs between its projections, in training mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from attention_rows import BATCH, HEADS, WIDTH, Attention
+from torch import Tensor
+
+from subquad.build import build_mixer
+from subquad.heads import HeadMixer, Heads, projection_cost
+from subquad.mask import Mask
+
+PRODUCTS = 3.0
+"""Forward and backward over forward, for products of matrices: two backward for each one forward."""
+SOFTMAX = 3.5
+"""The same for softmax attention, whose scores are made again."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        name: as on the command line.
+        mixer: the mechanism's name.
+        targets: length -> how many times faster than dense attention it is to be on two cores.
+        options: of the mechanism, for a length.
+        causal: the causal form, against causal dense attention.
+        step_per_forward: operations of forward and backward over those of forward.
+    """
+
+    name: str
+    mixer: str
+    targets: Mapping[int, float]
+    options: Callable[[int], Mapping[str, Any]] = lambda _: {}
+    causal: bool = False
+    step_per_forward: float = SOFTMAX
+
+    def baseline(self, length: int) -> str:
+        """Dense attention, causal if the mechanism is."""
+        return "causal dense" if self.causal else "dense"
+
+    def build(self, length: int) -> HeadMixer:
+        """The mixer, of width 512."""
+        torch.manual_seed(0)
+        mixer = build_mixer(
+            self.mixer,
+            embed_dim=HEADS * WIDTH,
+            num_heads=HEADS,
+            causal=self.causal,
+            max_length=length,
+            **self.options(length),
+        )
+        assert isinstance(mixer, HeadMixer)
+        return mixer
+
+    def attention(self, length: int) -> Attention:
+        """What the mixer does with heads."""
+        mixer = self.build(length)
+        x = torch.randn(BATCH, length, HEADS * WIDTH, generator=torch.Generator().manual_seed(1))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return mixer.attend(Heads(x, q, k, v, Mask(), Mask()), None)[0]
+
+        return attend
+
+    def useful_flops(self, length: int) -> float:
+        """Those of the price without the projections."""
+        mixer = self.build(length)
+        price, projections = mixer.config.cost(mixer.dims, length, 4), projection_cost(mixer.dims, length, 4)
+        return self.step_per_forward * BATCH * (price.flops - projections.flops)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("linear", "linear", {4096: 42, 16384: 120}, step_per_forward=PRODUCTS),
+        Case("linear-causal", "linear", {4096: 10, 16384: 28}, causal=True, step_per_forward=PRODUCTS),
+        Case("performer", "performer", {4096: 7.5, 16384: 26}, lambda _: {"features": 256}, step_per_forward=PRODUCTS),
+        Case(
+            "performer-causal",
+            "performer",
+            {4096: 2.2, 16384: 7},
+            lambda _: {"features": 256},
+            causal=True,
+            step_per_forward=PRODUCTS,
+        ),
+        Case("linformer", "linformer", {4096: 8, 16384: 28}, lambda _: {"rank": 256, "sharing": "headwise"}),
+        Case("nystromformer", "nystromformer", {4096: 8, 16384: 28}, lambda _: {"landmarks": 64}),
+        Case("reformer", "reformer", {4096: 3.5, 16384: 12}, lambda _: {"chunk": 64, "rounds": 4}),
+        Case("sinkhorn", "sinkhorn", {4096: 7, 16384: 28}, lambda _: {"block": 128}),
+        Case("routing", "routing", {4096: 3, 16384: 12}, lambda length: {"window": 128, "clusters": length // 128}),
+        Case("combiner-fixed", "combiner", {4096: 14, 16384: 38}, lambda _: {"plan": "fixed", "block": 128}),
+        Case("combiner-logsparse", "combiner", {4096: 3, 16384: 10}, lambda _: {"plan": "logsparse"}, causal=True),
+        Case(
+            "combiner-rowmajor",
+            "combiner",
+            {4096: 4, 16384: 12},
+            lambda _: {"plan": "rowmajor", "row_summary": "wsum", "block": 128},
+            causal=True,
+        ),
+        Case("topk", "topk", {4096: 1.7, 16384: 2.4}, lambda _: {"top_k": 32}),
+    )
+}
