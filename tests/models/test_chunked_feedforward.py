@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +10,7 @@ from restless import RoutedConfig
 from small_models import batch, blocks_of, classifier
 from torch import Tensor
 
+from subquad.benchmark.memory import allocated_peak_bytes
 from subquad.build import feedforward_config, list_feedforwards
 from subquad.registry import register
 
@@ -60,16 +59,6 @@ def test_dropout_is_the_same_when_a_chunk_is_computed_again() -> None:
     assert float((found * step).sum()) == pytest.approx(float(above - below) / 2, rel=1e-6)
 
 
-def peak_of(call: Callable[[], Any]) -> int:
-    """The most bytes that torch's allocator held at once for the call."""
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call()
-    recorded: Any = profile.profiler  # torch's stubs don't know the events of memory
-    changes = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    held = itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
-    return max(held)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_less_memory_is_held_at_the_peak(training: bool) -> None:
     peaks = []
@@ -83,7 +72,7 @@ def test_less_memory_is_held_at_the_peak(training: bool) -> None:
                 y.sum().backward()
 
         with torch.set_grad_enabled(training):
-            peaks.append(peak_of(step))
+            peaks.append(allocated_peak_bytes(step))
     assert peaks[1] < 0.25 * peaks[0]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from subquad import receipts
-from subquad.benchmark.memory import saved_bytes
+from subquad.benchmark.memory import allocated_peak_bytes, saved_bytes
 from subquad.interface import Mixed
 from subquad.models import SubquadForSequenceClassification, reversible
 from subquad.registry import MIXERS as REGISTERED
@@ -190,6 +190,16 @@ def test_what_is_kept_does_not_grow_with_the_depth() -> None:
     one, twelve = (bytes_kept(depth, "reversible", dropout=0.1) for depth in (1, 12))
     assert twelve <= 1.3 * one
     assert bytes_kept(12, "standard", dropout=0.1) > 8 * bytes_kept(1, "standard", dropout=0.1)
+
+
+def test_what_is_held_at_once_does_not_grow_with_the_depth_but_for_gradients() -> None:
+    peaks = []
+    for depth in (1, 12):
+        model = classifier(residual="reversible", num_hidden_layers=depth, dropout=0.1).train()
+        tokens = torch.ones(32, 40, dtype=torch.int64)
+        peak = allocated_peak_bytes(lambda model=model, tokens=tokens: model(tokens).logits.sum().backward())
+        peaks.append(peak - sum(parameter.nbytes for parameter in model.parameters()))
+    assert peaks[1] <= 1.3 * peaks[0]
 
 
 def test_the_price_keeps_two_streams_and_one_sublayer() -> None:
