@@ -25,7 +25,7 @@ from subquad.config import make_config
 from subquad.interface import Dims, MixerConfig, TokenMixer, refuse
 
 LENGTHS = (256, 1024, 4096)
-SCALES = (0.5, 1.0, 1.5)
+SCALES = (0.25, 0.5, 1.0)
 """Standard deviations of random queries and keys; scores then have their squares."""
 _DENSE = "full"  # the definition that the trait speaks of
 _TRAIT = "approximates_softmax"
@@ -66,12 +66,12 @@ class ErrorPoint:
     averaging: float
 
 
-def random_qkv(length: int, *, num_heads: int, head_dim: int, scale: float, examples: int = 2, seed: int = 0) -> Qkv:
+def random_qkv(length: int, *, num_heads: int, head_dim: int, scale: float, examples: int = 1, seed: int = 0) -> Qkv:
     """Gaussian queries and keys of standard deviation `scale`, and standard normal values."""
     generator = torch.Generator().manual_seed(seed)
     shape = (3, examples, num_heads, length, head_dim)
     q, k, v = torch.randn(shape, generator=generator)
-    return Qkv(scale * q, scale * k, v, f"Gaussian, scale {scale:g}")
+    return Qkv(scale * q, scale * k, v, f"N(0, {scale:g}²)")
 
 
 def read_qkv(path: Path) -> Qkv:
@@ -120,7 +120,8 @@ def knobs(config: MixerConfig, dims: Dims, length: int) -> dict[str, tuple[int, 
         value = getattr(config, name)
         if type(value) is not int or value < 1:
             continue
-        priced = {each: _flops(config, name, each, dims, length) for each in (value // 2, value, 2 * value)}
+        tried = (each for each in (value // 2, value, 2 * value) if each)
+        priced = {each: _flops(config, name, each, dims, length) for each in tried}
         here, twice = priced[value], priced[2 * value]
         if here is not None and twice is not None and twice > here:
             found[name] = tuple(each for each, flops in priced.items() if flops is not None)

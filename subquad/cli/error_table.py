@@ -88,11 +88,14 @@ def error_document(points: list[ErrorPoint]) -> list[dict[str, Any]]:
 
 def render_errors(points: list[ErrorPoint]) -> RenderableType:
     """A table for every option that is turned, and what its figures are."""
-    note = "|y - softmax| / |softmax| of a head: mean, and the worst head. Averaging looks at no query."
+    note = (
+        "|y - softmax| / |softmax| of a head: the mean, and the worst head. Averaging takes all values alike; what is "
+        "no closer approximates nothing. N(0, s²) are random queries and keys, and values of N(0, 1)."
+    )
     names = dict.fromkeys(next(iter(point.options), "") for point in points)
     tables = [_table(name, [point for point in points if next(iter(point.options), "") == name]) for name in names]
     between = [part for table in tables for part in ("", Padding(table, (0, 0, 0, 2)))]
-    return Group(Text(f"  {note}", QUIET), *between)
+    return Group(Padding(Text(note, QUIET), (0, 0, 0, 2)), *between)
 
 
 def _table(name: str, points: list[ErrorPoint]) -> Table:
