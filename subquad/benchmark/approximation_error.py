@@ -42,7 +42,8 @@ class Qkv(NamedTuple):
 
     def first(self, length: int) -> Qkv:
         """The first tokens."""
-        return Qkv(*(tensor[:, :, :length] for tensor in (self.q, self.k, self.v)), self.source)
+        q, k, v = (tensor[:, :, :length] for tensor in self[:3])
+        return Qkv(q, k, v, self.source)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def read_qkv(path: Path) -> Qkv:
             tensors = {name: file.get_tensor(name) for name in "qkv"}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from error
-    return Qkv(*(_checked(path, name, tensor, tensors["q"]) for name, tensor in tensors.items()), path.name)
+    q, k, v = (_checked(path, name, tensor, tensors["q"]) for name, tensor in tensors.items())
+    return Qkv(q, k, v, path.name)
 
 
 def _checked(path: Path, name: str, tensor: Tensor, q: Tensor) -> Tensor:

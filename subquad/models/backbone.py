@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from subquad.costs import Cost
-from subquad.interface import TokenMixer
+from subquad.interface import FeedforwardConfig, TokenMixer
 from subquad.mask import Mask
 from subquad.models.axial import AxialPositions
 from subquad.models.block import Block, run_blocks
@@ -167,7 +167,8 @@ class SubquadModel(SubquadPreTrainedModel):
         """Price of all mixers for one sequence of `length` input tokens; embeddings, norms and head are not counted.
 
         A parameter that layers share counts once. With reversible residuals `activation_bytes` are the two streams and
-        the sublayer that keeps most, of all those that the backward pass computes again one by one.
+        the sublayer that keeps most, of all those that the backward pass computes again one by one; of a feed-forward
+        in chunks, its input and one chunk.
         """
         prepended = self.global_stream + self.prepended
         tokens, width = length + prepended, self.config.hidden_size
@@ -177,13 +178,21 @@ class SubquadModel(SubquadPreTrainedModel):
         ):
             prices.append(mixer.cost(self.config.mixer_dims(index, prepended=prepended), tokens, dtype_bytes))
             if feedforward is not None:
-                prices.append(feedforward.cost(width, tokens, dtype_bytes))
+                prices.append(self._feedforward_price(feedforward, tokens, dtype_bytes))
         total = sum(prices, Cost())
         if self.config.residual == "reversible":
             streams = 2 * max(4, dtype_bytes) * tokens * width
             total = replace(total, activation_bytes=streams + max(price.activation_bytes for price in prices))
         shared = sum(self.get_parameter(name).numel() for name in self._tied_weights_keys)
         return replace(total, parameters=total.parameters - shared)
+
+    def _feedforward_price(self, feedforward: FeedforwardConfig, tokens: int, dtype_bytes: int) -> Cost:
+        width, chunk = self.config.hidden_size, self.config.feedforward_chunk
+        price = feedforward.cost(width, tokens, dtype_bytes)
+        if not chunk or chunk >= tokens:
+            return price
+        of_chunk = feedforward.cost(width, chunk, dtype_bytes).activation_bytes
+        return replace(price, activation_bytes=dtype_bytes * tokens * width + of_chunk)
 
     def _mask(
         self, x: Tensor, attention: Tensor | None, segments: Tensor | None, global_tokens: Tensor | None

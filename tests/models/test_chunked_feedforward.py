@@ -76,6 +76,13 @@ def test_less_memory_is_held_at_the_peak(training: bool) -> None:
     assert peaks[1] < 0.25 * peaks[0]
 
 
+def test_the_price_keeps_the_input_and_one_chunk() -> None:
+    whole, chunked = (classifier(feedforward_chunk=size, num_hidden_layers=1).model.cost(20) for size in (0, 4))
+    assert (chunked.flops, chunked.parameters) == (whole.flops, whole.parameters)
+    saved = 4 * (21 * (16 + 2 * 24) - 21 * 16 - 4 * (16 + 2 * 24))
+    assert whole.activation_bytes - chunked.activation_bytes == saved
+
+
 def test_a_feedforward_whose_tokens_depend_on_each_other_is_refused() -> None:
     register("routed")(RoutedConfig)
     with pytest.raises(
