@@ -117,6 +117,11 @@ class FeedforwardConfig(_WrittenConfig, ABC):
     dropout: float = 0.0
     """Rate after the activation and on the output."""
 
+    @property
+    def position_wise(self) -> bool:
+        """Whether y of a token depends on that token alone and nothing is added to the loss, so that L can be cut."""
+        return False
+
     @abstractmethod
     def build(self, embed_dim: int) -> ChannelMixer:
         """The module, with freshly initialised parameters."""

@@ -7,7 +7,7 @@ from threading import Thread
 import pytest
 
 from subquad import Receipt, receipts
-from subquad.receipt import leave_receipt
+from subquad.receipt import leave_receipt, muted_receipts
 
 
 def leave(asked: str = "flex") -> None:
@@ -43,6 +43,17 @@ def test_nobody_collects_outside_a_block_or_after_an_error() -> None:
         leave()
     assert inner.entries == []
     assert len(outer.entries) == 1
+
+
+def test_what_runs_again_leaves_no_receipt_but_can_be_asked() -> None:
+    with receipts() as outer:
+        with muted_receipts():
+            leave()
+            with receipts() as inner:
+                leave()
+        leave()
+    assert [receipt.count for receipt in outer.entries] == [1]
+    assert [receipt.count for receipt in inner.entries] == [1]
 
 
 def test_a_block_belongs_to_its_own_thread() -> None:

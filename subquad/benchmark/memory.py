@@ -1,15 +1,18 @@
-"""Memory, two ways: what autograd keeps for the backward pass, and the peak of a process of its own.
+"""Memory, three ways: what autograd keeps for the backward pass, what tensors hold at once, the peak of a process.
 
-Saved bytes are deterministic and the same on every machine: unique storages, parameters not included. The peak is what
-an operating system would have to provide; it is taken in a fresh process, from the high-water mark of its resident set
-(Linux) or of the CUDA allocator, less what was there before.
+Saved bytes are deterministic and the same on every machine: unique storages, parameters not included. So is the most
+that torch's allocator holds on the CPU. The peak of a process is what an operating system would have to provide; it is
+taken in a fresh one, from the high-water mark of its resident set (Linux) or of the CUDA allocator, less what was there
+before. On the CPU it includes what the C library keeps of freed blocks.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +34,16 @@ def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> 
     total = sum(storages.values())
     del result
     return total
+
+
+def allocated_peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes that torch's CPU allocator held at once during `call`, beyond those at its start."""
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    recorded: Any = profile.profiler  # torch's stubs don't know the events of memory
+    changes = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
+    return max(held, default=0)
 
 
 class PeakMemory:

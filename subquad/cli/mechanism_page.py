@@ -122,10 +122,10 @@ def render(shown: Shown, width: int) -> Group:
     title = Text.assemble((config.name, f"bold {ACCENT}"), (f"   {config.family}, {config.placement}", QUIET))
     parts: list[RenderableType] = [title, Text(prose.summary, "bold"), "", _facts(prose)]
     if prose.formula:
-        parts += [_heading("Formula"), Padding(Text(_fitted(prose.formula, width - 2)), (0, 0, 0, 2))]
-    parts += [_heading("Options"), _options(shown), _heading("Traits"), _traits(config.traits)]
+        parts += [heading("Formula"), Padding(Text(_fitted(prose.formula, width - 2)), (0, 0, 0, 2))]
+    parts += [heading("Options"), _options(shown), heading("Traits"), _traits(config.traits)]
     parts += [
-        _heading("Price of one layer"),
+        heading("Price of one layer"),
         _price_setting(shown.price),
         _price_table(config.name, shown.price),
         *_price_notes(config, shown.price),
@@ -133,11 +133,12 @@ def render(shown: Shown, width: int) -> Group:
     if shown.pictures:
         note = _picture_note(shown)
         pictures = side_by_side(list(shown.pictures.items()), width - 2)
-        parts += [_heading("Who attends whom"), Padding(Group(note, "", pictures), (0, 0, 0, 2))]
+        parts += [heading("Who attends whom"), Padding(Group(note, "", pictures), (0, 0, 0, 2))]
     return Group(*parts)
 
 
-def _heading(text: str) -> Text:
+def heading(text: str) -> Text:
+    """The title of a part of the page."""
     return Text(f"\n{text}", f"bold {ACCENT}")
 
 

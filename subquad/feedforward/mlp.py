@@ -40,6 +40,11 @@ class MlpConfig(FeedforwardConfig):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"mlp: dropout must be in [0, 1), got {self.dropout}")
 
+    @property
+    def position_wise(self) -> bool:
+        """Tokens don't meet."""
+        return True
+
     def width(self, embed_dim: int) -> int:
         """F."""
         return 4 * embed_dim if self.hidden_dim is None else self.hidden_dim

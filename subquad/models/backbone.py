@@ -12,11 +12,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from subquad.costs import Cost
-from subquad.interface import TokenMixer
+from subquad.interface import FeedforwardConfig, TokenMixer
 from subquad.mask import Mask
-from subquad.models.block import Block, add_losses
+from subquad.models.axial import AxialPositions
+from subquad.models.block import Block, run_blocks
 from subquad.models.configuration import SubquadConfig
 from subquad.models.embedding import Embedding
+from subquad.models.reversible import check_reversible, run_reversibly
 
 
 @dataclass
@@ -43,6 +45,10 @@ class SubquadPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - transformers declares it without ClassVar
 
+    def __init__(self, config: SubquadConfig) -> None:
+        super().__init__(config)
+        self.supports_gradient_checkpointing = config.residual == "standard"  # the other computes again by itself
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -54,12 +60,15 @@ class SubquadPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, Embedding):
             init.normal_(module.tokens.weight)
-            if module.positions is not None:
+            if isinstance(module.positions, nn.Embedding):
                 init.normal_(module.positions.weight, std=0.02)
             if module.cls is not None:
                 init.zeros_(module.cls)
             if module.stream is not None:
                 init.normal_(module.stream)
+        elif isinstance(module, AxialPositions):
+            for table in module.tables:
+                init.normal_(table)
         elif isinstance(module, TokenMixer):
             module.initialise()
 
@@ -90,6 +99,8 @@ class SubquadModel(SubquadPreTrainedModel):
             )
             for index, (mixer, feedforward) in enumerate(layers)
         )
+        if config.residual == "reversible":
+            check_reversible(self.blocks)
         self.final_norm = nn.LayerNorm(config.hidden_size) if config.norm == "pre" else nn.Identity()
         self._tied_weights_keys = _tied_to_first_layer(self.blocks)
         self.post_init()
@@ -125,23 +136,26 @@ class SubquadModel(SubquadPreTrainedModel):
             **kwargs: what trainers pass to every model, such as `num_items_in_batch`.
 
         Raises:
-            ValueError: both or neither kind of input, or a mask that a mixer refuses.
+            ValueError: both or neither kind of input, a mask that a mixer refuses, or what reversible residuals can't
+                do in training: a state, and the stream between blocks.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("SubquadModel: pass exactly one of input_ids and inputs_embeds")
+        if self.config.residual == "reversible" and self.training and kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                "SubquadModel: residual='reversible' can't train with a state, which it couldn't go back to; call "
+                "eval() to go on from past_key_values, or train on whole sequences"
+            )
         vectors = self.embedding.tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = self.embedding.prepend_cls(vectors)
         mask = self._mask(x, attention_mask, segment_ids, global_attention_mask)
         x, stream_mask = self.embedding(x, mask), self._behind_global_stream(mask)
-        collected, aux_loss = [x], None
-        for block in self.blocks:
-            x, block_loss = block(x, stream_mask)
-            aux_loss = add_losses(aux_loss, block_loss)
-            collected.append(x)
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        run = run_reversibly if self.config.residual == "reversible" else run_blocks
+        x, collected, aux_loss = run(self.blocks, x, stream_mask, collect=bool(wants_states))
         x = self.final_norm(x)
         x = x if stream_mask is None else stream_mask.zero_invalid(x)
         tokens = x[:, self.global_stream :]
-        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return SubquadOutput(
             last_hidden_state=tokens[:, self.prepended :],
             pooler_output=_pool(tokens, mask, self.config.pooling) if self.add_pooling else None,
@@ -152,18 +166,33 @@ class SubquadModel(SubquadPreTrainedModel):
     def cost(self, length: int, *, dtype_bytes: int = 4) -> Cost:
         """Price of all mixers for one sequence of `length` input tokens; embeddings, norms and head are not counted.
 
-        A parameter that layers share counts once.
+        A parameter that layers share counts once. With reversible residuals `activation_bytes` are the two streams and
+        the sublayer that keeps most, of all those that the backward pass computes again one by one; of a feed-forward
+        in chunks, its input and one chunk.
         """
-        total, prepended = Cost(), self.global_stream + self.prepended
-        tokens = length + prepended
+        prepended = self.global_stream + self.prepended
+        tokens, width = length + prepended, self.config.hidden_size
+        prices = []
         for index, (mixer, feedforward) in enumerate(
             zip(self.config.layer_mixers(), self.config.layer_feedforwards(), strict=True)
         ):
-            total += mixer.cost(self.config.mixer_dims(index, prepended=prepended), tokens, dtype_bytes)
+            prices.append(mixer.cost(self.config.mixer_dims(index, prepended=prepended), tokens, dtype_bytes))
             if feedforward is not None:
-                total += feedforward.cost(self.config.hidden_size, tokens, dtype_bytes)
+                prices.append(self._feedforward_price(feedforward, tokens, dtype_bytes))
+        total = sum(prices, Cost())
+        if self.config.residual == "reversible":
+            streams = 2 * max(4, dtype_bytes) * tokens * width
+            total = replace(total, activation_bytes=streams + max(price.activation_bytes for price in prices))
         shared = sum(self.get_parameter(name).numel() for name in self._tied_weights_keys)
         return replace(total, parameters=total.parameters - shared)
+
+    def _feedforward_price(self, feedforward: FeedforwardConfig, tokens: int, dtype_bytes: int) -> Cost:
+        width, chunk = self.config.hidden_size, self.config.feedforward_chunk
+        price = feedforward.cost(width, tokens, dtype_bytes)
+        if not chunk or chunk >= tokens:
+            return price
+        of_chunk = feedforward.cost(width, chunk, dtype_bytes).activation_bytes
+        return replace(price, activation_bytes=dtype_bytes * tokens * width + of_chunk)
 
     def _mask(
         self, x: Tensor, attention: Tensor | None, segments: Tensor | None, global_tokens: Tensor | None

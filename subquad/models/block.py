@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from subquad.build import build_from_config
@@ -29,6 +30,11 @@ class Block(GradientCheckpointingLayer):
         owns_block = mixer.placement == "block"
         if owns_block and feedforward is not None:
             raise ValueError(f"{mixer.name}: owns its channel mixing; use feedforward=None with it")
+        if feedforward_chunk and feedforward is not None and not feedforward.position_wise:
+            raise ValueError(
+                f"{feedforward.name}: a token's result depends on the other tokens, so feedforward_chunk="
+                f"{feedforward_chunk} would change it; use feedforward_chunk=0"
+            )
         self.norm_first = norm == "pre"
         self.feedforward_chunk = feedforward_chunk
         self.mixer = build_from_config(mixer, dims)
@@ -41,7 +47,7 @@ class Block(GradientCheckpointingLayer):
         x, mixer_loss = self._sublayer(x, lambda stream: self.mixer(stream, mask=mask), self.mixer_norm)
         if self.feedforward is None:
             return x, mixer_loss
-        x, feedforward_loss = self._sublayer(x, lambda stream: self._feed_forward(stream, mask), self.feedforward_norm)
+        x, feedforward_loss = self._sublayer(x, lambda stream: self.feed_forward(stream, mask), self.feedforward_norm)
         return x, add_losses(mixer_loss, feedforward_loss)
 
     def _sublayer(
@@ -56,17 +62,43 @@ class Block(GradientCheckpointingLayer):
         mixed = mix(x)
         return norm(x + mixed.y), mixed.aux_loss
 
-    def _feed_forward(self, x: Tensor, mask: Mask | None) -> Mixed:
+    def feed_forward(self, x: Tensor, mask: Mask | None) -> Mixed:
+        """The channel mixer on the normalised stream x (B, L, D), in chunks where the model says so.
+
+        In training a chunk is computed again in the backward pass; what autograd keeps of it is its part of x.
+        """
         assert self.feedforward is not None
-        if not self.feedforward_chunk or self.feedforward_chunk >= x.shape[1]:
+        size = self.feedforward_chunk
+        if not size or size >= x.shape[1]:
             return self.feedforward(x, mask=mask)
-        y, loss = [], None
-        for start in range(0, x.shape[1], self.feedforward_chunk):
-            stop = start + self.feedforward_chunk
-            mixed = self.feedforward(x[:, start:stop], mask=None if mask is None else _cut(mask, start, stop))
-            y.append(mixed.y)
-            loss = add_losses(loss, mixed.aux_loss)
-        return Mixed(torch.cat(y, dim=1), None, loss)
+        y = []
+        for index, part in enumerate(x.split(size, dim=1)):
+            of_part = None if mask is None else _cut(mask, index * size, (index + 1) * size)
+            y.append(checkpoint(self._transform, part, of_part, use_reentrant=False))
+        return Mixed(torch.cat(y, dim=1))
+
+    def _transform(self, x: Tensor, mask: Mask | None) -> Tensor:
+        """The feed-forward of a chunk, which has no auxiliary loss."""
+        assert self.feedforward is not None
+        return self.feedforward(x, mask=mask).y
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, mask: Mask | None, *, collect: bool
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """The stream x (B, L, D) through all blocks.
+
+    Returns:
+        The stream at the end; with `collect`, the streams before each block and at the end; and the sum of the
+        auxiliary losses.
+    """
+    collected, aux_loss = [x], None
+    for block in blocks:
+        x, block_loss = block(x, mask)
+        aux_loss = add_losses(aux_loss, block_loss)
+        if collect:
+            collected.append(x)
+    return x, collected, aux_loss
 
 
 def add_losses(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -10,14 +10,15 @@ from transformers import PreTrainedConfig
 from subquad.build import make_dims
 from subquad.config import nearest
 from subquad.interface import Dims, FeedforwardConfig, MixerConfig
+from subquad.models.axial import AxialGrid, axial_grid
 
 Written = str | Mapping[str, Any] | None
 """One layer's mixer: a name, or a dict with the name and options; None for none."""
 
 _CHOICES = {
-    "positions": ("sinusoidal", "learned", "rotary", "none"),
+    "positions": ("sinusoidal", "learned", "axial", "rotary", "none"),
     "norm": ("pre", "post"),
-    "residual": ("standard",),
+    "residual": ("standard", "reversible"),
     "pooling": ("cls", "first", "mean", "last"),
     "global_tokens": ("none", "first"),
 }
@@ -37,10 +38,13 @@ class SubquadConfig(PreTrainedConfig):
         feedforward: the channel mixer, in the same forms; None with mixers that own theirs.
         cross_mixer: the mixer between decoder and encoder.
         encoder_layers: depth of the encoder in encoder-decoder models; None for `num_hidden_layers`.
-        positions: sinusoidal or learned vectors added to the embeddings, rotary queries and keys, or none.
+        positions: sinusoidal, learned or axial vectors added to the embeddings, rotary queries and keys, or none.
+        axial_pos_shape: sides of the grid of axial positions, whose product is the number of positions; None for the
+            smallest that is nearly square and holds all.
+        axial_pos_embds_dim: channels that each side describes, D in all; None for an even division.
         norm: layer norm before ("pre", with a final one) or after ("post") each sublayer.
-        residual: "standard".
-        feedforward_chunk: tokens that pass the feed-forward at a time; 0 for all.
+        residual: "standard", or "reversible": two streams, and memory for activations that doesn't grow with the depth.
+        feedforward_chunk: tokens that pass the feed-forward at a time; 0 for all. In training they pass it twice.
         pooling: "cls" prepends a learned vector and pools there; "first", "last": that valid token; "mean": over them.
             The vectors of a global stream are never pooled.
         causal: each token sees itself and the past only.
@@ -64,6 +68,8 @@ class SubquadConfig(PreTrainedConfig):
     cross_mixer: str | dict | list = "full"
     encoder_layers: int | None = None
     positions: Literal["sinusoidal", "learned", "axial", "rotary", "none"] = "sinusoidal"
+    axial_pos_shape: list[int] | None = None
+    axial_pos_embds_dim: list[int] | None = None
     norm: Literal["pre", "post"] = "pre"
     residual: Literal["standard", "reversible"] = "standard"
     feedforward_chunk: int = 0
@@ -93,6 +99,27 @@ class SubquadConfig(PreTrainedConfig):
                 raise ValueError(f"SubquadConfig: {field} must be at least 1, got {getattr(self, field)}")
         if self.feedforward_chunk < 0:
             raise ValueError(f"SubquadConfig: feedforward_chunk must not be negative, got {self.feedforward_chunk}")
+        if self.residual == "reversible" and self.norm == "post":
+            raise ValueError(
+                "SubquadConfig: residual='reversible' needs norm='pre'; a norm after the sum couldn't be taken back"
+            )
+        if self.positions == "axial":
+            self.axial_grid(self.max_position_embeddings)
+        for field in ("axial_pos_shape", "axial_pos_embds_dim"):
+            if getattr(self, field) is not None and self.positions != "axial":
+                raise ValueError(
+                    f"SubquadConfig: {field} goes with positions='axial', got positions={self.positions!r}"
+                )
+
+    def axial_grid(self, places: int) -> AxialGrid:
+        """The grid of axial positions for so many `places`.
+
+        Raises:
+            ValueError: sides or channels that don't fit.
+        """
+        return axial_grid(
+            places=places, width=self.hidden_size, shape=self.axial_pos_shape, dims=self.axial_pos_embds_dim
+        )
 
     def layer_mixers(self) -> list[MixerConfig]:
         """The mixer of each layer.

@@ -35,7 +35,7 @@ class ModelSettings:
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int
-    positions: Literal["sinusoidal", "learned", "rotary", "none"] = "sinusoidal"
+    positions: Literal["sinusoidal", "learned", "axial", "rotary", "none"] = "sinusoidal"
     pooling: Literal["cls", "first", "mean", "last"] = "cls"
     global_tokens: Literal["none", "first"] = "first"
     bias: bool = False

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from subquad.benchmark import memory
-from subquad.benchmark.memory import PeakMemory, saved_bytes
+from subquad.benchmark.memory import PeakMemory, allocated_peak_bytes, saved_bytes
 from subquad.benchmark.worker import start_process
 
 MEBIBYTE = 2**20
@@ -33,6 +33,19 @@ def test_without_gradients_nothing_is_kept() -> None:
     x = torch.randn(8, requires_grad=True)
     with torch.no_grad():
         assert saved_bytes(lambda: x * x, []) == 0
+
+
+def test_what_was_held_at_once_is_counted_and_not_what_was_held_in_turn() -> None:
+    def in_turn() -> None:
+        for _ in range(4):
+            torch.ones(MEBIBYTE // 4)
+
+    def at_once() -> list[torch.Tensor]:
+        return [torch.ones(MEBIBYTE // 4) for _ in range(4)]
+
+    assert MEBIBYTE <= allocated_peak_bytes(in_turn) < 2 * MEBIBYTE
+    assert 4 * MEBIBYTE <= allocated_peak_bytes(at_once) < 5 * MEBIBYTE
+    assert allocated_peak_bytes(lambda: None) == 0
 
 
 def allocate(connection: Connection) -> None:

@@ -124,7 +124,7 @@ def test_the_learned_vector_belongs_to_the_first_document() -> None:
     torch.testing.assert_close(pooled, model.model(tokens[:, :5]).pooler_output, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary", "none"])
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "axial", "rotary", "none"])
 def test_positions_begin_anew_after_padding_on_the_left(positions: str) -> None:
     model, (tokens, _) = classifier(positions=positions, pooling="mean").double(), batch(rows=1)
     attention = torch.ones(1, 13, dtype=torch.int64)

@@ -52,8 +52,11 @@ def test_the_config_survives_its_written_form() -> None:
     [
         ({"norm": "pst"}, r"norm='pst' is not supported; did you mean 'post'\?|norm"),
         ({"pooling": "max"}, "pooling"),
-        ({"positions": "axial"}, "positions='axial' is not supported; .*Known: learned, none, rotary, sinusoidal"),
-        ({"residual": "reversible"}, "residual='reversible' is not supported; Known: standard"),
+        (
+            {"positions": "axail"},
+            "positions='axail' is not supported; did you mean 'axial'.*Known: axial, learned, none",
+        ),
+        ({"residual": "reverse"}, "residual='reverse' is not supported; did you mean 'reversible'.*Known: reversible"),
         ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
         ({"max_position_embeddings": 0}, "max_position_embeddings must be at least 1, got 0"),

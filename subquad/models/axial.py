@@ -1,0 +1,77 @@
+"""Axial positions: learned vectors for the rows and for the columns of a grid in place of one for every position.
+
+Kitaev et al. 2020, "Reformer: The Efficient Transformer", arXiv:2001.04451; the grid is that of its official code.
+
+    e(p) = [ A[p // n2], B[p % n2] ]        A: (n1, d1)    B: (n2, d2)    n1 n2 >= positions    d1 + d2 = D
+
+and likewise with more sides, the last one counting fastest. n1 d1 + n2 d2 parameters in place of n1 n2 D.
+
+Departures: training doesn't ask for sequences as long as the grid, and drops single channels, not rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AxialGrid(NamedTuple):
+    """Sides of the grid, and the channels that each of them describes."""
+
+    shape: tuple[int, ...]
+    dims: tuple[int, ...]
+
+
+def axial_grid(*, places: int, width: int, shape: Sequence[int] | None, dims: Sequence[int] | None) -> AxialGrid:
+    """The grid for so many `places` and vectors of `width` channels; what isn't given is derived.
+
+    Raises:
+        ValueError: a side or a number of channels below 1, a grid with too few places, or channels that don't sum up.
+    """
+    for name, given in (("axial_pos_shape", shape), ("axial_pos_embds_dim", dims)):
+        if given is not None and (not given or any(type(size) is not int or size < 1 for size in given)):
+            raise ValueError(f"SubquadConfig: {name} must be a list of whole numbers of at least 1, got {given}")
+    if shape is None:
+        side = math.isqrt(places - 1) + 1
+        shape = (math.ceil(places / side), side)
+    if math.prod(shape) < places:
+        raise ValueError(
+            f"SubquadConfig: axial_pos_shape={list(shape)} has {math.prod(shape)} places, but there are {places} "
+            "positions (max_position_embeddings, and one for the vector of pooling='cls'); enlarge a side"
+        )
+    if dims is None:
+        if width < len(shape):
+            raise ValueError(
+                f"SubquadConfig: hidden_size={width} is less than a channel for each of {len(shape)} sides"
+            )
+        dims = [width // len(shape)] * len(shape)
+        dims[-1] += width % len(shape)
+    if len(dims) != len(shape) or sum(dims) != width:
+        raise ValueError(
+            f"SubquadConfig: axial_pos_embds_dim must have a number for each side of {list(shape)} and sum up to "
+            f"hidden_size={width}, got {list(dims)} with sum {sum(dims)}"
+        )
+    return AxialGrid(tuple(shape), tuple(dims))
+
+
+class AxialPositions(nn.Module):
+    """Vectors of positions from one table for each side of a grid, drawn from N(0, 1)."""
+
+    def __init__(self, grid: AxialGrid) -> None:
+        super().__init__()
+        self.grid = grid
+        sizes = zip(grid.shape, grid.dims, strict=True)
+        self.tables = nn.ParameterList(nn.Parameter(torch.randn(side, channels)) for side, channels in sizes)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Positions, int64 (B, L), to vectors (B, L, D)."""
+        vectors, rest = [], positions
+        for side, table in reversed(list(zip(self.grid.shape, self.tables, strict=True))):
+            vectors.append(F.embedding(rest % side, table))
+            rest = rest // side
+        return torch.cat(vectors[::-1], dim=-1)

@@ -1,0 +1,208 @@
+"""A call that can be run again: what it drew, chose and changed is the same the second time.
+
+A backward pass that recomputes a part of the forward pass has that part's input to rounding alone, and comes after
+everything else has run. All that decides the result beside the input is therefore kept and given back:
+
+    random numbers   the generators of the CPU and of the input's device start where they started
+    buffers          a call that changes buffers (features drawn anew, running centroids) finds what it found
+    choices          indices that torch computes from real numbers (argmax, topk, sort: buckets, experts, kept keys)
+                     are those of the first run, since rounding may turn a tie
+    autocast         as it was, without its cache: a weight narrowed without a graph must not serve a run with one
+
+Indices are kept in the narrowest integers that hold them. What a call decides by comparing real numbers is compared
+again, what it keeps outside of buffers is its own affair, and its receipts are left once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from subquad.receipt import muted_receipts
+
+_CHOOSING = ("argmax", "argmin", "argsort", "multinomial")
+"""Functions that return indices."""
+_ORDERING = {"sort": 1, "max": 1, "min": 1, "topk": 2, "kthvalue": 2}
+"""Functions that return values and their indices, and where among their arguments the dimension stands."""
+
+
+def _of_torch(name: str) -> tuple[Callable[..., Any], ...]:
+    return getattr(torch, name), getattr(Tensor, name)
+
+
+_INDEX_FUNCTIONS = {function for name in _CHOOSING for function in _of_torch(name)}
+_DIMENSION_PLACES = {function: place for name, place in _ORDERING.items() for function in _of_torch(name)}
+
+
+class Replay:
+    """One call of some modules: recorded once, run again any number of times.
+
+        replay = Replay(modules, x)
+        with replay.record():
+            y = modules(x)
+        kept = replay.tensors()
+        with replay.again(kept):
+            y = modules(x_to_rounding)
+
+    Args:
+        modules: what the call runs, for their buffers.
+        x: its input, for the device.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], x: Tensor) -> None:
+        self._modules = modules
+        self._device_type = x.device.type
+        self._devices, device_states = get_device_states(x)
+        self._generators = [torch.get_rng_state(), *device_states]
+        self._autocast = _autocast_now(self._device_type)
+        self._changed: list[tuple[nn.Module, str]] = []
+        self._found: list[Tensor] = []
+        self._choices: list[Tensor] = []
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Run the call for the first time inside this block."""
+        before = _buffers(self._modules)
+        copies = [(buffer.clone(), buffer._version) for _, _, buffer in before]
+        with self._autocast(), _Recording(self._choices):
+            yield
+        for (module, name, buffer), (copy, version) in zip(before, copies, strict=True):
+            if module._buffers[name] is not buffer or buffer._version != version:
+                self._changed.append((module, name))
+                self._found.append(copy)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are kept, for `save_for_backward`."""
+        return [*self._generators, *self._found, *self._choices]
+
+    @contextmanager
+    def again(self, kept: Sequence[Tensor]) -> Iterator[None]:
+        """Run the call again inside this block, which leaves generators and buffers as they are.
+
+        Args:
+            kept: what `tensors` returned.
+        """
+        first, second = len(self._generators), len(self._generators) + len(self._found)
+        generators, found, choices = kept[:first], kept[first:second], kept[second:]
+        with (
+            torch.random.fork_rng(self._devices, device_type=self._forked_type),
+            _swapped(self._changed, found),
+            self._autocast(),
+            muted_receipts(),
+            _Replaying(choices),
+        ):
+            torch.set_rng_state(generators[0])
+            set_device_states(self._devices, list(generators[1:]), device_type=self._device_type)
+            yield
+
+    @property
+    def _forked_type(self) -> str:
+        return self._device_type if self._devices else "cuda"  # without devices none of the type is touched
+
+
+def _autocast_now(device_type: str) -> Callable[[], AbstractContextManager[object]]:
+    """A maker of blocks in which autocast is as it is now."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+def _buffers(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
+    owners = [owner for module in modules for owner in module.modules()]
+    return [(owner, name, buffer) for owner in owners for name, buffer in owner._buffers.items() if buffer is not None]
+
+
+@contextmanager
+def _swapped(changed: Sequence[tuple[nn.Module, str]], found: Sequence[Tensor]) -> Iterator[None]:
+    """A block in which these buffers are copies of what the first run found."""
+    now = [module._buffers[name] for module, name in changed]
+    try:
+        for (module, name), buffer in zip(changed, found, strict=True):
+            module._buffers[name] = buffer.clone()
+        yield
+    finally:
+        for (module, name), buffer in zip(changed, now, strict=True):
+            module._buffers[name] = buffer
+
+
+class _Recording(TorchFunctionMode):
+    """Keeps every choice."""
+
+    def __init__(self, choices: list[Tensor]) -> None:
+        super().__init__()
+        self._choices = choices
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        indices = _chosen(func, result, args, kwargs)
+        if indices is not None:
+            self._choices.append(_narrowed(indices, _source(args, kwargs)))
+        return result
+
+
+class _Replaying(TorchFunctionMode):
+    """Gives every choice back."""
+
+    def __init__(self, choices: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._choices = choices
+        self._given = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if _chosen(func, result, args, kwargs) is None:
+            return result
+        if self._given == len(self._choices):
+            raise RuntimeError(f"the recompute chooses by {func.__name__} where the forward pass didn't")
+        indices = self._choices[self._given].long()
+        self._given += 1
+        given = (indices,) if func in _INDEX_FUNCTIONS else (_taken(func, indices, args, kwargs), indices)
+        if kwargs.get("out") is None:
+            return indices if func in _INDEX_FUNCTIONS else type(result)(given)
+        for out, right in zip((result,) if func in _INDEX_FUNCTIONS else result, given, strict=True):
+            out.copy_(right)
+        return result
+
+
+def _source(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["input"]
+
+
+def _chosen(func: Callable[..., Any], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The indices that a function of torch has computed from real numbers; None where it does nothing of the kind."""
+    if func in _INDEX_FUNCTIONS:
+        indices = result
+    elif func in _DIMENSION_PLACES and isinstance(result, tuple):  # the maximum of all, or of two, has no indices
+        indices = result[1]
+    else:
+        return None
+    return indices if _source(args, kwargs).is_floating_point() else None
+
+
+def _taken(func: Callable[..., Any], indices: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The values at these indices."""
+    source, place = _source(args, kwargs), _DIMENSION_PLACES[func]
+    dim = args[place] if len(args) > place else kwargs.get("dim", -1)
+    if indices.ndim == source.ndim:
+        return source.gather(dim, indices)
+    return source.gather(dim, indices.unsqueeze(dim)).squeeze(dim)
+
+
+def _narrowed(indices: Tensor, source: Tensor) -> Tensor:
+    """The indices in the narrowest integers that hold any index into `source`."""
+    bound = source.numel() if indices.numel() == 1 else max(source.shape)
+    fitting = (dtype for dtype in (torch.uint8, torch.int16, torch.int32) if bound <= torch.iinfo(dtype).max)
+    return indices.to(next(fitting, torch.int64))

@@ -1,0 +1,209 @@
+"""Reversible residuals: the backward pass computes a layer's input from its output, so that none has to be kept.
+
+Gomez et al. 2017, "The Reversible Residual Network", arXiv:1707.04585; for Transformers Kitaev et al. 2020, "Reformer:
+The Efficient Transformer", arXiv:2001.04451, section 3.
+
+    y1 = x1 + F(x2)    y2 = x2 + G(y1)        x2 = y2 - G(y1)    x1 = y1 - F(x2)
+
+F is the token mixer behind its norm, G the feed-forward behind its own. Both are one rule: a sublayer f takes the
+streams (a, b) to (b, a + f(b)), and (b, c) is taken back to (c - f(b), b). So layers without feed-forward are
+reversible too: their mixers serve the streams in turn.
+
+Cost: one more forward pass, inside the backward; kept are two streams and, of each sublayer, its random state and its
+choices (`replay.py`). Streams are float32 or wider, whatever the sublayers compute in: rounding grows with the depth.
+
+Departures: both streams start as the embedding, as in the official code; they end as their mean, so that everything
+behind the stack is as for a standard one (the paper leaves it open, the official code goes on with both, of width 2 D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from subquad.build import list_mixers
+from subquad.interface import Mixed
+from subquad.mask import Mask
+from subquad.models.block import Block, add_losses
+from subquad.models.replay import Replay
+from subquad.registry import MIXERS
+
+
+class Sublayer(NamedTuple):
+    """A function of one stream (B, L, D), what it adds to the other, and the modules that it runs."""
+
+    modules: tuple[nn.Module, ...]
+    mix: Callable[[Tensor], Mixed]
+
+
+class Streams(NamedTuple):
+    """The two streams (B, L, D), the one that is read next at the end, and the sum of the auxiliary losses so far."""
+
+    first: Tensor
+    second: Tensor
+    aux_loss: Tensor | None = None
+
+    def join(self) -> Tensor:
+        """Their mean (B, L, D)."""
+        return (self.first + self.second) / 2
+
+
+def couple(sublayers: Sequence[Sublayer], streams: Streams) -> Streams:
+    """The definition: every sublayer reads one stream and adds to the other, which is read next."""
+    first, second, aux_loss = streams
+    for sublayer in sublayers:
+        mixed = sublayer.mix(second)
+        first, second = second, first + mixed.y
+        aux_loss = add_losses(aux_loss, mixed.aux_loss)
+    return Streams(first, second, aux_loss)
+
+
+def couple_reversibly(sublayers: Sequence[Sublayer], streams: Streams) -> Streams:
+    """The same, in values and gradients; keeps the last streams instead of what happens in the sublayers.
+
+    Whatever a sublayer reads besides its stream and the parameters of its modules is taken as constant. There is no
+    second derivative.
+    """
+    parameters = _parameters(sublayers)
+    first, second, aux_loss = _Reversible.apply(tuple(sublayers), streams.first, streams.second, *parameters)
+    return Streams(first, second, add_losses(streams.aux_loss, aux_loss))
+
+
+def run_reversibly(
+    blocks: nn.ModuleList, x: Tensor, mask: Mask | None, *, collect: bool
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """The stream x (B, L, D) through all blocks, with reversible residuals.
+
+    Returns:
+        The stream at the end, the dtype of x; with `collect`, the streams before each block and at the end; and the sum
+        of the auxiliary losses.
+
+    Raises:
+        ValueError: the streams between the blocks are asked for where gradients are computed.
+    """
+    if collect and torch.is_grad_enabled():
+        raise ValueError(
+            "output_hidden_states=True keeps the stream between all layers, which residual='reversible' is there to "
+            "avoid; ask for it under torch.no_grad(), or use residual='standard'"
+        )
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    streams = Streams(wide, wide)
+    if torch.is_grad_enabled():
+        sublayers = [sublayer for block in blocks for sublayer in sublayers_of(block, mask)]
+        streams = couple_reversibly(sublayers, streams)
+        return streams.join().to(x.dtype), [], streams.aux_loss
+    collected = [x]
+    for block in blocks:
+        streams = couple(sublayers_of(block, mask), streams)
+        if collect:
+            collected.append(streams.join().to(x.dtype))
+    return streams.join().to(x.dtype), collected, streams.aux_loss
+
+
+def sublayers_of(block: nn.Module, mask: Mask | None) -> list[Sublayer]:
+    """The token mixer of a block and its feed-forward, if it has one, each behind its norm."""
+    assert isinstance(block, Block)
+    mix: list[tuple[nn.LayerNorm | None, nn.Module | None, Callable[[Tensor], Mixed]]] = [
+        (block.mixer_norm, block.mixer, lambda x: block.mixer(x, mask=mask)),
+        (block.feedforward_norm, block.feedforward, lambda x: block.feed_forward(x, mask)),
+    ]
+    return [_behind_norm(norm, module, call) for norm, module, call in mix if norm is not None and module is not None]
+
+
+def _behind_norm(norm: nn.LayerNorm, module: nn.Module, call: Callable[[Tensor], Mixed]) -> Sublayer:
+    return Sublayer((norm, module), lambda stream: call(norm(stream.to(norm.weight.dtype))))
+
+
+def check_reversible(blocks: nn.ModuleList) -> None:
+    """Refuse mixers that own their residual.
+
+    Raises:
+        ValueError: naming the mixer, and those that can be reversible.
+    """
+    for block in blocks:
+        assert isinstance(block, Block)
+        if block.mixer.config.placement == "block":
+            able = ", ".join(name for name in list_mixers() if MIXERS.lookup(name).placement == "sublayer")
+            raise ValueError(
+                f"{block.mixer.config.name}: owns its residual, so residual='reversible' can't take it apart; use "
+                f"residual='standard', or one of {able}"
+            )
+
+
+def _parameters(sublayers: Sequence[Sublayer]) -> list[nn.Parameter]:
+    """Those of all sublayers, each once, however many share it."""
+    modules = (module for sublayer in sublayers for module in sublayer.modules)
+    return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
+
+
+class _Reversible(torch.autograd.Function):
+    """All sublayers as one node of the graph; the parameters are inputs of it, so that their gradients are results."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sublayers: tuple[Sublayer, ...], first: Tensor, second: Tensor, *parameters: nn.Parameter
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        aux_loss, runs, kept = None, [], []
+        for sublayer in sublayers:
+            replay = Replay(sublayer.modules, second)
+            with replay.record():
+                mixed = sublayer.mix(second)
+            first, second = second, first + mixed.y
+            aux_loss = add_losses(aux_loss, mixed.aux_loss)
+            tensors = replay.tensors()
+            runs.append((sublayer, replay, len(tensors)))
+            kept += tensors
+        ctx.runs, ctx.parameters = runs, parameters
+        ctx.versions = [parameter._version for parameter in parameters]
+        ctx.save_for_backward(first, second, *kept)
+        return first, second, aux_loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
+        ctx: Any, grad_first: Tensor, grad_second: Tensor, grad_loss: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        _check_unchanged(ctx.runs, ctx.parameters, ctx.versions)
+        first, second, *kept = ctx.saved_tensors
+        gradients: dict[Tensor, Tensor] = {}
+        for sublayer, replay, count in reversed(ctx.runs):
+            kept, tensors = kept[: len(kept) - count], kept[len(kept) - count :]
+            with torch.enable_grad(), replay.again(tensors):
+                read = first.detach().requires_grad_()
+                mixed = sublayer.mix(read)
+                added = mixed.y.to(second.dtype)
+            first, second = second - added.detach(), first
+            trained = [parameter for parameter in _parameters([sublayer]) if parameter.requires_grad]
+            outputs = (
+                {added: grad_second} if mixed.aux_loss is None else {added: grad_second, mixed.aux_loss: grad_loss}
+            )
+            grad_read, *found = _gradients(outputs, [read, *trained])
+            grad_first, grad_second = grad_second, grad_first if grad_read is None else grad_first + grad_read
+            for parameter, gradient in zip(trained, found, strict=True):
+                if gradient is not None:
+                    gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
+        return None, grad_first, grad_second, *(gradients.get(parameter) for parameter in ctx.parameters)
+
+
+def _gradients(outputs: Mapping[Tensor, Tensor | None], inputs: list[Tensor]) -> Sequence[Tensor | None]:
+    """Gradients of the inputs, given those of the outputs; None where no output depends on an input."""
+    dependent = {output: gradient for output, gradient in outputs.items() if output.requires_grad}
+    if not dependent:
+        return [None] * len(inputs)
+    return torch.autograd.grad(list(dependent), inputs, list(dependent.values()), allow_unused=True)
+
+
+def _check_unchanged(
+    runs: Sequence[tuple[Sublayer, Replay, int]], parameters: Sequence[nn.Parameter], versions: Sequence[int]
+) -> None:
+    now = _parameters([sublayer for sublayer, _, _ in runs])
+    same = len(now) == len(parameters) and all(a is b for a, b in zip(now, parameters, strict=True))
+    if not same or [parameter._version for parameter in parameters] != versions:
+        raise RuntimeError(
+            "residual='reversible' computes the layers again in the backward pass, but their parameters have changed "
+            "since the forward pass; call backward before the parameters are updated or exchanged"
+        )
