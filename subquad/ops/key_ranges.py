@@ -27,6 +27,10 @@ class KeyRanges(NamedTuple):
     last: Tensor
     width: int
 
+    def piece(self, rows: slice, start: int) -> KeyRanges:
+        """The ranges of some queries among the keys from `start` on."""
+        return KeyRanges(None, self.first[rows] - start, self.last[rows] - start, self.width - start)
+
 
 def key_ranges(
     length: int,
@@ -66,16 +70,9 @@ def key_ranges(
     return KeyRanges(columns, first, last, width)
 
 
-def hide_(scores: Tensor, ranges: KeyRanges, rows: slice, start: int) -> None:
-    """Set the scores of hidden pairs to -inf, in place.
-
-    Args:
-        scores: (..., R, C), of the queries `rows` and the C keys from `start` on.
-        ranges: what they see.
-        rows: of queries.
-        start: the first key.
-    """
-    first, last = ranges.first[rows] - start, ranges.last[rows] - start
+def hide_(scores: Tensor, ranges: KeyRanges) -> None:
+    """Set the scores (..., L, C) of the first C keys to -inf, in place, where the ranges don't reach."""
+    first, last = ranges.first, ranges.last
     early, late = slice(0, int(first[-1])), slice(max(0, int(last[0])), scores.shape[-1])
     columns = torch.arange(scores.shape[-1], device=scores.device)
     if early.stop > 0:

@@ -5,9 +5,9 @@
 Every score equal to t_i is kept, so that a tie keeps more than top_k; where fewer are visible, all are kept. The choice
 is a constant to the gradient, which flows through the kept scores and their values.
 
-All scores have to be computed, but a slice of queries at a time, and only what was kept lives on: four bytes of index and
-a weight for each. A query with a tie keeps more than has room there; such queries are computed apart, and again in the
-backward pass, as all are when every key is kept.
+All scores have to be computed, but a slice of queries at a time, and only what was kept lives on: four bytes of index
+and a weight for each. A query with a tie keeps more than has room there; such queries are computed apart, and again in
+the backward pass, as all are when every key is kept.
 """
 
 from __future__ import annotations
@@ -175,7 +175,10 @@ class _TopkAttention(torch.autograd.Function):
                     _add_gradients_apart(part, head, rows, ctx.top_k, upstream, found)
                 grads[0][part.heads] = (found[0] / math.sqrt(q.shape[3])).to(q.dtype)
                 columns = slice(None) if part.ranges.columns is None else part.ranges.columns
-                grads[1][part.heads, columns], grads[2][part.heads, columns] = found[1].to(q.dtype), found[2].to(q.dtype)
+                grads[1][part.heads, columns], grads[2][part.heads, columns] = (
+                    found[1].to(q.dtype),
+                    found[2].to(q.dtype),
+                )
         return *(tensor.unflatten(0, q.shape[:2]) for tensor in grads), None, None
 
 
@@ -204,15 +207,20 @@ def _choose(part: _Part, top_k: int, values: Tensor, indices: Tensor, tied: Tens
         first, last = int(ranges.first[rows.start]), int(ranges.last[rows.stop - 1])
         if first >= last:
             continue
-        part_q, part_k = part.q[:, rows], part.k[:, first:last]
-        scores = matmul(part_q[0], part_k[0])[None] if groups == 1 else part_q @ part_k.mT
-        hide_(scores, ranges, rows, first)
+        scores = visible_scores(part.q[:, rows], part.k[:, first:last], ranges.piece(rows, first))
         found, columns = largest(scores.flatten(0, 1), min(top_k + 1, last - first))
         found, columns = found.unflatten(0, (groups, -1)), columns.unflatten(0, (groups, -1))
         kept = min(top_k, last - first)
         values[:, rows, :kept], indices[:, rows, :kept] = found[..., :kept], columns[..., :kept] + first
         if found.shape[2] > top_k:
             tied[:, rows] = (found[..., -1] == found[..., -2]) & (found[..., -1] > -torch.inf)
+
+
+def visible_scores(q: Tensor, k: Tensor, ranges: KeyRanges) -> Tensor:
+    """Scores (G, R, C) of queries (G, R, E) and keys (G, C, E), -inf where the ranges, theirs, don't reach."""
+    scores = matmul(q[0], k[0])[None] if q.shape[0] == 1 else q @ k.mT
+    hide_(scores, ranges)
+    return scores
 
 
 def _gradients(part: _Part, grad: Tensor, weights: Tensor, indices: Tensor) -> list[Tensor]:
@@ -247,9 +255,7 @@ def _weights_apart(part: _Part, head: int, rows: Tensor, top_k: int) -> Tensor:
     return softmax_(scores)
 
 
-def _add_gradients_apart(
-    part: _Part, head: int, rows: Tensor, top_k: int, grad: Tensor, found: list[Tensor]
-) -> None:
+def _add_gradients_apart(part: _Part, head: int, rows: Tensor, top_k: int, grad: Tensor, found: list[Tensor]) -> None:
     """Add what these queries send to the gradients of q, k and v."""
     weights, upstream = _weights_apart(part, head, rows, top_k), grad[head, rows]
     grad_scores = softmax_backward(weights, upstream @ part.v[head].mT)
@@ -271,8 +277,8 @@ def _check(
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (q, k, v))
     if not q.ndim == k.ndim == v.ndim == 4 or q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3]:
         raise ValueError(f"topk_attention: expected q (B, H, L, E), k (B, H, S, E), v (B, H, S, Ev), got {shapes}")
-    if q.shape[3] != k.shape[3] or k.shape[2] == 0:
-        raise ValueError(f"topk_attention: expected q and k of one width and at least one key, got {shapes}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"topk_attention: expected q and k of one width, got {shapes}")
     if top_k < 1:
         raise ValueError(f"topk_attention: top_k must be at least 1, got {top_k}")
     if valid is not None and (valid.dtype != torch.bool or valid.shape != (k.shape[0], k.shape[2])):
