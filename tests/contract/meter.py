@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from subquad.mechanisms import synthesizer
 from subquad.ops import topk
 from subquad.ops.key_ranges import KeyRanges
 
@@ -20,7 +21,7 @@ def counted_flops(forward: Callable[[], object]) -> int:
     """FLOPs of one forward pass.
 
     torch's counter gives 0 to the fused attention of the CPU and to embedding bags; here the one is given its *visible*
-    pairs, read off its mask, and the other its entries. Scores computed as a rectangle count where they are visible.
+    pairs, read off its mask, and the other its entries. Rectangles of scores count where they are visible.
     """
     hidden = 0
 
@@ -30,13 +31,25 @@ def counted_flops(forward: Callable[[], object]) -> int:
         hidden += 2 * int(scores.isneginf().sum()) * q.shape[-1]
         return scores
 
-    topk_scores, aten = topk.visible_scores, torch.ops.aten
+    def attend_slice(parts: Any, made_of: Any, weights: Any, visible: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nonlocal hidden
+        before = counter.get_total_flops()
+        out = synthesised(parts, made_of, weights, visible, k, v)
+        hidden += (counter.get_total_flops() - before) * int((~visible).sum()) // visible.numel()
+        return out
+
+    topk_scores, synthesised, aten = topk.visible_scores, synthesizer.attend_slice, torch.ops.aten
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops,
         aten._embedding_bag_forward_only: _embedding_bag_flops,
     }
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with torch.no_grad(), counter, patch.object(topk, "visible_scores", visible_scores):
+    with (
+        torch.no_grad(),
+        patch.object(topk, "visible_scores", visible_scores),
+        patch.object(synthesizer, "attend_slice", attend_slice),
+        counter,
+    ):
         forward()
     return counter.get_total_flops() - hidden
 
