@@ -34,7 +34,7 @@ from subquad.ops.sparse_rows import (
     weights_gradient,
 )
 
-SLICE_PAIRS = 2**20
+SLICE_PAIRS = 2**21
 """Scores of a slice: small enough to stay in the cache; at least one query runs at a time."""
 
 
