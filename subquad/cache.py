@@ -1,11 +1,15 @@
-"""The cache of keys and values: the state of causal attention that may look back at every token.
+"""The caches of keys and values: the states of attention that may look at every token.
 
-Valid tokens are stored without gaps, so that a token's column is its position in the stream.
+Causal attention stores its valid tokens without gaps, so that a token's column is its position in the stream;
+cross-attention keeps the projected context.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,8 +71,30 @@ def store_keys(
     return cache, columns, segments
 
 
-def attend_cached(owner: str, heads: Heads, pattern: Pattern, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
-    """Store this call's keys and attend to all stored ones by a causal pattern: the result (B, H, L, E) and the cache.
+class Stored(NamedTuple):
+    """What the queries of a call meet, in the order in which they follow each other in the stream.
+
+    Attributes:
+        q: (B, H, L, E).
+        k: (B, H, T, E), all stored keys.
+        v: (B, H, T, E).
+        segments: int64 (B, L); None where all that is stored is one document.
+        key_segments: int64 (B, T), likewise.
+        offset: int64 (B,), position of the first query.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    segments: Tensor | None
+    key_segments: Tensor | None
+    offset: Tensor
+
+
+def attend_stored(
+    owner: str, heads: Heads, state: KeyValueCache, attend: Callable[[Stored], Tensor]
+) -> tuple[Tensor, KeyValueCache]:
+    """Store this call's keys and attend to all stored ones, causally: the result (B, H, L, E) and the cache.
 
     The valid queries are put first, so that they follow each other in the stream; being causal, they see no column
     behind the stored ones, and what the invalid ones see is dropped with their output.
@@ -85,16 +111,116 @@ def attend_cached(owner: str, heads: Heads, pattern: Pattern, state: KeyValueCac
     if order is not None:  # segments must not decrease, among the invalid queries at the end neither
         q, segments = take(q, order), take(segments, order).cummax(dim=1).values
     one_document = bool((cache.segments[:, :1] == _last_segment(cache)[:, None]).all())
-    out = pattern_attention(
-        q,
-        k,
-        v,
-        pattern,
-        mask=None if one_document else Mask(segments=segments),
-        key_segments=None if one_document else cache.segments.cummax(dim=1).values,
-        query_offset=state.length,
-    )
+    documents = (None, None) if one_document else (segments, cache.segments.cummax(dim=1).values)
+    out = attend(Stored(q, k, v, *documents, state.length))
     return (out if order is None else put_back(out, order)), cache
+
+
+def attend_cached(owner: str, heads: Heads, pattern: Pattern, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
+    """`attend_stored` by a causal pattern."""
+    return attend_stored(owner, heads, state, partial(_attend_pattern, pattern))
+
+
+def _attend_pattern(pattern: Pattern, stored: Stored) -> Tensor:
+    return pattern_attention(
+        stored.q,
+        stored.k,
+        stored.v,
+        pattern,
+        mask=None if stored.segments is None else Mask(segments=stored.segments),
+        key_segments=stored.key_segments,
+        query_offset=stored.offset,
+    )
+
+
+@state_dataclass
+class ContextCache(State):
+    """Projected context of cross-attention.
+
+    Attributes:
+        length: int64 (B,), valid query tokens so far.
+        filled: bool (B,), whether a context has been stored.
+        keys: (B, H, S, E).
+        values: (B, H, S, E).
+        key_valid: bool (B, S).
+        key_segments: int64 (B, S).
+        segmented: bool (B,), whether the context came with segments.
+    """
+
+    filled: Tensor
+    keys: Tensor
+    values: Tensor
+    key_valid: Tensor
+    key_segments: Tensor
+    segmented: Tensor
+
+
+def empty_context(dims: Dims, batch_size: int, device: torch.device, dtype: torch.dtype) -> ContextCache:
+    """No context yet."""
+    empty = empty_cache(dims, batch_size, device, dtype)
+    nothing = torch.zeros_like(empty.length, dtype=torch.bool)
+    key_valid = torch.zeros_like(empty.segments, dtype=torch.bool)
+    return ContextCache(empty.length, nothing, empty.keys, empty.values, key_valid, empty.segments, nothing)
+
+
+class Context(NamedTuple):
+    """What the queries of cross-attention meet.
+
+    Attributes:
+        k: (B, H, S, E).
+        v: (B, H, S, E).
+        valid: bool (B, S), or None for all.
+        segments: int (B, S), or None without documents.
+        state: the new state, or None when none was given.
+    """
+
+    k: Tensor
+    v: Tensor
+    valid: Tensor | None
+    segments: Tensor | None
+    state: ContextCache | None
+
+
+def read_context(owner: str, heads: Heads, state: State | None) -> Context:
+    """The context of this call, or of the state, which keeps it.
+
+    Raises:
+        ValueError: no context or two, or segments on one side alone.
+    """
+    key_mask = heads.key_mask
+    k, v, valid, segments, stored = heads.k, heads.v, key_mask.valid, key_mask.segments, None
+    if isinstance(state, ContextCache):
+        stored = _store_context(owner, state, heads)
+        k, v, valid = stored.keys.to(heads.q.dtype), stored.values.to(heads.q.dtype), stored.key_valid
+        segments = stored.key_segments if bool(stored.segmented.any()) else None
+    assert k is not None
+    assert v is not None
+    if (heads.mask.segments is None) != (segments is None):
+        raise ValueError(f"{owner}: segments of queries and context go together; give both masks segments, or neither")
+    return Context(k, v, valid, segments, stored)
+
+
+def _store_context(owner: str, state: ContextCache, heads: Heads) -> ContextCache:
+    filled = bool(state.filled.all())
+    if heads.k is None or heads.v is None:
+        if not filled:
+            raise ValueError(f"{owner}: the state holds no context yet; pass context (B, S, D) in the first call")
+    elif filled and state.filled.numel():
+        raise ValueError(f"{owner}: the state holds a context already; pass context=None, or begin with a new state")
+    else:
+        key_valid = torch.ones_like(heads.k[:, 0, :, 0], dtype=torch.bool)
+        key_segments = torch.zeros_like(key_valid, dtype=torch.int64)
+        state = ContextCache(
+            state.length,
+            torch.ones_like(state.filled),
+            heads.k.to(state.keys.dtype),
+            heads.v.to(state.values.dtype),
+            key_valid if heads.key_mask.valid is None else heads.key_mask.valid,
+            key_segments if heads.key_mask.segments is None else heads.key_mask.segments.long(),
+            torch.full_like(state.filled, heads.key_mask.segments is not None),
+        )
+    length, valid = heads.q.shape[2], heads.mask.valid
+    return replace(state, length=state.length + (length if valid is None else valid.sum(dim=1)))
 
 
 def _last_segment(state: KeyValueCache) -> Tensor:

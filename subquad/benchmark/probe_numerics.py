@@ -84,11 +84,20 @@ def dtypes(subject: Subject) -> Finding:
             return Finding(False, f"x is {dtype} but y is {y.dtype}")
         if narrow_state := _narrow_state(subject, narrow, inputs):
             return Finding(False, f"with {dtype} the state holds {narrow_state}, expected float32 or wider")
-        error = float((y.double() - exact).norm() / exact.norm().clamp_min(1e-6))
+        error = typical_error(y.double(), exact)
         details.append(f"{str(dtype).removeprefix('torch.')} off by {error:.1e}, tolerance {tolerance:.0e}")
         if not error <= tolerance:
             return Finding(False, details[-1])
     return Finding(True, f"relative to float64: {'; '.join(details)}")
+
+
+def typical_error(got: Tensor, expected: Tensor) -> float:
+    """How far off three tokens of four are at most, relative to a token's root mean square norm.
+
+    In the others a discrete choice (a largest score, a bucket) may have fallen differently.
+    """
+    size = expected.norm() / expected[..., 0].numel() ** 0.5
+    return float((got - expected).norm(dim=-1).quantile(0.75) / size.clamp_min(1e-6))
 
 
 def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:

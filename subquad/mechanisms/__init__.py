@@ -12,3 +12,5 @@ from subquad.mechanisms import performer as performer
 from subquad.mechanisms import sparse_transformer as sparse_transformer
 from subquad.mechanisms import star as star
 from subquad.mechanisms import streaming as streaming
+from subquad.mechanisms import synthesizer as synthesizer
+from subquad.mechanisms import topk as topk

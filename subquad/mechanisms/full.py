@@ -12,14 +12,14 @@ The state is a cache of keys and values; that of cross-attention holds the proje
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.cache import KeyValueCache, attend_cached, empty_cache
+from subquad.cache import KeyValueCache, attend_cached, empty_cache, empty_context, read_context
 from subquad.costs import Cost, visible_pairs
 from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
@@ -27,7 +27,7 @@ from subquad.mask import Mask
 from subquad.ops.pattern_attention import pattern_attention
 from subquad.patterns.bands import Causal, Strided
 from subquad.registry import register
-from subquad.state import State, state_dataclass
+from subquad.state import State
 
 EVERYTHING = Strided(1)
 """The pattern in which every query sees every key."""
@@ -65,39 +65,13 @@ class FullConfig(MixerConfig):
         return projection_cost(dims, length, dtype_bytes) + attention_cost(dims, length, pairs, dtype_bytes) + state
 
 
-@state_dataclass
-class ContextCache(State):
-    """Projected context of cross-attention.
-
-    Attributes:
-        length: int64 (B,), valid query tokens so far.
-        filled: bool (B,), whether a context has been stored.
-        keys: (B, H, S, E).
-        values: (B, H, S, E).
-        key_valid: bool (B, S).
-        key_segments: int64 (B, S).
-        segmented: bool (B,), whether the context came with segments.
-    """
-
-    filled: Tensor
-    keys: Tensor
-    values: Tensor
-    key_valid: Tensor
-    key_segments: Tensor
-    segmented: Tensor
-
-
 class Full(HeadMixer):
     """Dense softmax attention."""
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         """An empty cache."""
-        empty = empty_cache(self.dims, batch_size, device, dtype)
-        if not self.dims.cross:
-            return empty
-        nothing = torch.zeros_like(empty.length, dtype=torch.bool)
-        key_valid = torch.zeros_like(empty.segments, dtype=torch.bool)
-        return ContextCache(empty.length, nothing, empty.keys, empty.values, key_valid, empty.segments, nothing)
+        make = empty_context if self.dims.cross else empty_cache
+        return make(self.dims, batch_size, device, dtype)
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Dispatch to the form that the dims and the state ask for."""
@@ -110,24 +84,14 @@ class Full(HeadMixer):
         return _attend_sequence(heads.q, heads.k, heads.v, heads.mask, causal=self.dims.causal), None
 
     def _attend_context(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
-        key_mask = heads.key_mask
-        k, v, key_valid, key_segments = heads.k, heads.v, key_mask.valid, key_mask.segments
-        if isinstance(state, ContextCache):
-            state = _store_context(state, heads)
-            k, v = state.keys.to(heads.q.dtype), state.values.to(heads.q.dtype)
-            key_valid = state.key_valid
-            key_segments = state.key_segments if bool(state.segmented.any()) else None
-        assert k is not None
-        assert v is not None
-        if (heads.mask.segments is None) != (key_segments is None):
-            raise ValueError("full: segments of queries and context go together; give both masks segments, or neither")
+        k, v, key_valid, key_segments, new_state = read_context("full", heads, state)
         if key_segments is None:
-            return _attend_everything(heads.q, k, v, key_valid), state
+            return _attend_everything(heads.q, k, v, key_valid), new_state
         documents = Mask(segments=heads.mask.segments)
         out = pattern_attention(
             heads.q, k, v, EVERYTHING, mask=documents, key_valid=key_valid, key_segments=key_segments
         )
-        return out, state
+        return out, new_state
 
 
 def _attend_sequence(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, causal: bool) -> Tensor:
@@ -145,26 +109,3 @@ def _attend_everything(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None
     """Every query sees every valid key: one row of mask serves them all."""
     visible = None if key_valid is None else key_valid[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-
-
-def _store_context(state: ContextCache, heads: Heads) -> ContextCache:
-    filled = bool(state.filled.all())
-    if heads.k is None or heads.v is None:
-        if not filled:
-            raise ValueError("full: the state holds no context yet; pass context (B, S, D) in the first call")
-    elif filled and state.filled.numel():
-        raise ValueError("full: the state holds a context already; pass context=None, or begin with a new state")
-    else:
-        key_valid = torch.ones_like(heads.k[:, 0, :, 0], dtype=torch.bool)
-        key_segments = torch.zeros_like(key_valid, dtype=torch.int64)
-        state = ContextCache(
-            state.length,
-            torch.ones_like(state.filled),
-            heads.k.to(state.keys.dtype),
-            heads.v.to(state.values.dtype),
-            key_valid if heads.key_mask.valid is None else heads.key_mask.valid,
-            key_segments if heads.key_mask.segments is None else heads.key_mask.segments.long(),
-            torch.full_like(state.filled, heads.key_mask.segments is not None),
-        )
-    length, valid = heads.q.shape[2], heads.mask.valid
-    return replace(state, length=state.length + (length if valid is None else valid.sum(dim=1)))

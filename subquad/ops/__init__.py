@@ -7,3 +7,4 @@ signature, and the tests hold the two together in values and in all gradients.
 from subquad.ops.linear import linear_attention as linear_attention
 from subquad.ops.pattern_attention import pattern_attention as pattern_attention
 from subquad.ops.pattern_attention import pattern_attention_with_lse as pattern_attention_with_lse
+from subquad.ops.topk import topk_attention as topk_attention

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 from weakref import WeakSet
 
 import torch
@@ -11,16 +12,46 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from subquad.mechanisms import synthesizer
+from subquad.ops import topk
+from subquad.ops.key_ranges import KeyRanges
+
 
 def counted_flops(forward: Callable[[], object]) -> int:
     """FLOPs of one forward pass.
 
-    torch's counter gives 0 to the fused attention of the CPU; here it is given its *visible* pairs, read off its mask.
+    torch's counter gives 0 to the fused attention of the CPU and to embedding bags; here the one is given its *visible*
+    pairs, read off its mask, and the other its entries. Rectangles of scores count where they are visible.
     """
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={fused: _fused_attention_flops}) as counter:
+    hidden = 0
+
+    def visible_scores(q: Tensor, k: Tensor, ranges: KeyRanges) -> Tensor:
+        nonlocal hidden
+        scores = topk_scores(q, k, ranges)
+        hidden += 2 * int(scores.isneginf().sum()) * q.shape[-1]
+        return scores
+
+    def attend_slice(parts: Any, made_of: Any, weights: Any, visible: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nonlocal hidden
+        before = counter.get_total_flops()
+        out = synthesised(parts, made_of, weights, visible, k, v)
+        hidden += (counter.get_total_flops() - before) * int((~visible).sum()) // visible.numel()
+        return out
+
+    topk_scores, synthesised, aten = topk.visible_scores, synthesizer.attend_slice, torch.ops.aten
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops,
+        aten._embedding_bag_forward_only: _embedding_bag_flops,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with (
+        torch.no_grad(),
+        patch.object(topk, "visible_scores", visible_scores),
+        patch.object(synthesizer, "attend_slice", attend_slice),
+        counter,
+    ):
         forward()
-    return counter.get_total_flops()
+    return counter.get_total_flops() - hidden
 
 
 def _fused_attention_flops(
@@ -43,6 +74,12 @@ def _fused_attention_flops(
     return 2 * int(visible.sum()) * (q.shape[3] + v.shape[3])
 
 
+def _embedding_bag_flops(table: Tensor, indices: Tensor, *options: Any, out_val: Any = None) -> int:
+    weights = options[4]
+    return 2 * table.shape[1] * int(weights.count_nonzero())
+
+
+_embedding_bag_flops._get_raw = True  # pyright: ignore[reportFunctionMemberAccess] - as below
 _fused_attention_flops._get_raw = True  # pyright: ignore[reportFunctionMemberAccess] - how the counter is told to pass tensors
 
 

@@ -29,6 +29,17 @@ CONFIGS = [
         mixer_config("logsparse", local=local, restart=restart, kernel=kernel)
         for local, restart, kernel in ((4, None, 1), (3, 16, 5), (1, 7, 2))
     ),
+    *(mixer_config("topk", top_k=top_k, fraction=fraction) for top_k, fraction in ((5, None), (5, 3))),
+    *(
+        mixer_config("synthesizer", components=components, trainable=trainable, factor=7)
+        for components, trainable in (
+            (("dense",), True),
+            (("factorised_dense",), True),
+            (("factorised_random",), False),
+            (("random", "dot_product"), True),
+            (("random", "dense", "factorised_dense", "factorised_random", "dot_product"), False),
+        )
+    ),
 ]
 BY_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 

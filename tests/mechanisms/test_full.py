@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from subquad import Mask
 from subquad.build import build_mixer
-from subquad.cache import KeyValueCache
+from subquad.cache import ContextCache, KeyValueCache
 from subquad.heads import HeadMixer
-from subquad.mechanisms.full import ContextCache
 
 LENGTHS = st.sampled_from([1, 2, 5, 11])
 
