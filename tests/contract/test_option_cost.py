@@ -29,6 +29,8 @@ CONFIGS = [
         mixer_config("logsparse", local=local, restart=restart, kernel=kernel)
         for local, restart, kernel in ((4, None, 1), (3, 16, 5), (1, 7, 2))
     ),
+    *(mixer_config("linformer", rank=6, sharing=sharing) for sharing in ("none", "key_value")),
+    *(mixer_config("linformer", rank=6, compression=compression) for compression in ("mean", "max", "convolution")),
 ]
 BY_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 
