@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from subquad.ops.onednn import product
+from subquad.ops.onednn import SMALLEST_PRODUCT, product
 
 
 def compress_by_matmul(x: Tensor, matrices: Tensor) -> Tensor:
@@ -27,6 +27,8 @@ def compress_by_matmul(x: Tensor, matrices: Tensor) -> Tensor:
 def compress(x: Tensor, matrices: Tensor) -> Tensor:
     """Sums of tokens with given weights: one product for all heads of an example that share a matrix.
 
+    Products too small for that are left to a batched one.
+
     Args:
         x: (B, H, S, E), any strides; nothing is copied where the heads of a token lie beside each other in memory.
         matrices: (1, R, S), or (H, R, S) for one per head; the dtype of x.
@@ -34,7 +36,8 @@ def compress(x: Tensor, matrices: Tensor) -> Tensor:
     Returns:
         (B, H, R, E).
     """
-    if x.device.type != "cpu" or not x.numel():
+    size = matrices.shape[1] * x[0].numel() // matrices.shape[0] if x.numel() else 0
+    if x.device.type != "cpu" or size < SMALLEST_PRODUCT:
         return compress_by_matmul(x, matrices)
     return _Compression.apply(x, matrices)  # pyright: ignore[reportReturnType] - apply has no types
 

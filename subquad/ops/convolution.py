@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 BLOCK = 64
 """Tokens whose products with their neighbours give the gradient of the kernel in one matrix product."""
 
+SMALL_HEAD = 2**15
+"""Numbers of the heads that are worth running together although their windows are copied for that."""
+
 
 def convolve_heads_by_channels(x: Tensor, kernels: Tensor, added: Tensor) -> Tensor:
     """The definition: heads as channels; arguments and result as in `convolve_heads`."""
@@ -69,12 +72,13 @@ def _kernel_gradients(grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
     wide, size = torch.promote_types(x.dtype, torch.float32), kernels.shape[1]
     block = min(BLOCK, x.shape[2])
     missing, reach = -x.shape[2] % block, block + size - 1
+    together = max(1, SMALL_HEAD // (x.shape[2] * x.shape[3]))
     total = torch.zeros_like(kernels, dtype=wide)
-    for b in range(x.shape[0]):
-        for h in range(x.shape[1]):
-            rows = F.pad(grad[b, h].to(wide), (0, 0, 0, missing)).unflatten(0, (-1, block))
-            padded = F.pad(x[b, h].to(wide), (0, 0, size // 2, size // 2 + missing))
-            windows = padded.unfold(0, reach, block)  # (blocks, E, reach)
-            products = (rows @ windows).sum(dim=0)
-            total[h] += products.as_strided((block, size), (reach + 1, 1)).sum(dim=0)
+    for heads in torch.arange(x.shape[1]).split(together):
+        some = slice(int(heads[0]), int(heads[-1]) + 1)
+        for example, of_example in zip(x[:, some], grad[:, some], strict=True):
+            rows = F.pad(of_example.to(wide), (0, 0, 0, missing)).unflatten(1, (-1, block))
+            padded = F.pad(example.to(wide), (0, 0, size // 2, size // 2 + missing))
+            products = (rows @ padded.unfold(1, reach, block)).sum(dim=1)
+            total[some] += products.as_strided((len(heads), block, size), (block * reach, reach + 1, 1)).sum(dim=1)
     return total.to(kernels.dtype)

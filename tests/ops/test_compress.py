@@ -14,6 +14,12 @@ from subquad.ops import onednn
 from subquad.ops.compress import block_maxima, block_means, block_sums, compress, compress_by_matmul
 
 
+@pytest.fixture(autouse=True)
+def no_product_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products are left to the definition."""
+    monkeypatch.setattr("subquad.ops.compress.SMALLEST_PRODUCT", 0)
+
+
 def heads(batch: int, length: int, *, by_token: bool) -> Tensor:
     """(B, 4, S, 3), laid out by heads or, as projections do, by tokens."""
     shape = (batch, length, 4, 3) if by_token else (batch, 4, length, 3)
