@@ -2,7 +2,7 @@
 
 Wang et al. 2020, "Linformer: Self-Attention with Linear Complexity", arXiv:2006.04768.
 
-    y = softmax(q (P k)ᵀ / √E) (P' v) W_o        P, P': (R, L), learned
+    y = softmax(q (P k)ᵀ / √E) (P' v) W_o        P, P': (R, L), learned, or blocks of c = ⌈max_length / R⌉ tokens pooled
 
 Cost O(L R D) in place of O(L² D). Never causal: a compressed row mixes all positions, and no mask on the L x R scores
 repairs that.
@@ -10,11 +10,15 @@ repairs that.
 Departures: keys and values are projected before they are compressed, as in the paper (the official code compresses x,
 which differs once projections have biases); rows of invalid tokens are zeroed first, which the official code forgets.
 P is drawn with variance 1 / max_length, so that compressed rows keep their scale. Shorter input uses P's first columns,
-one for each valid token: an invalid token takes no position.
+one for each valid token: an invalid token takes no position. Pooling and convolution, which the paper names without
+details: blocks are counted over valid tokens, a last block that is not full has its own mean or maximum, one without a
+token is not attended; the convolution, kernel and stride c, is one for each channel of a head. A rank that falls over
+depth, as the paper proposes, is a list of mixers.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.ops.compress import block_maxima, block_means, block_sums, compress
 from subquad.ops.packing import has_gaps, take, valid_first
 from subquad.registry import register
 from subquad.state import State
@@ -38,44 +43,67 @@ class LinformerConfig(MixerConfig):
     family: ClassVar[str] = "factorised"
 
     rank: int = 256
-    """R, rows kept (k in the paper, where quality depends on it and not on R / L)."""
+    """R, rows kept (k in the paper, where quality depends on it and not on R / L); of blocks, at most."""
     sharing: Literal["none", "headwise", "key_value", "layerwise"] = "headwise"
     """Which P are one: each head its own P and P'; all heads share P and P'; also P = P'; also over all layers."""
+    compression: Literal["linear", "mean", "max", "convolution"] = "linear"
+    """By a learned matrix P; by the mean or the maximum of each block; by a learned convolution over each block."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"linformer: rank must be at least 1, got {self.rank}")
+        if not self.learned and self.sharing != "headwise":
+            raise ValueError(
+                f"linformer: compression={self.compression!r} learns nothing that could be shared; leave out sharing, "
+                f"got {self.sharing!r}, or choose compression='linear' or 'convolution'"
+            )
+
+    @property
+    def learned(self) -> bool:
+        """Whether the compression has parameters."""
+        return self.compression in ("linear", "convolution")
 
     @property
     def traits(self) -> Traits:
-        """Bound to a maximal length, since P has one column per position."""
+        """Bound to a maximal length: P has one column per position, and blocks are cut from it."""
         return Traits(bidirectional=True, cross=True, padding=True, fixed_length=True)
 
     def build(self, dims: Dims) -> Linformer:
         """The module."""
         return Linformer(self, dims)
 
-    def projection_shapes(self, dims: Dims) -> tuple[int, int]:
-        """Number of different P's, and heads in each."""
+    def block(self, dims: Dims) -> int:
+        """c, tokens of a block."""
+        assert dims.max_length is not None
+        return -(-dims.max_length // self.rank)
+
+    def parameter_shapes(self, dims: Dims) -> list[tuple[int, int, int]]:
+        """Shapes of what compresses keys and, where that is something else, values."""
+        if not self.learned:
+            return []
+        assert dims.max_length is not None
         heads = dims.num_heads if self.sharing == "none" else 1
-        return (2 if self.sharing in ("none", "headwise") else 1), heads
+        linear = self.compression == "linear"
+        shape = (heads, self.rank, dims.max_length) if linear else (heads, self.block(dims), dims.head_dim)
+        return [shape] * (2 if self.sharing in ("none", "headwise") else 1)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """Compression of k and v, and attention of every query to R rows.
+        """Compression of k and v by a matrix (by blocks it is elementwise work), and attention of every query to rows.
 
-        Autograd keeps the compressed rows and the log-sum-exp besides what the projections keep.
+        Autograd keeps the compressed rows and the log-sum-exp besides what the projections keep; for means neither k
+        nor v but the sizes of the blocks; otherwise blocks are kept filled up.
         """
-        assert dims.max_length is not None
-        count, heads = self.projection_shapes(dims)
-        compress = 2 * 2 * length * self.rank * dims.inner_dim
-        attend = 2 * 2 * length * self.rank * dims.inner_dim
-        return projection_cost(dims, length, dtype_bytes) + Cost(
-            flops=compress + attend,
-            activation_bytes=dtype_bytes * 2 * self.rank * dims.inner_dim
+        rows = self.rank if self.compression == "linear" else -(-length // self.block(dims))
+        products = length if self.compression == "linear" else 0
+        kept = {"linear": 2 * length * dims.inner_dim, "mean": 2 * rows}
+        blocks = 2 * rows * self.block(dims) * dims.inner_dim
+        return projection_cost(dims, length, dtype_bytes, kept=1) + Cost(
+            flops=2 * 2 * (products + length) * rows * dims.inner_dim,
+            activation_bytes=dtype_bytes * (2 * rows * dims.inner_dim + kept.get(self.compression, blocks))
             + max(4, dtype_bytes) * dims.num_heads * length,
-            parameters=count * heads * self.rank * dims.max_length,
+            parameters=sum(math.prod(shape) for shape in self.parameter_shapes(dims)),
         )
 
 
@@ -86,35 +114,54 @@ class Linformer(HeadMixer):
 
     def __init__(self, config: LinformerConfig, dims: Dims) -> None:
         super().__init__(config, dims)
-        assert dims.max_length is not None
-        count, heads = config.projection_shapes(dims)
-        shape = (heads, config.rank, dims.max_length)
-        self.compress_key = nn.Parameter(torch.empty(shape))
-        self.compress_value = nn.Parameter(torch.empty(shape)) if count == 2 else None
+        parameters = [nn.Parameter(torch.empty(shape)) for shape in config.parameter_shapes(dims)]
+        self.compress_key = parameters[0] if parameters else None
+        self.compress_value = parameters[1] if len(parameters) == 2 else None
         self.initialise()
 
     def initialise(self) -> None:
-        """Draw P and P' so that a compressed row has the scale of a key."""
-        for compress in (self.compress_key, self.compress_value):
-            if compress is not None:
-                nn.init.normal_(compress, std=compress.shape[-1] ** -0.5)
+        """Draw P and P', or the convolutions, so that a compressed row has the scale of a key."""
+        token_dim = 2 if self.config.compression == "linear" else 1
+        for weights in (self.compress_key, self.compress_value):
+            if weights is not None:
+                nn.init.normal_(weights, std=weights.shape[token_dim] ** -0.5)
 
     def shared_parameters(self) -> tuple[str, ...]:
         """The one P of all layers, with sharing="layerwise"."""
         return ("compress_key",) if self.config.sharing == "layerwise" else ()
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
-        """Compress, then attend; the compressed rows need no mask."""
+        """Compress, then attend to the rows that hold tokens; all rows of a matrix do."""
         assert heads.k is not None
         assert heads.v is not None
         k, v, valid = heads.k, heads.v, heads.key_mask.valid
-        if valid is not None:
-            k, v = (tensor.masked_fill(~valid[:, None, :, None], 0.0) for tensor in (k, v))
-            if has_gaps(valid):
-                order = valid_first(valid)
-                k, v = take(k, order), take(v, order)
-        length = k.shape[2]
+        if valid is not None and has_gaps(valid):
+            order = valid_first(valid)
+            k, v, valid = take(k, order), take(v, order), take(valid, order)
         compress_value = self.compress_key if self.compress_value is None else self.compress_value
-        k = self.compress_key[..., :length] @ k  # (B, H, R, E)
-        v = compress_value[..., :length] @ v
-        return F.scaled_dot_product_attention(heads.q, k, v), None
+        k, v = self._compress(k, valid, self.compress_key), self._compress(v, valid, compress_value)
+        visible = None
+        if valid is not None and self.config.compression != "linear":
+            visible = _filled_blocks(valid, self.config.block(self.dims))[:, None, None]
+        return F.scaled_dot_product_attention(heads.q, k, v, attn_mask=visible), None
+
+    def _compress(self, x: Tensor, valid: Tensor | None, learned: Tensor | None) -> Tensor:
+        """Rows (B, H, R, E) of keys or values x (B, H, S, E), the valid ones first."""
+        if self.config.compression == "mean":
+            return block_means(x, self.config.block(self.dims), valid)
+        if self.config.compression == "max":
+            return block_maxima(x, self.config.block(self.dims), valid)
+        assert learned is not None
+        if self.config.compression == "convolution":
+            return block_sums(x, learned.to(x.dtype), valid)
+        x = x if valid is None else x.masked_fill(~valid[:, None, :, None], 0.0)
+        return compress(x, learned[..., : x.shape[2]].to(x.dtype))
+
+
+def _filled_blocks(valid: Tensor, size: int) -> Tensor:
+    """Whether a block holds a token: bool (B, R) of valid (bool (B, S)), in which the valid ones come first.
+
+    Where no token is valid, all blocks hold zeros and are attended.
+    """
+    filled = valid[:, ::size]
+    return filled | ~filled[:, :1]

@@ -40,6 +40,9 @@ CONFIGS = [
             (("random", "dense", "factorised_dense", "factorised_random", "dot_product"), False),
         )
     ),
+    *(mixer_config("linformer", rank=6, sharing=sharing) for sharing in ("none", "key_value")),
+    *(mixer_config("linformer", rank=6, compression=compression) for compression in ("mean", "max", "convolution")),
+    *(mixer_config("nystromformer", landmarks=4, kernel=kernel, iterations=2) for kernel in (0, 5)),
 ]
 BY_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 
