@@ -26,6 +26,10 @@ CONFIGS = [
         for kind, combine in product(("strided", "fixed"), ("merged", "local", "summary", "heads"))
     ),
     *(
+        mixer_config("sinkhorn", block=4, combine=combine, sort_cut=sort_cut)
+        for combine, sort_cut in (("sum", None), ("logits", None), ("joint", 2))
+    ),
+    *(
         mixer_config("logsparse", local=local, restart=restart, kernel=kernel)
         for local, restart, kernel in ((4, None, 1), (3, 16, 5), (1, 7, 2))
     ),
