@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from subquad.ops.packing import token_counts
 from subquad.ops.softmax import softmax_attention
 from subquad.ops.sorted_blocks_fused import FusedSortedBlocks, block_counts
 from subquad.ops.sorted_blocks_fused import SortedBlocks as SortedBlocks
@@ -161,8 +162,3 @@ def _sort_examples(x: Tensor, matrices: list[Tensor], block: int, lengths: list[
         kept = _sort(example[:, :length], matrix, block).flatten(1, 2)[:, :count]
         found.append(F.pad(kept, (0, 0, 0, most - count)))
     return torch.stack(found)
-
-
-def token_counts(q: Tensor, valid: Tensor | None) -> list[int]:
-    """Valid tokens of each example."""
-    return [q.shape[2]] * q.shape[0] if valid is None else valid.sum(dim=1).tolist()
