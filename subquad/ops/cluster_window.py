@@ -137,8 +137,9 @@ class _ClusterWindow(torch.autograd.Function):
             found, found_lse = torch.empty_like(sorted_q), torch.empty_like(sorted_q[:, 0])
             keys, values = (band.padded(x) for x in (sorted_k, sorted_v))
             for strip in band.strips(found):
-                columns = (strip.cut(x, band.reach) for x in (keys, values))
-                part, part_lse = fused_forward(strip.cut(sorted_q, 0), *columns, scale, band.bias(strip, wide))
+                part_k, part_v = (strip.cut(x, band.reach) for x in (keys, values))
+                bias = band.bias(strip, wide)
+                part, part_lse = fused_forward(strip.cut(sorted_q, 0), part_k, part_v, scale, bias)
                 strip.cut(found, 0).copy_(part)
                 strip.cut(found_lse[:, None], 0).copy_(part_lse[..., None])
             out[b, h, band.order] = found.to(v.dtype)
@@ -159,10 +160,10 @@ class _ClusterWindow(torch.autograd.Function):
             of_q, of_k, of_v = torch.empty_like(tensors[1]), torch.zeros_like(keys), torch.zeros_like(values)
             for strip in band.strips(of_q):
                 upstream, rows, found = (strip.cut(tensors[index], 0) for index in (0, 1, 4))
-                columns = (strip.cut(x, band.reach) for x in (keys, values))
+                part_k, part_v = (strip.cut(x, band.reach) for x in (keys, values))
                 row_lse = strip.cut(lse[b, h, :length, None], 0)[..., 0]
                 bias = band.bias(strip, wide)
-                parts = fused_backward(upstream, rows, *columns, found, row_lse, ctx.scale, bias)
+                parts = fused_backward(upstream, rows, part_k, part_v, found, row_lse, ctx.scale, bias)
                 strip.cut(of_q, 0).copy_(parts[0])
                 for total, part in ((of_k, parts[1]), (of_v, parts[2])):
                     add_stack(total[None], part, strip.first, strip.rows)

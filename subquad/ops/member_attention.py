@@ -84,7 +84,8 @@ class _MemberAttention(torch.autograd.Function):
         for b, h, tensors, rows, columns in _clusters((q, k, v), queries, keys):
             total = torch.zeros_like(tensors[0])
             for some_rows, some_columns in _some(rows, columns, tensors[0]):
-                found, _ = fused_forward(*_gather(tensors, some_rows, some_columns), scale)
+                part_q, part_k, part_v = _gather(tensors, some_rows, some_columns)
+                found, _ = fused_forward(part_q, part_k, part_v, scale)
                 _add(total, some_rows, found)
             out[b, h] = total.mul_(_weights(rows, total, epsilon))
         ctx.save_for_backward(q, k, v, *queries, *keys)
@@ -101,9 +102,10 @@ class _MemberAttention(torch.autograd.Function):
             grad = grad_out[b, h].to(tensors[0].dtype) * _weights(rows, tensors[0], ctx.epsilon)
             totals = [torch.zeros_like(x) for x in tensors]
             for some_rows, some_columns in _some(rows, columns, grad):
-                some = _gather(tensors, some_rows, some_columns)
-                found, lse = fused_forward(*some, ctx.scale)
-                parts = fused_backward(_take(grad, some_rows), *some, found, lse, ctx.scale)
+                part_q, part_k, part_v = _gather(tensors, some_rows, some_columns)
+                found, lse = fused_forward(part_q, part_k, part_v, ctx.scale)
+                upstream = _take(grad, some_rows)
+                parts = fused_backward(upstream, part_q, part_k, part_v, found, lse, ctx.scale)
                 for total, index, part in zip(totals, (some_rows, some_columns, some_columns), parts, strict=True):
                     _add(total, index, part)
             for target, total in zip(grads, totals, strict=True):
@@ -129,8 +131,9 @@ def _some(rows: Tensor, columns: Tensor, like: Tensor) -> Iterator[tuple[Tensor,
     yield from zip(rows.split(size), columns.split(size), strict=True)
 
 
-def _gather(tensors: list[Tensor], rows: Tensor, columns: Tensor) -> list[Tensor]:
-    return [_take(x, index) for x, index in zip(tensors, (rows, columns, columns), strict=True)]
+def _gather(tensors: list[Tensor], rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = tensors
+    return _take(q, rows), _take(k, columns), _take(v, columns)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -172,10 +172,7 @@ def test_centroids_are_saved_with_the_model(tmp_path: Path) -> None:
 
 
 def test_the_first_centroids_are_those_of_seed_and_layer() -> None:
-    means = [
-        build_mixer("routing", embed_dim=4, num_heads=2, seed=s, layer=n).means
-        for s, n in ((0, 1), (0, 1), (1, 1), (0, 2))
-    ]
+    means = [mixer_with(seed=seed, layer=layer).means for seed, layer in ((0, 1), (0, 1), (1, 1), (0, 2))]
     assert torch.equal(means[0], means[1])
     assert not torch.equal(means[0], means[2])
     assert not torch.equal(means[0], means[3])
