@@ -17,6 +17,11 @@ def has_gaps(valid: Tensor) -> bool:
     return bool((valid[:, 1:] & ~valid[:, :-1]).any())
 
 
+def token_counts(x: Tensor, valid: Tensor | None) -> list[int]:
+    """Valid tokens of each example of x (B, H, L, E); valid: bool (B, L), None for all."""
+    return [x.shape[2]] * x.shape[0] if valid is None else valid.sum(dim=1).tolist()
+
+
 def valid_first(valid: Tensor) -> Tensor:
     """Order, int64 (B, L), that puts the valid tokens (bool (B, L)) of each row first and keeps their order."""
     return torch.argsort(~valid, dim=1, stable=True)

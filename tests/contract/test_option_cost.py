@@ -25,6 +25,12 @@ CONFIGS = [
         mixer_config("sparse_transformer", kind=kind, stride=7, summary=3, combine=combine, summary_per_head=True)
         for kind, combine in product(("strided", "fixed"), ("merged", "local", "summary", "heads"))
     ),
+    *(mixer_config("routing", clusters=2, window=window, shared=shared) for window, shared in ((5, True), (5, None))),
+    mixer_config("routing", clusters=3, window=40, shared=False),
+    *(
+        mixer_config("sinkhorn", block=4, combine=combine, sort_cut=sort_cut)
+        for combine, sort_cut in (("sum", None), ("logits", None), ("joint", 2))
+    ),
     *(
         mixer_config("logsparse", local=local, restart=restart, kernel=kernel)
         for local, restart, kernel in ((4, None, 1), (3, 16, 5), (1, 7, 2))

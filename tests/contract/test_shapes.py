@@ -104,7 +104,7 @@ def test_a_module_saved_and_loaded_gives_the_same_bits(name: str, dims: Dims) ->
 
 @pytest.mark.parametrize(("name", "dims"), CASES)
 def test_autocast_stays_close_and_returns_the_dtype_of_x(name: str, dims: Dims) -> None:
-    mixer = build_from_config(small_config(name), dims)
+    mixer = build_from_config(small_config(name), dims).eval()
     x = torch.randn(2, 40, dims.embed_dim)
     context = torch.randn(2, 30, dims.embed_dim) if dims.cross else None
     exact = mixer(x, context).y.detach()

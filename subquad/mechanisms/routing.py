@@ -1,0 +1,218 @@
+"""Routing Transformer: attention inside clusters of queries and keys, found by k-means as training goes.
+
+Roy et al. 2020, "Efficient Content-Based Sparse Attention with Routing Transformers", arXiv:2003.05997.
+
+    q, k standardised (layer norm without parameters);    μ_1..μ_C centroids, for each head
+    bidirectional: of each centroid, the w queries and the w keys with the largest products with it;
+        o_i = 1 / (n_i + ε) Σ_{the n_i clusters of query i} softmax over the keys of the cluster of q_i · k_j, times v_j
+    causal, q = k: c(i) = argmax_c q_i · μ_c;
+        o_i = 1 / (1 + ε) softmax over the last w tokens j <= i with c(j) = c(i) of q_i · k_j, times v_j
+
+Cost O(L (C + w) D); with C = L / w clusters, and w = √L, O(L √L D). A query in no cluster gives 0. In training the
+centroids move: by moving averages of the counts and sums of the vectors nearest to each, queries and keys alike. They
+are buffers, saved with the model. The auxiliary loss draws vectors to their centroids: β mean |x - μ_c(x)|².
+
+Departures: the official code takes the top w tokens of a causal sequence too, which tells a token which later ones will
+come; the causal form above knows of earlier tokens only. Averages start from one token at each centroid. Relative
+positions by rank in the cluster, memory slots and the code's heads with local attention are not part of this layer: for
+the latter, mix layers of `local` and of this. Scores are not divided by √E, as in the official code: `scaled`. Choices
+are constants to the gradient. Padding is taken out first and takes no position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from subquad.costs import Cost, visible_pairs
+from subquad.heads import HeadMixer, Heads, projection_cost
+from subquad.interface import Dims, Mixed, MixerConfig, Traits
+from subquad.mask import Mask
+from subquad.ops.cluster_window import cluster_window_attention
+from subquad.ops.clusters import Centroids, commitment, members, moved, nearest, standardise
+from subquad.ops.member_attention import member_attention
+from subquad.ops.packing import has_gaps, put_back, take, token_counts, valid_first
+from subquad.ops.precision import full_precision
+from subquad.ops.rotary import rotate
+from subquad.registry import register
+from subquad.state import State
+
+
+@register("routing")
+@dataclass(frozen=True, kw_only=True)
+class RoutingConfig(MixerConfig):
+    """Options of the Routing Transformer."""
+
+    family: ClassVar[str] = "sparse"
+
+    clusters: int = 16
+    """C, centroids of each head."""
+    window: int = 128
+    """w, tokens of a cluster: bidirectional its top ones, causal the last ones, the token itself included."""
+    shared: bool | None = None
+    """q = k, by one projection; None for the paper's choice: when causal, which needs it."""
+    scaled: bool = False
+    """Divide scores by √E."""
+    epsilon: float = 1e-2
+    """ε, added to the number of clusters of a token."""
+    decay: float = 0.999
+    """Of the moving averages."""
+    commitment: float = 1e-4
+    """β, weight of the auxiliary loss."""
+    seed: int = 0
+    """Seeds the first centroids, together with the layer."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        for name in ("clusters", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"routing: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("epsilon", "commitment", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"routing: {name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"routing: decay must be in [0, 1], got {self.decay}")
+
+    @property
+    def traits(self) -> Traits:
+        """Causal where q = k: a query's cluster is then that of its key."""
+        return Traits(bidirectional=True, causal=self.shared is not False, padding=True, aux_loss=True)
+
+    def shares(self, dims: Dims) -> bool:
+        """Whether q = k."""
+        return dims.causal if self.shared is None else self.shared
+
+    def build(self, dims: Dims) -> Routing:
+        """The module."""
+        return Routing(self, dims)
+
+    def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
+        """Projections, products with the centroids, and attention.
+
+        Causal attention is priced as the window in the order of the clusters, whoever is in it. Autograd keeps
+        standardised q and k, v, the deviations of q and k, and, causal, the log-sum-exp; what the auxiliary loss keeps
+        besides is not priced.
+        """
+        sets, wide, inner = 1 if self.shares(dims) else 2, max(4, dtype_bytes), dims.inner_dim
+        size = min(self.window, length)
+        pairs = visible_pairs(length, left=self.window - 1, right=0) if dims.causal else self.clusters * size**2
+        kept = sets * inner + (sets + dims.causal) * dims.num_heads
+        copies = 0 if dtype_bytes >= 4 else wide * dims.embed_dim * (length + sets * inner)
+        spared = 2 - sets  # projections
+        return projection_cost(dims, length, dtype_bytes, kept=1) + Cost(
+            flops=2 * inner * (sets * length * self.clusters + 2 * pairs - spared * length * dims.embed_dim),
+            activation_bytes=wide * length * kept + copies,
+            parameters=-spared * inner * (dims.embed_dim + dims.bias),
+        )
+
+
+class Routing(HeadMixer):
+    """Attention inside clusters."""
+
+    config: RoutingConfig
+    means: Tensor
+    counts: Tensor
+    sums: Tensor
+
+    def __init__(self, config: RoutingConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        if config.shares(dims):
+            del self.project_key
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + dims.layer)
+        means = torch.randn(dims.num_heads, config.clusters, dims.head_dim, generator=generator, device="cpu")
+        means = standardise(means.to(self.project_query.weight.dtype))
+        self.register_buffer("means", means)
+        self.register_buffer("counts", torch.ones_like(means[..., 0]))
+        self.register_buffer("sums", means.clone())
+
+    def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Standardised queries and keys, the same where they are shared, and values.
+
+        A rounded vector may fall to another cluster: queries and keys are float32 or wider, autocast or not.
+        """
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        with full_precision(x.device):
+            q = standardise(self.split(_linear(wide, self.project_query)))
+            k = q if self.config.shares(self.dims) else standardise(self.split(_linear(wide, self.project_key)))
+        return q, k, self.split(self.project_value(x))
+
+    def mix(
+        self, x: Tensor, context: Tensor | None, mask: Mask | None, context_mask: Mask | None, state: State | None
+    ) -> Mixed:
+        """Project, attend, project back, and in training let the centroids move."""
+        facts = mask or Mask()
+        out, loss = self._attend_routed(Heads(x, *self.project(x, context), facts, facts))
+        y = self.project_out(out.to(x.dtype).transpose(1, 2).flatten(2))
+        return Mixed(self.dropout(y), None, loss)
+
+    def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
+        """Attend inside the clusters."""
+        return self._attend_routed(heads)[0], None
+
+    def _attend_routed(self, heads: Heads) -> tuple[Tensor, Tensor | None]:
+        """The result and, in training, the auxiliary loss; padding is taken out first, so that it takes no position."""
+        assert heads.k is not None
+        assert heads.v is not None
+        q, k, v, valid = heads.q, heads.k, heads.v, heads.mask.valid
+        order = valid_first(valid) if valid is not None and has_gaps(valid) else None
+        if valid is not None and order is not None:
+            v, valid = take(v, order), take(valid, order)
+            q, k = (take(q, order),) * 2 if k is q else (take(q, order), take(k, order))
+        sets, lengths = [q] if k is q else [q, k], token_counts(q, valid)
+        with full_precision(q.device):
+            if self.dims.causal:
+                out, labels = self._attend_causal(q, v, valid)
+            else:
+                out, labels = self._attend_members(sets, v, lengths)
+            loss = self._learn(sets, labels, lengths) if self.training else None
+        return (out if order is None else put_back(out, order)), loss
+
+    @property
+    def _scale(self) -> float:
+        return self.dims.head_dim**-0.5 if self.config.scaled else 1.0
+
+    def _rotated(self, sets: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries and keys, rotated with rotary positions; clusters are found before, by content."""
+        if self.dims.positions == "rotary":
+            places = torch.arange(sets[0].shape[2], device=sets[0].device)[None]
+            sets = [rotate(x, places) for x in sets]
+        return sets[0], sets[-1]
+
+    def _attend_causal(self, q: Tensor, v: Tensor, valid: Tensor | None) -> tuple[Tensor, list[list[Tensor]]]:
+        labels, (q, k) = nearest(q, self.means), self._rotated([q])
+        v = v / (1 + self.config.epsilon)
+        out = cluster_window_attention(q, k, v, labels, self.config.window, scale=self._scale, valid=valid)
+        return out, [list(labels)]
+
+    def _attend_members(self, sets: list[Tensor], v: Tensor, lengths: list[int]) -> tuple[Tensor, list[list[Tensor]]]:
+        chosen, labels = [], []
+        for x in sets:
+            of_examples = [
+                members(example[:, :length], self.means, min(self.config.window, length))
+                for example, length in zip(x, lengths, strict=True)
+            ]
+            chosen.append([found for found, _ in of_examples])
+            labels.append([label for _, label in of_examples])
+        q, k = self._rotated(sets)
+        out = member_attention(q, k, v, chosen[0], chosen[-1], scale=self._scale, epsilon=self.config.epsilon)
+        return out, labels
+
+    def _learn(self, sets: list[Tensor], labels: list[list[Tensor]], lengths: list[int]) -> Tensor:
+        """Move the centroids, and return the auxiliary loss by those from before."""
+        loss = torch.stack([commitment(x, self.means, label, lengths) for x, label in zip(sets, labels, strict=True)])
+        centroids = Centroids(self.means, self.counts, self.sums)
+        after = moved(centroids, [x.detach() for x in sets], labels, lengths, self.config.decay)
+        for buffer, value in zip(centroids, after, strict=True):
+            buffer.copy_(value)
+        return self.config.commitment * loss.mean()
+
+
+def _linear(x: Tensor, projection: nn.Linear) -> Tensor:
+    """The projection in the dtype of x."""
+    bias = None if projection.bias is None else projection.bias.to(x.dtype)
+    return F.linear(x, projection.weight.to(x.dtype), bias)

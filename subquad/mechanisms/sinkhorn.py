@@ -1,0 +1,183 @@
+"""Sinkhorn: attention inside blocks, each of which also sees a block that a learned, soft permutation sorts to it.
+
+Tay et al. 2020, "Sparse Sinkhorn Attention", arXiv:2002.11296.
+
+    s_u = W₂ relu(W₁ Σ_{i in block u} x_i + b₁) + b₂        one row of scores of all blocks, for each head
+    P   = exp(Sinkhorn((s + g) / τ))                        K̃_u = Σ_v P_uv K_v,  Ṽ_u = Σ_v P_uv V_v
+    o_i = softmax attention of q_i, in block u, to the keys [K_u; K̃_u] and values [V_u; Ṽ_u]
+
+    sort_cut = n: all queries see the first n sorted blocks and nothing else
+
+Cost O(L B D + L² D / B) with blocks of B tokens: mixing N = L / B blocks into N takes N² products of blocks, a small
+part below L = 100 B or so. With `sort_cut` O(L n B D + L n D), and the scores, N² numbers for each head, in all forms.
+
+causal: s_u is made of the tokens up to the first one of block u, P_uv is 0 unless v < u, and block 0 sees a learned
+null key in place of a sorted block.
+
+Departures: the paper normalises the columns of the causal P over all rows, so that a row depends on blocks of the
+future; here over the rows up to it, which is causal exactly. The paper's formula adds the scores of own and sorted
+keys, the author's code in Long Range Arena the results of two softmaxes, other code joins the keys in one softmax:
+`combine`. (That code in Long Range Arena also cuts blocks by index modulo N and sorts by default with one softmax over
+rows; a popular implementation sorts keys where it should sort values.) Gumbel noise g is an option, drawn in training
+only. Blocks count valid tokens, and blocks without any are left out of the sorting, so that padding has no effect.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from subquad.costs import Cost
+from subquad.heads import HeadMixer, Heads, initialise_projection, projection_cost
+from subquad.interface import Dims, MixerConfig, Traits
+from subquad.ops.packing import has_gaps, put_back, take, valid_first
+from subquad.ops.precision import full_precision
+from subquad.ops.sorted_blocks import NullKey, SortedBlocks, sorted_block_attention, sorted_cut_attention
+from subquad.ops.sorting import BlockScores, Sorting, block_descriptors
+from subquad.registry import register
+from subquad.state import State
+
+
+@register("sinkhorn")
+@dataclass(frozen=True, kw_only=True)
+class SinkhornConfig(MixerConfig):
+    """Options of Sparse Sinkhorn Attention."""
+
+    family: ClassVar[str] = "sparse"
+
+    block: int = 64
+    """B, tokens of a block."""
+    iterations: int = 8
+    """K, times that the sorting matrix is normalised, rows and then columns (5 to 10 in practice)."""
+    temperature: float = 0.75
+    """τ; towards 0 the matrix becomes a permutation."""
+    noise: bool = False
+    """Gumbel noise on the scores in training."""
+    combine: Literal["joint", "sum", "logits"] = "joint"
+    """Own and sorted keys in one softmax; in two, whose results are added; or with their scores and values added."""
+    sort_cut: int | None = None
+    """n, the first sorted blocks, which alone are seen, by all queries; None for own and sorted block."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        if self.block < 1:
+            raise ValueError(f"sinkhorn: block counts the tokens of a block and must be at least 1; got {self.block}")
+        if self.iterations < 0:
+            raise ValueError(f"sinkhorn: iterations must not be negative, got {self.iterations}")
+        if not self.temperature > 0:
+            raise ValueError(f"sinkhorn: temperature must be greater than 0, got {self.temperature}")
+        if self.sort_cut is not None and self.sort_cut < 1:
+            raise ValueError(
+                f"sinkhorn: sort_cut counts sorted blocks and must be at least 1, or None; got {self.sort_cut}"
+            )
+
+    @property
+    def traits(self) -> Traits:
+        """Bound to a maximal length, since the network scores each possible block; cut, it sees the whole sequence."""
+        return Traits(bidirectional=True, causal=self.sort_cut is None, padding=True, fixed_length=True)
+
+    def build(self, dims: Dims) -> Sinkhorn:
+        """The module."""
+        return Sinkhorn(self, dims)
+
+    def most_blocks(self, dims: Dims) -> int:
+        """M, blocks of the longest input."""
+        assert dims.max_length is not None
+        return -(-dims.max_length // self.block)
+
+    def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
+        """Projections, the network, mixing blocks, and attention.
+
+        Autograd keeps, besides what the projections keep, the sums of blocks, the hidden layer, and the log-sum-exp
+        of each row where there is one softmax; with `sort_cut` also the sorted blocks.
+        """
+        count, wide = -(-length // self.block), max(4, dtype_bytes)
+        weights = dims.embed_dim**2 + dims.num_heads * self.most_blocks(dims) * dims.embed_dim
+        biases = dims.embed_dim + dims.num_heads * self.most_blocks(dims)
+        network = count * dims.embed_dim * (dims.embed_dim + dims.num_heads * count)
+        places = count if self.sort_cut is None else min(count, self.sort_cut)
+        mixing = 2 * places * count * self.block * dims.inner_dim
+        sorted_tokens = places * self.block if count > 1 else length
+        cut = 0 if self.sort_cut is None else 2 * sorted_tokens * dims.inner_dim
+        lse = 0 if self.sort_cut is None and self.combine == "sum" else wide * dims.num_heads * length
+        return projection_cost(dims, length, dtype_bytes) + Cost(
+            flops=2 * (network + mixing) + 2 * 2 * self._pairs(dims, length) * dims.inner_dim,
+            activation_bytes=dtype_bytes * (2 * count * dims.embed_dim + cut) + lse,
+            parameters=weights + biases + (2 * dims.inner_dim if dims.causal else 0),
+        )
+
+    def _pairs(self, dims: Dims, length: int) -> int:
+        """Visible pairs of a query and an own or sorted key."""
+        whole, rest = divmod(length, self.block)
+        if self.sort_cut is not None:
+            blocks = min(self.sort_cut, whole + (rest > 0))
+            return length * (blocks * self.block if length > self.block else length)
+        others = self.block if whole or dims.causal else rest
+        if self.combine == "logits":
+            if dims.causal:
+                return whole * self.block * (self.block + 1) // 2 + rest * (rest + 1) // 2
+            return whole * self.block**2 + rest * others
+        own = [size * (size + 1) // 2 if dims.causal else size**2 for size in (self.block, rest)]
+        return whole * (own[0] + self.block**2) + own[1] + rest * others
+
+
+class Sinkhorn(HeadMixer):
+    """Attention to the own block and a sorted one."""
+
+    config: SinkhornConfig
+
+    def __init__(self, config: SinkhornConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        self.describe = nn.Linear(dims.embed_dim, dims.embed_dim)
+        self.score = nn.Linear(dims.embed_dim, dims.num_heads * config.most_blocks(dims))
+        for projection in (self.describe, self.score):
+            initialise_projection(projection)
+        shape = (dims.num_heads, dims.head_dim)
+        self.null_key = nn.Parameter(torch.empty(shape)) if dims.causal else None
+        self.null_value = nn.Parameter(torch.empty(shape)) if dims.causal else None
+        self.initialise()
+
+    def initialise(self) -> None:
+        """A null key and value of the scale of others."""
+        for null in (self.null_key, self.null_value):
+            if null is not None:
+                nn.init.normal_(null)
+
+    def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
+        """Sort and attend, never narrowed by autocast; padding is taken out first, so that it takes no position."""
+        assert heads.k is not None
+        assert heads.v is not None
+        x, q, k, v, valid = heads.x, heads.q, heads.k, heads.v, heads.mask.valid
+        order = valid_first(valid) if valid is not None and has_gaps(valid) else None
+        if valid is not None and order is not None:
+            q, k, v, valid = (take(tensor, order) for tensor in (q, k, v, valid))
+            x = take(x[:, None], order)[:, 0]
+        with full_precision(q.device):
+            out = self._attend_sorted(x, q, k, v, valid)
+        return (out if order is None else put_back(out, order)), None
+
+    def _attend_sorted(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        blocks, form = self._scores(x), self._form()
+        if self.config.sort_cut is not None:
+            return sorted_cut_attention(q, k, v, blocks, form, self.config.sort_cut, valid=valid)
+        null = None
+        if self.null_key is not None and self.null_value is not None:
+            null = NullKey(self.null_key, self.null_value)
+        return sorted_block_attention(q, k, v, blocks, form, null=null, valid=valid)
+
+    def _scores(self, x: Tensor) -> BlockScores:
+        """The network, up to the product that would have a number for each pair of blocks."""
+        sums = block_descriptors(x.to(self.score.weight.dtype), self.config.block, causal=self.dims.causal)
+        hidden = self.describe(sums).relu()
+        shape = (self.dims.num_heads, -1)
+        return BlockScores(hidden, self.score.weight.unflatten(0, shape), self.score.bias.unflatten(0, shape))
+
+    def _form(self) -> SortedBlocks:
+        """The options; in training with the seed of new noise, from torch's generator."""
+        seed = int(torch.randint(2**62, ())) if self.training and self.config.noise else None
+        sorting = Sorting(self.config.iterations, self.config.temperature, self.dims.causal, seed)
+        return SortedBlocks(self.config.block, sorting, self.config.combine)
