@@ -18,8 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from subquad.ops.combiner_example import Options, prepare_examples
+from subquad.ops.combiner_grid import Rowmajor
 from subquad.ops.combiner_plans import Plan, Region
-from subquad.ops.combiner_run import Options, combine, prepare_examples
+from subquad.ops.combiner_run import Inputs, combine
 from subquad.ops.precision import full_precision
 
 
@@ -59,9 +61,9 @@ def combiner_attention_by_regions(
     examples = []
     for b in range(q.shape[0]):
         kept = [bool(x) for x in valid[b]]
-        of_tokens = [x[b].to(wide).masked_fill(~valid[b, :, None], 0.0).transpose(0, 1) for x in (q, k, v)]
-        of_example = _OneExample(*of_tokens, plan, summarize or Summarize(), kept)
-        rows = [of_example.attend(i, causal) if kept[i] else 0 * of_tokens[0][i] for i in range(length)]
+        q_b, k_b, v_b = (x[b].to(wide).masked_fill(~valid[b, :, None], 0.0).transpose(0, 1) for x in (q, k, v))
+        of_example = _OneExample(q_b, k_b, v_b, plan, summarize or Summarize(), kept)
+        rows = [of_example.attend(i, causal) if kept[i] else 0 * q_b[i] for i in range(length)]
         examples.append(torch.stack(rows, dim=1))
     return torch.stack(examples).to(q.dtype)
 
@@ -69,9 +71,7 @@ def combiner_attention_by_regions(
 class _OneExample:
     """The definition for one example: q, k, v (L, H, E), and which tokens are real."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, summarize: Summarize, kept: list[bool]
-    ) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, summarize: Summarize, kept: list[bool]) -> None:
         self.q, self.k, self.v, self.plan, self.summarize, self.kept = q, k, v, plan, summarize, kept
         self.known: dict[Region, tuple[Tensor, Tensor]] = {}
 
@@ -99,7 +99,7 @@ class _OneExample:
             key = self.pooled(self.k, region, self.summarize.key_weight)
             scores = (self.k[members] * query).sum(dim=-1) / math.sqrt(query.shape[-1])
             weights = scores.softmax(dim=0)[..., None]
-            if getattr(self.plan, "weighted_keys", False):
+            if self.plan.weighted_keys:
                 key = (weights * self.k[members]).sum(dim=0)
             self.known[region] = key, (weights * self.v[members]).sum(dim=0)
         return self.known[region]
@@ -147,15 +147,61 @@ def combiner_attention(
     """
     summarize = Summarize() if summarize is None else summarize
     _check(q, k, v, plan, causal, valid, summarize)
-    if not q.numel():
-        return q
     options = Options(summarize.reduce, summarize.activation != "identity", summarize.log_size)
-    examples = prepare_examples(q, plan, causal, valid, options)
+    inputs = Inputs(q, k, v, summarize.query_weight, summarize.key_weight)
+    return _combine(inputs, plan, causal, valid, options)
+
+
+def combiner_attention_with_summaries(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    summary_keys: Tensor,
+    summary_values: Tensor,
+    plan: Rowmajor,
+    *,
+    causal: bool,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Attend by a plan whose regions are summarised by the caller.
+
+    Args:
+        q: (B, H, L, E), any strides.
+        k: (B, H, L, E).
+        v: (B, H, L, E).
+        summary_keys: (B, H, R, E), what a query in the same column sees of each token's row; R tokens, causal: at
+            least all that have a row after them, else as many as fill all rows.
+        summary_values: (B, H, R, E).
+        plan: the grid.
+        causal: query i sees the keys 0..i and the summaries of earlier rows.
+        valid: bool (B, L), as in `combiner_attention`.
+
+    Returns:
+        (B, H, L, E), the dtype of q.
+
+    Raises:
+        ValueError: as in `combiner_attention`, and too few summaries.
+    """
+    _check(q, k, v, plan, causal, valid, Summarize())
+    whole = q.shape[2] + -q.shape[2] % plan.unit(q.shape[2]) if q.shape[2] else 0
+    needed = max(0, whole - plan.unit(max(1, q.shape[2]))) if causal else whole
+    if summary_keys.shape != summary_values.shape or summary_keys.shape[2] < needed:
+        shapes = f"{tuple(summary_keys.shape)} and {tuple(summary_values.shape)}"
+        raise ValueError(f"combiner_attention_with_summaries: expected two of {needed} summaries or more, got {shapes}")
+    inputs = Inputs(q, k, v, None, None, summary_keys, summary_values)
+    return _combine(inputs, plan, causal, valid, Options("max", False, False))
+
+
+def _combine(inputs: Inputs, plan: Plan, causal: bool, valid: Tensor | None, options: Options) -> Tensor:
+    if not inputs.q.numel():
+        return inputs.q
+    examples = prepare_examples(inputs.q, plan, causal, valid, options)
     if any(example is not None and example.gaps for example in examples):
         assert valid is not None
-        q, k, v = (x.masked_fill(~valid[:, None, :, None], 0.0) for x in (q, k, v))
-    with full_precision(q.device):
-        out = combine(q, k, v, summarize.query_weight, summarize.key_weight, examples, options)
+        q, k, v = (x.masked_fill(~valid[:, None, :, None], 0.0) for x in inputs[:3])
+        inputs = inputs._replace(q=q, k=k, v=v)
+    with full_precision(inputs.q.device):
+        out = combine(inputs, examples, options)
     return out if valid is None else out.masked_fill(~valid[:, None, :, None], 0.0)
 
 
@@ -174,7 +220,7 @@ def _check(
     if plan.asks_tokens and pooled != ("max", "identity"):
         raise ValueError(f"combiner_attention: {plan} pools nothing; leave reduce and activation as they are")
     deepset, square = summarize.activation == "deepset", (q.shape[3], q.shape[3])
-    if any((weight is not None) != deepset or (deepset and weight.shape != square) for weight in weights):
+    if any((None if weight is None else weight.shape) != (square if deepset else None) for weight in weights):
         raise ValueError(
             f"combiner_attention: activation='deepset' needs query_weight and key_weight of shape {square}, and "
             f"{summarize.activation!r} was got with {[None if w is None else tuple(w.shape) for w in weights]}"

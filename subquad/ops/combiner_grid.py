@@ -7,7 +7,7 @@ row alone (`Rowmajor`); the rest of the past lies in regions.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from subquad.ops.combiner_plans import (
     Layout,
+    Pairs,
     Partition,
     Plan,
     Region,
@@ -24,7 +25,7 @@ from subquad.ops.combiner_plans import (
     tokens,
 )
 from subquad.ops.rectangles import Part, View
-from subquad.ops.region_pooling import Pool, Reduction, after, before, others
+from subquad.ops.region_pooling import Reduction, after, before, others
 
 
 class Grid(NamedTuple):
@@ -60,15 +61,31 @@ class Grid(NamedTuple):
             return []
         offset, origin = (0, tokens) if summary_offset is None else (summary_offset, summaries)
         if not self.causal:
-            columns = self.columns._replace(first=offset)
+            columns = replace(self.columns, first=offset)
             return [Part(self.columns, (origin(columns),), _all_but_one(self.height))]
-        above = self.columns._replace(size=self.height - 1)
-        rows = above._replace(first=self.width)  # row t + 1 stands at t, so that t sees 0..t
-        return [Part(rows, (origin(above._replace(first=offset)),), causal=True)]
+        above = replace(self.columns, size=self.height - 1)
+        rows = replace(above, first=self.width)  # row t + 1 stands at t, so that t sees 0..t
+        return [Part(rows, (origin(replace(above, first=offset)),), causal=True)]
 
-    def on_grid(self, x: Tensor, height: int) -> Tensor:
+    def cells(self, x: Tensor, height: int) -> Tensor:
         """(G, L, E) -> (G, height, m, E), the first rows."""
         return x[:, : height * self.width].unflatten(1, (height, self.width))
+
+    @property
+    def pairs_in_rows(self) -> int:
+        """Pairs of `own_row`."""
+        return self.height * (self.width * (self.width + 1) // 2 if self.causal else self.width**2)
+
+    @property
+    def pairs_in_columns(self) -> int:
+        """Pairs of `own_column`."""
+        pairs = self.height * (self.height - 1)
+        return self.width * (pairs // 2 if self.causal else pairs)
+
+    @property
+    def used(self) -> int:
+        """Rows whose tokens summarise something: causal, those that others follow."""
+        return self.height - 1 if self.causal or self.height == 1 else self.height
 
 
 def _all_but_one(size: int) -> Tensor:
@@ -98,9 +115,18 @@ class GridPlan(Plan):
         width = self.unit(length)
         return self.on_grid(Grid(length // width, width, causal))
 
+    def pairs(self, length: int, *, causal: bool) -> Pairs:
+        """On the grid of this length."""
+        width = self.unit(length)
+        return self.pairs_on_grid(Grid(length // width, width, causal))
+
     @abstractmethod
     def on_grid(self, grid: Grid) -> Layout:
         """The layout."""
+
+    @abstractmethod
+    def pairs_on_grid(self, grid: Grid) -> Pairs:
+        """What the parts of the layout add up to."""
 
     def lines(self, i: int, length: int, *, causal: bool) -> tuple[list[int], list[int], int]:
         """Tokens of the own row, other tokens of the own column, and the end of what is seen."""
@@ -126,21 +152,25 @@ class Vertical(GridPlan):
 
     def on_grid(self, grid: Grid) -> Layout:
         """One region for every token: what is above it in its column, or everything else in it."""
-        height, width, causal = grid
-        used = height - 1 if causal else height
+        (height, width, causal), used = grid, grid.used
 
         def pool(x: Tensor, reduction: Reduction) -> Tensor:
-            cells = grid.on_grid(x, used)
+            cells = grid.cells(x, used)
             return (reduction.running(cells, 1) if causal else others(cells, reduction, 1)).flatten(1, 2)
 
         parts = [grid.own_row(), *grid.own_column()]
         if height == 1 or width == 1:
             return Layout(0, _nothing, sizes_by(_nothing), [], parts)
-        lines = grid.columns._replace(size=used)
+        lines = replace(grid.columns, size=used)
         made = Part(lines, (tokens(lines),), None if causal else _all_but_one(height), causal=causal)
         rows = grid.rows.cut(height - used, height)
         parts.append(Part(rows, (summaries(grid.rows.cut(0, used)),), _all_but_one(width)))
         return Layout(used * width, pool, sizes_by(pool), [made], parts)
+
+    def pairs_on_grid(self, grid: Grid) -> Pairs:
+        """The cross, and a summary of every other column."""
+        cross, others_in_row = grid.pairs_in_rows + grid.pairs_in_columns, grid.used * grid.width * (grid.width - 1)
+        return Pairs(cross + others_in_row, grid.pairs_in_columns if grid.width > 1 else 0)
 
 
 @dataclass(frozen=True)
@@ -156,11 +186,10 @@ class Horizontal(GridPlan):
 
     def on_grid(self, grid: Grid) -> Layout:
         """One region for every token: the others of its row."""
-        height, width, causal = grid
-        used = height - 1 if causal else height
+        height, width, used = grid.height, grid.width, grid.used
 
         def pool(x: Tensor, reduction: Reduction) -> Tensor:
-            return others(grid.on_grid(x, used), reduction, 2).flatten(1, 2)
+            return others(grid.cells(x, used), reduction, 2).flatten(1, 2)
 
         parts = [grid.own_row(), *grid.own_column()]
         if height == 1 or width == 1:
@@ -168,6 +197,11 @@ class Horizontal(GridPlan):
         rows = grid.rows.cut(0, used)
         made = Part(rows, (tokens(rows),), _all_but_one(width))
         return Layout(used * width, pool, sizes_by(pool), [made], parts + grid.own_column(0))
+
+    def pairs_on_grid(self, grid: Grid) -> Pairs:
+        """The cross, and a summary of every other row."""
+        regions = grid.pairs_in_columns if grid.width > 1 else 0
+        return Pairs(grid.pairs_in_rows + grid.pairs_in_columns + regions, grid.used * grid.width * (grid.width - 1))
 
 
 @dataclass(frozen=True)
@@ -194,18 +228,21 @@ class Rowmajor(GridPlan):
 
     def on_grid(self, grid: Grid) -> Layout:
         """One summary for every token, of its whole row."""
-        height, width, causal = grid
-        used = (height - 1 if causal else height) if height > 1 else 0
+        width, used = grid.width, grid.used
 
         def pool(x: Tensor, reduction: Reduction) -> Tensor:
             return x[:, : used * width]
 
         def sizes(kept: Tensor) -> Tensor:
-            return grid.on_grid(kept, used).sum(dim=2, keepdim=True).expand(-1, -1, width, -1).flatten()
+            return grid.cells(kept, used).sum(dim=2, keepdim=True).expand(-1, -1, width, -1).flatten()
 
         rows = grid.rows.cut(0, used)
         made = [Part(rows, (tokens(rows),))] if used else []
         return Layout(used * width, pool, sizes, made, [grid.own_row(), *grid.own_column(0)])
+
+    def pairs_on_grid(self, grid: Grid) -> Pairs:
+        """The own row, and a summary of every other row."""
+        return Pairs(grid.pairs_in_rows + grid.pairs_in_columns, grid.used * grid.width**2)
 
 
 @dataclass(frozen=True)
@@ -228,13 +265,13 @@ class JointMixture(GridPlan):
 
     def on_grid(self, grid: Grid) -> Layout:
         """Three regions for every token but those of the last row."""
-        height, width, _ = grid
-        vertical, used = Vertical(width).on_grid(grid), height - 1
+        width, used = grid.width, grid.used
+        vertical = Vertical(width).on_grid(grid)
         if not vertical.regions:
             return vertical
 
         def pool(x: Tensor, reduction: Reduction) -> Tensor:
-            cells = grid.on_grid(x, used)
+            cells = grid.cells(x, used)
             sides = (before(cells, reduction, 2), after(cells, reduction, 2))
             return torch.cat((vertical.pool(x, reduction), *(side.flatten(1, 2) for side in sides)), dim=1)
 
@@ -242,15 +279,18 @@ class JointMixture(GridPlan):
         square = torch.ones(1, 1, width, width, dtype=torch.bool)
         for side, first, visible in ((1, 1, square.tril(-1)), (2, 0, square.triu(1))):
             offset = side * used * width
-            made.append(Part(rows._replace(first=offset), (tokens(rows),), visible))
+            made.append(Part(replace(rows, first=offset), (tokens(rows),), visible))
             (part,) = grid.own_column(offset)  # without the first column, or the last, where a side has nothing
             keys = tuple(keys._replace(rows=keys.rows.cut(first, first + width - 1)) for keys in part.keys)
             parts.append(Part(part.rows.cut(first, first + width - 1), keys, causal=True))
         return Layout(3 * used * width, pool, sizes_by(pool), made, parts)
 
+    def pairs_on_grid(self, grid: Grid) -> Pairs:
+        """Those of `Vertical`, and two summaries of every row above, one at the borders."""
+        attended, summarised = Vertical(grid.width).pairs_on_grid(grid)
+        sides = (grid.width - 1) * grid.height * (grid.height - 1)
+        return Pairs(attended + sides, summarised + grid.used * grid.width * (grid.width - 1))
+
 
 def _nothing(x: Tensor, reduction: Reduction) -> Tensor:
     return x[:, :0]
-
-
-NOTHING: Pool = _nothing

@@ -7,7 +7,7 @@ tokens are in the cache.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,101 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from subquad.ops.combiner_plans import Layout, Plan
-from subquad.ops.rectangles import SUMMARIES, TOKENS, Part, Queries, Source
+from subquad.ops.combiner_example import Example, Options
+from subquad.ops.rectangles import SUMMARIES, TOKENS, Queries, Source
 from subquad.ops.region_pooling import MAXIMUM, SUM
 
 GROUP_BYTES = 2**20
 """Queries of the heads that run together: few enough that they stay in the cache."""
-
-
-class Options(NamedTuple):
-    """How regions are summarised, but for the weights.
-
-    Attributes:
-        reduce: "max", "mean" or "sum".
-        rectified: whether negative features count as 0.
-        log_size: whether a region's score grows by the logarithm of its size.
-    """
-
-    reduce: str
-    rectified: bool
-    log_size: bool
-
-
-class Example(NamedTuple):
-    """What one example runs.
-
-    Attributes:
-        length: tokens up to the last real one.
-        padded: the multiple of the plan's unit to which they are filled up.
-        layout: of that length, its parts with the masks of this example.
-        plan: the plan.
-        kept: bool (padded,), the real ones where others may be seen; None where none can be.
-        sizes: (R,), real tokens in each region, where that matters.
-        gaps: whether tokens before the last real one are not real.
-    """
-
-    length: int
-    padded: int
-    layout: Layout
-    plan: Plan
-    kept: Tensor | None
-    sizes: Tensor | None
-    gaps: bool
-
-
-def prepare_examples(
-    q: Tensor, plan: Plan, causal: bool, valid: Tensor | None, options: Options
-) -> list[Example | None]:
-    """The examples of a batch; None for one without real tokens."""
-    wide, length = torch.promote_types(q.dtype, torch.float32), q.shape[2]
-    with torch.device(q.device):
-        if valid is None:
-            return [_whole_example(plan, length, causal, options, wide, q.device)] * q.shape[0]
-        examples: list[Example | None] = []
-        for row in valid:
-            count = int(row.sum())
-            last = int(row.nonzero()[-1]) + 1 if count else 0
-            if count == 0:
-                examples.append(None)
-            elif count == last:
-                examples.append(_whole_example(plan, last, causal, options, wide, q.device))
-            else:
-                examples.append(_prepare(plan, row[:last], causal, options, wide))
-        return examples
-
-
-@lru_cache(maxsize=64)
-def _whole_example(
-    plan: Plan, length: int, causal: bool, options: Options, dtype: torch.dtype, device: torch.device
-) -> Example:
-    """All tokens are real. A pure function, remembered because layers ask again with the same arguments."""
-    return _prepare(plan, torch.ones(length, dtype=torch.bool), causal, options, dtype)
-
-
-def _prepare(plan: Plan, kept: Tensor, causal: bool, options: Options, dtype: torch.dtype) -> Example:
-    length, gaps = len(kept), not bool(kept.all())
-    padded = length + -length % plan.unit(length)
-    layout = plan.layout(padded, causal=causal)
-    hiding = gaps or (padded > length and not causal)
-    kept = F.pad(kept, (0, padded - length))
-    sizes = None
-    added: dict[str, Tensor] = {}
-    if hiding or options.log_size or options.reduce == "mean":
-        counted = kept if hiding else torch.ones_like(kept)
-        sizes = layout.sizes(counted.to(dtype)[None, :, None])
-        if options.log_size:
-            added[SUMMARIES] = sizes.log()
-        elif bool((sizes == 0).any()):
-            added[SUMMARIES] = torch.zeros_like(sizes).masked_fill_(sizes == 0, -torch.inf)
-    if hiding:
-        added[TOKENS] = torch.zeros(padded, dtype=dtype).masked_fill_(~kept, -torch.inf)
-    layout = layout._replace(
-        summaries=[part.restrict(added, dtype) for part in layout.summaries],
-        parts=[part.restrict(added, dtype) for part in layout.parts],
-    )
-    return Example(length, padded, layout, plan, kept if hiding else None, sizes, gaps)
 
 
 class _Summaries(NamedTuple):
@@ -139,6 +50,7 @@ class _Run(NamedTuple):
         v: likewise.
         query_weight: (E, E) or None.
         key_weight: likewise.
+        given: summaries (G, R or more, E) that are made elsewhere; None where they are made here.
     """
 
     example: Example
@@ -148,6 +60,7 @@ class _Run(NamedTuple):
     v: Tensor
     query_weight: Tensor | None
     key_weight: Tensor | None
+    given: Source | None
 
     @property
     def scale(self) -> float:
@@ -157,7 +70,7 @@ class _Run(NamedTuple):
     @property
     def weighted(self) -> bool:
         """Whether keys of regions are averages, made as the values are."""
-        return getattr(self.example.plan, "weighted_keys", False)
+        return self.example.plan.weighted_keys
 
     def pool(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """Tokens (G, padded, E) to regions (G, R, E); differentiable."""
@@ -178,7 +91,9 @@ class _Run(NamedTuple):
 
     def summarise(self) -> _Summaries:
         """The summaries of all regions."""
-        query, value = self.pool(self.q, self.query_weight), None
+        if self.given is not None:
+            return _Summaries(self.q[:, :0], *self.given, self.q[:, :0, 0])
+        query = self.pool(self.q, self.query_weight)
         value, lse = self._read(query, self.v)
         key = self._read(query, self.k)[0] if self.weighted else self.pool(self.k, self.key_weight)
         return _Summaries(query, key, value, lse.masked_fill_(lse == -torch.inf, 0.0))
@@ -198,7 +113,7 @@ class _Run(NamedTuple):
         lse.masked_fill_(lse == -torch.inf, 0.0)
 
     def backward(self, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v (G, padded, E) and of the weights."""
+        """Gradients of q, k, v (G, padded, E), of the weights and of given summaries."""
         made, layout = self.summarise(), self.example.layout
         of_q, of_k, of_v = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
         of_query, of_key, of_value = (torch.zeros_like(x) for x in made[:3])
@@ -206,6 +121,8 @@ class _Run(NamedTuple):
         grads = {TOKENS: Source(of_k, of_v), SUMMARIES: Source(of_key, of_value)}
         for part in layout.parts:
             part.backward(grad, Queries(self.q, out, lse), sources, of_q, grads, self.scale)
+        if self.given is not None:
+            return of_q, of_k, of_v, None, None, of_key, of_value
         for part in layout.summaries:
             queries = Queries(made.query, made.value, made.lse)
             part.backward(of_value, queries, sources, of_query, grads, self.scale)
@@ -216,7 +133,7 @@ class _Run(NamedTuple):
         of_key_weight = None
         if not self.weighted:
             of_key_weight = self._pool_backward(self.k, self.key_weight, of_key, of_k)
-        return of_q, of_k, of_v, of_query_weight, of_key_weight
+        return of_q, of_k, of_v, of_query_weight, of_key_weight, None, None
 
     def _pool_backward(self, x: Tensor, weight: Tensor | None, grad: Tensor, total: Tensor) -> Tensor | None:
         """Add the gradient of the pooled tokens to `total`; that of the weight is returned."""
@@ -230,32 +147,55 @@ class _Run(NamedTuple):
         return found[1] if len(found) > 1 else None
 
 
+class Inputs(NamedTuple):
+    """What gradients flow to.
+
+    Attributes:
+        q: (B, H, L, E).
+        k: (B, H, L, E).
+        v: (B, H, L, E).
+        query_weight: (E, E), with which features of queries are made; None for none.
+        key_weight: likewise.
+        summary_keys: (B, H, R or more, E), keys of the regions where they are made elsewhere; None else.
+        summary_values: likewise.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_weight: Tensor | None = None
+    key_weight: Tensor | None = None
+    summary_keys: Tensor | None = None
+    summary_values: Tensor | None = None
+
+    def run(self, example: Example, options: Options, index: int, heads: slice) -> _Run:
+        """Some heads of an example, float32 or wider."""
+        q, k, v = (_fill_up(x[index, heads, : example.length], example) for x in (self.q, self.k, self.v))
+        query_weight, key_weight = (None if x is None else x.to(q.dtype) for x in (self.query_weight, self.key_weight))
+        given = None
+        if self.summary_keys is not None and self.summary_values is not None:
+            regions = example.layout.regions
+            keys, values = (x[index, heads, :regions].to(q.dtype) for x in (self.summary_keys, self.summary_values))
+            given = Source(keys, values)
+        return _Run(example, options, q, k, v, query_weight, key_weight, given)
+
+
 class _Combine(torch.autograd.Function):
     """One node of the graph for everything."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        query_weight: Tensor | None,
-        key_weight: Tensor | None,
-        examples: list[Example | None],
-        options: Options,
-    ) -> Tensor:
-        out = torch.zeros_like(q) if None in examples or _ragged(examples, q) else torch.empty_like(q)
+    def forward(ctx: Any, examples: list[Example | None], options: Options, *tensors: Tensor | None) -> Tensor:
+        inputs = Inputs(*tensors)  # pyright: ignore[reportArgumentType] - the first three are no None
+        q = inputs.q
+        out = torch.zeros_like(q) if _incomplete(examples, q) else torch.empty_like(q)
         lse = torch.zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        for index, example in enumerate(examples):
-            if example is None:
-                continue
-            for heads in _groups(q, example):
-                run = _run(example, options, (q, k, v), index, heads, query_weight, key_weight)
-                found, found_lse = torch.empty_like(run.q), torch.full_like(run.q[..., 0], -torch.inf)
-                run.forward(found, found_lse)
-                out[index, heads, : example.length] = found[:, : example.length]
-                lse[index, heads, : example.length] = found_lse[:, : example.length]
-        ctx.save_for_backward(q, k, v, query_weight, key_weight, out, lse)
+        for index, example, heads in _groups(q, examples):
+            run, used = inputs.run(example, options, index, heads), slice(example.length)
+            found, found_lse = torch.empty_like(run.q), torch.full_like(run.q[..., 0], -torch.inf)
+            run.forward(found, found_lse)
+            out[index, heads, used] = found[:, used]
+            lse[index, heads, used] = found_lse[:, used]
+        ctx.save_for_backward(*inputs, out, lse)
         ctx.examples, ctx.options = examples, options
         return out
 
@@ -264,63 +204,43 @@ class _Combine(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, query_weight, key_weight, out, lse = ctx.saved_tensors
-        grads = [torch.zeros_like(x) for x in (q, k, v)]
-        of_weights = [None if weight is None else torch.zeros_like(weight) for weight in (query_weight, key_weight)]
-        for index, example in enumerate(ctx.examples):
-            if example is None:
-                continue
-            for heads in _groups(q, example):
-                run = _run(example, ctx.options, (q, k, v), index, heads, query_weight, key_weight)
-                given = (_fill_up(x[index, heads, : example.length], example) for x in (grad, out))
-                of_lse = F.pad(lse[index, heads, : example.length], (0, example.padded - example.length))
-                found = run.backward(*given, of_lse)
-                for total, part in zip(grads, found[:3], strict=True):
-                    assert part is not None
-                    total[index, heads, : example.length] = part[:, : example.length]
-                for total, part in zip(of_weights, found[3:], strict=True):
-                    if total is not None and part is not None:
-                        total += part
-        return *grads, *of_weights, None, None
+        *tensors, out, lse = ctx.saved_tensors
+        inputs = Inputs(*tensors)
+        grads = [None if x is None else torch.zeros_like(x) for x in inputs]
+        for index, example, heads in _groups(inputs.q, ctx.examples):
+            run, used = inputs.run(example, ctx.options, index, heads), slice(example.length)
+            of_out, found_out = (_fill_up(x[index, heads, used], example) for x in (grad, out))
+            of_lse = F.pad(lse[index, heads, used], (0, example.padded - example.length))
+            found = Inputs(*run.backward(of_out, found_out, of_lse))  # pyright: ignore[reportArgumentType] - as above
+            for name in ("q", "k", "v", "summary_keys", "summary_values"):
+                total, part = grads[Inputs._fields.index(name)], getattr(found, name)
+                if total is not None and part is not None:
+                    rows = min(part.shape[1], example.length) if name in ("q", "k", "v") else part.shape[1]
+                    total[index, heads, :rows] = part[:, :rows]
+            for total, part in zip(grads[3:5], found[3:5], strict=True):
+                if total is not None and part is not None:
+                    total += part
+        return None, None, *grads
 
 
-def combine(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    examples: list[Example | None],
-    options: Options,
-) -> Tensor:
+def combine(inputs: Inputs, examples: list[Example | None], options: Options) -> Tensor:
     """The result (B, H, L, E) for prepared examples."""
+    q, k, v, *others = inputs
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    return _Combine.apply(q, k, v, query_weight, key_weight, examples, options)  # pyright: ignore[reportReturnType] - apply has no types
+    return _Combine.apply(examples, options, q, k, v, *others)  # pyright: ignore[reportReturnType] - apply has no types
 
 
-def _ragged(examples: list[Example | None], q: Tensor) -> bool:
-    return any(example is not None and example.length < q.shape[2] for example in examples)
+def _incomplete(examples: list[Example | None], q: Tensor) -> bool:
+    return any(example is None or example.length < q.shape[2] for example in examples)
 
 
-def _groups(q: Tensor, example: Example) -> list[slice]:
-    """Heads that run together."""
+def _groups(q: Tensor, examples: list[Example | None]) -> Iterator[tuple[int, Example, slice]]:
+    """Examples with real tokens, and heads of them that run together."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    size = max(1, GROUP_BYTES // (example.padded * q.shape[-1] * wide.itemsize))
-    return [slice(head, head + size) for head in range(0, q.shape[1], size)]
-
-
-def _run(
-    example: Example,
-    options: Options,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    index: int,
-    heads: slice,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-) -> _Run:
-    q, k, v = (_fill_up(x[index, heads, : example.length], example) for x in qkv)
-    weights = (None if weight is None else weight.to(q.dtype) for weight in (query_weight, key_weight))
-    return _Run(example, options, q, k, v, *weights)
+    for index, example in enumerate(examples):
+        if example is not None:
+            size = max(1, GROUP_BYTES // (example.padded * q.shape[-1] * wide.itemsize))
+            yield from ((index, example, slice(head, head + size)) for head in range(0, q.shape[1], size))
 
 
 def _fill_up(x: Tensor, example: Example) -> Tensor:

@@ -8,7 +8,7 @@ and log-sum-exp give every part its exact share of the gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,8 +20,12 @@ from subquad.ops.piece import CALL_BYTES, merge
 
 TOKENS, SUMMARIES = "tokens", "summaries"
 
+FUSED_ON = "cpu"
+"""The type of device that has the fused operator."""
 
-class View(NamedTuple):
+
+@dataclass(frozen=True)
+class View:
     """Rows first + n step + t stride of a sequence, for n < count and t < size; with step 0 all n see the same rows."""
 
     first: int
@@ -40,16 +44,17 @@ class View(NamedTuple):
     def add(self, target: Tensor, parts: Tensor) -> None:
         """Add (count, G, size, E) to the rows of (G, rows, E)."""
         if self.step == 0 and self.count > 1:
-            self._replace(count=1).of(target).add_(parts.sum(dim=0, keepdim=True))
+            replace(self, count=1).of(target).add_(parts.sum(dim=0, keepdim=True))
         else:
             self.of(target).add_(parts)
 
     def cut(self, start: int, stop: int) -> View:
         """The views start..stop-1."""
-        return self._replace(first=self.first + start * self.step, count=min(stop, self.count) - start)
+        return replace(self, first=self.first + start * self.step, count=min(stop, self.count) - start)
 
 
-class Gather(NamedTuple):
+@dataclass(frozen=True)
+class Gather:
     """Listed rows of a sequence.
 
     Attributes:
@@ -177,7 +182,9 @@ class Part:
                 lse = lse.masked_fill(hidden, -torch.inf)
             merge(part.rows.of(queries.out), part.rows.of(queries.lse), found, lse, fresh=fresh)
 
-    def backward(self, grad: Tensor, queries: Queries, sources: Sources, grad_q: Tensor, grads: Sources, scale: float):
+    def backward(
+        self, grad: Tensor, queries: Queries, sources: Sources, grad_q: Tensor, grads: Sources, scale: float
+    ) -> None:
         """Add this part's share of the gradients; `grad` (G, rows, E) is that of the merged result."""
         for part in self._cuts(queries.q):
             k, v = part._columns(sources)
@@ -215,7 +222,7 @@ def rectangle_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, *, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """`fused_forward`, which only the CPU has; elsewhere the same by matrix products."""
-    if q.device.type == "cpu":
+    if q.device.type == FUSED_ON:
         return fused_forward(q, k, v, scale, bias, causal=causal)
     scores = _scores(q, k, scale, bias, causal)
     lse = scores.logsumexp(dim=-1)
@@ -236,7 +243,7 @@ def rectangle_backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fused_backward` likewise."""
-    if q.device.type == "cpu":
+    if q.device.type == FUSED_ON:
         return fused_backward(grad, q, k, v, out, lse, scale, bias, causal=causal)
     weights = (_scores(q, k, scale, bias, causal) - lse[..., None]).exp()
     of_scores = scale * weights * (grad @ v.mT - (grad * out).sum(dim=-1, keepdim=True))

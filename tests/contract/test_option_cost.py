@@ -29,6 +29,13 @@ CONFIGS = [
         mixer_config("logsparse", local=local, restart=restart, kernel=kernel)
         for local, restart, kernel in ((4, None, 1), (3, 16, 5), (1, 7, 2))
     ),
+    *(mixer_config("combiner", plan=plan, block=4) for plan in ("fixed", "vertical", "horizontal", "mixture")),
+    *(
+        mixer_config("combiner", plan="rowmajor", block=4, row_summary=row_summary)
+        for row_summary in ("none", "wsum", "proj", "wsum_proj")
+    ),
+    mixer_config("combiner", plan="logsparse", activation="deepset", log_size_bias=True),
+    mixer_config("combiner", plan="mixture", mixture="joint", block=4, pooling="mean"),
 ]
 BY_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 
