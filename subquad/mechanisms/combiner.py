@@ -138,12 +138,12 @@ class CombinerConfig(MixerConfig):
         sums = max(4, dtype_bytes) * heads * length
         kept = len(plans) * sums + (dtype_bytes * length * inner * len(plans) if len(plans) > 1 else 0)
         weights = 2 * dims.head_dim**2 if self.activation == "deepset" else 0
-        times = 2 if self.row_summary == "wsum" else 0 if self.projects_rows else 1
+        products = 3 if self.row_summary == "wsum" else 0 if self.projects_rows else 2  # scores, averages
         flops = 0
         for plan in plans if length else ():
             filled = length + -length % plan.unit(length)
             attended, summarised = plan.pairs(filled, causal=dims.causal)
-            flops += 2 * 2 * inner * (attended + times * summarised) + 2 * filled * heads * weights
+            flops += 2 * inner * (2 * attended + products * summarised) + 2 * filled * heads * weights
         total += Cost(flops=flops, activation_bytes=kept, parameters=weights)
         return total + self._row_projection_cost(dims, length, dtype_bytes) if self.projects_rows else total
 

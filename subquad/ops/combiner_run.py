@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from subquad.ops.combiner_example import Example, Options
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Queries, Source
 from subquad.ops.region_pooling import MAXIMUM, SUM
+from subquad.ops.weighted_rows import average_both, average_both_backward
 
 GROUP_BYTES = 2**20
 """Queries of the heads that run together: few enough that they stay in the cache."""
@@ -89,62 +91,81 @@ class _Run(NamedTuple):
             pooled = pooled / example.sizes.clamp_min(1)[:, None]
         return pooled.masked_fill((example.sizes == 0)[:, None], 0.0)
 
-    def summarise(self) -> _Summaries:
-        """The summaries of all regions."""
-        if self.given is not None:
-            return _Summaries(self.q[:, :0], *self.given, self.q[:, :0, 0])
-        query = self.pool(self.q, self.query_weight)
-        value, lse = self._read(query, self.v)
-        key = self._read(query, self.k)[0] if self.weighted else self.pool(self.k, self.key_weight)
-        return _Summaries(query, key, value, lse.masked_fill_(lse == -torch.inf, 0.0))
-
-    def _read(self, query: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        queries = Queries(query, torch.zeros_like(query), torch.full_like(query[..., 0], -torch.inf))
-        for part in self.example.layout.summaries:
-            part.forward(queries, {TOKENS: Source(self.k, values)}, self.scale, fresh=True)
-        return queries.out, queries.lse
+    def summarise(self, query: Tensor, key: Tensor | None) -> _Summaries:
+        """The summaries of all regions, with their queries and, unless these are averages, keys."""
+        tokens, made = Source(self.k, self.v), self.example.layout.summaries
+        if key is None:
+            for part in made:
+                key, value = average_both(part, query, tokens, self.scale)
+                return _Summaries(query, key, value, query[..., 0])
+            return _Summaries(query, query, query, query[..., 0])
+        lse = torch.full_like(query[..., 0], -torch.inf)
+        queries = Queries(query, torch.zeros_like(query), lse)
+        for part in made:
+            part.forward(queries, {TOKENS: tokens}, self.scale, fresh=True)
+        return _Summaries(query, key, queries.out, lse.masked_fill_(lse == -torch.inf, 0.0))
 
     def forward(self, out: Tensor, lse: Tensor) -> None:
         """Fill out (G, padded, E) and lse (G, padded)."""
-        made = self.summarise()
-        sources = {TOKENS: Source(self.k, self.v), SUMMARIES: Source(made.key, made.value)}
+        if self.given is None:
+            key = None if self.weighted else self.pool(self.k, self.key_weight)
+            made = self.summarise(self.pool(self.q, self.query_weight), key)
+            summaries = Source(made.key, made.value)
+        else:
+            summaries = self.given
+        sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
         for index, part in enumerate(self.example.layout.parts):
             part.forward(Queries(self.q, out, lse), sources, self.scale, fresh=index == 0)
         lse.masked_fill_(lse == -torch.inf, 0.0)
 
-    def backward(self, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v (G, padded, E), of the weights and of given summaries."""
-        made, layout = self.summarise(), self.example.layout
-        of_q, of_k, of_v = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
-        of_query, of_key, of_value = (torch.zeros_like(x) for x in made[:3])
-        sources = {TOKENS: Source(self.k, self.v), SUMMARIES: Source(made.key, made.value)}
-        grads = {TOKENS: Source(of_k, of_v), SUMMARIES: Source(of_key, of_value)}
-        for part in layout.parts:
-            part.backward(grad, Queries(self.q, out, lse), sources, of_q, grads, self.scale)
+    def backward(self, grad: Tensor, out: Tensor, lse: Tensor, grads: Inputs) -> None:
+        """Write the gradients of q, k, v (G, padded, E) and given summaries, and add those of the weights, to `grads`."""
+        queries = Queries(self.q, out, lse)
         if self.given is not None:
-            return of_q, of_k, of_v, None, None, of_key, of_value
-        for part in layout.summaries:
-            queries = Queries(made.query, made.value, made.lse)
-            part.backward(of_value, queries, sources, of_query, grads, self.scale)
+            assert grads.summary_keys is not None
+            assert grads.summary_values is not None
+            self._attend_backward(grad, queries, self.given, grads, Source(grads.summary_keys, grads.summary_values))
+            return
+        pooled_q = _Pooled(self, self.q, self.query_weight)
+        pooled_k = None if self.weighted else _Pooled(self, self.k, self.key_weight)
+        made = self.summarise(pooled_q.value, None if pooled_k is None else pooled_k.value)
+        of_summaries = Source(torch.zeros_like(made.key), torch.zeros_like(made.value))
+        self._attend_backward(grad, queries, Source(made.key, made.value), grads, of_summaries)
+        of_query, tokens, of_tokens = torch.zeros_like(made.query), Source(self.k, self.v), Source(grads.k, grads.v)
+        for part in self.example.layout.summaries:
             if self.weighted:
-                queries, twice = queries._replace(out=made.key), {TOKENS: Source(self.k, self.k)}
-                part.backward(of_key, queries, twice, of_query, {TOKENS: Source(of_k, of_k)}, self.scale)
-        of_query_weight = self._pool_backward(self.q, self.query_weight, of_query, of_q)
-        of_key_weight = None
-        if not self.weighted:
-            of_key_weight = self._pool_backward(self.k, self.key_weight, of_key, of_k)
-        return of_q, of_k, of_v, of_query_weight, of_key_weight, None, None
+                average_both_backward(part, of_summaries, made.query, tokens, of_query, of_tokens, self.scale)
+            else:
+                queries = Queries(made.query, made.value, made.lse)
+                part.backward(of_summaries.v, queries, {TOKENS: tokens}, of_query, {TOKENS: of_tokens}, self.scale)
+        pooled_q.backward(of_query, grads.q, grads.query_weight)
+        if pooled_k is not None:
+            pooled_k.backward(of_summaries.k, grads.k, grads.key_weight)
 
-    def _pool_backward(self, x: Tensor, weight: Tensor | None, grad: Tensor, total: Tensor) -> Tensor | None:
-        """Add the gradient of the pooled tokens to `total`; that of the weight is returned."""
-        if not grad.shape[1]:
-            return None if weight is None else torch.zeros_like(weight)
+    def _attend_backward(
+        self, grad: Tensor, queries: Queries, summaries: Source, grads: Inputs, of_summaries: Source
+    ) -> None:
+        sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
+        added = {TOKENS: Source(grads.k, grads.v), SUMMARIES: of_summaries}
+        for index, part in enumerate(self.example.layout.parts):
+            part.backward(grad, queries, sources, grads.q, added, self.scale, fresh=index == 0)
+
+
+class _Pooled:
+    """Pooled tokens, and the graph by which their gradient goes back."""
+
+    def __init__(self, run: _Run, x: Tensor, weight: Tensor | None) -> None:
+        self.leaves = [tensor.detach().requires_grad_() for tensor in (x, weight) if tensor is not None]
         with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in (x, weight) if tensor is not None]
-            pooled = self.pool(leaves[0], leaves[1] if len(leaves) > 1 else None)
-            found = torch.autograd.grad(pooled, leaves, grad)
-        total.add_(found[0])
-        return found[1] if len(found) > 1 else None
+            self.result = run.pool(self.leaves[0], self.leaves[1] if weight is not None else None)
+        self.value = self.result.detach()
+
+    def backward(self, grad: Tensor, *totals: Tensor | None) -> None:
+        """Add the gradients of x and the weight to the totals."""
+        if grad.shape[1]:
+            for total, found in zip(totals, torch.autograd.grad(self.result, self.leaves, grad), strict=False):
+                assert total is not None
+                total += found
 
 
 class Inputs(NamedTuple):
@@ -190,11 +211,9 @@ class _Combine(torch.autograd.Function):
         out = torch.zeros_like(q) if _incomplete(examples, q) else torch.empty_like(q)
         lse = torch.zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         for index, example, heads in _groups(q, examples):
-            run, used = inputs.run(example, options, index, heads), slice(example.length)
-            found, found_lse = torch.empty_like(run.q), torch.full_like(run.q[..., 0], -torch.inf)
-            run.forward(found, found_lse)
-            out[index, heads, used] = found[:, used]
-            lse[index, heads, used] = found_lse[:, used]
+            run = inputs.run(example, options, index, heads)
+            with _Room(out[index, heads], example) as found, _Room(lse[index, heads], example) as sums:
+                run.forward(found, sums.fill_(-torch.inf))
         ctx.save_for_backward(*inputs, out, lse)
         ctx.examples, ctx.options = examples, options
         return out
@@ -206,21 +225,38 @@ class _Combine(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         inputs = Inputs(*tensors)
-        grads = [None if x is None else torch.zeros_like(x) for x in inputs]
+        make = torch.zeros_like if _incomplete(ctx.examples, inputs.q) else torch.empty_like
+        grads = Inputs(
+            *(make(x) for x in inputs[:3]), *(None if x is None else torch.zeros_like(x) for x in inputs[3:])
+        )
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         for index, example, heads in _groups(inputs.q, ctx.examples):
             run, used = inputs.run(example, ctx.options, index, heads), slice(example.length)
-            of_out, found_out = (_fill_up(x[index, heads, used], example) for x in (grad, out))
-            of_lse = F.pad(lse[index, heads, used], (0, example.padded - example.length))
-            found = Inputs(*run.backward(of_out, found_out, of_lse))  # pyright: ignore[reportArgumentType] - as above
-            for name in ("q", "k", "v", "summary_keys", "summary_values"):
-                total, part = grads[Inputs._fields.index(name)], getattr(found, name)
-                if total is not None and part is not None:
-                    rows = min(part.shape[1], example.length) if name in ("q", "k", "v") else part.shape[1]
-                    total[index, heads, :rows] = part[:, :rows]
-            for total, part in zip(grads[3:5], found[3:5], strict=True):
-                if total is not None and part is not None:
-                    total += part
+            of_out, found = (_fill_up(x[index, heads, used], example) for x in (grad, out))
+            sums = F.pad(lse[index, heads, used], (0, example.padded - example.length))
+            with ExitStack() as rooms:
+                q, k, v = (rooms.enter_context(_Room(x[index, heads], example)) for x in grads[:3])
+                added = [None if x is None else x[index, heads] for x in grads[5:]]
+                run.backward(of_out, found, sums, Inputs(q, k, v, *grads[3:5], *added))
         return None, None, *grads
+
+
+class _Room:
+    """Where the rows (G, padded, ...) of some heads are written: in their place, or beside it where they don't fit."""
+
+    def __init__(self, place: Tensor, example: Example) -> None:
+        wide = torch.promote_types(place.dtype, torch.float32)
+        self.place, self.length = place[:, : example.length], example.length
+        self.rows = self.place
+        if example.padded > example.length or wide != place.dtype:
+            self.rows = place.new_zeros((place.shape[0], example.padded, *place.shape[2:]), dtype=wide)
+
+    def __enter__(self) -> Tensor:
+        return self.rows
+
+    def __exit__(self, *raised: object) -> None:
+        if self.rows is not self.place:
+            self.place.copy_(self.rows[:, : self.length])
 
 
 def combine(inputs: Inputs, examples: list[Example | None], options: Options) -> Tensor:

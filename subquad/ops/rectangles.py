@@ -48,6 +48,10 @@ class View:
         else:
             self.of(target).add_(parts)
 
+    def write(self, target: Tensor, parts: Tensor) -> None:
+        """Overwrite rows of (G, rows, E), all of which differ."""
+        self.of(target).copy_(parts)
+
     def cut(self, start: int, stop: int) -> View:
         """The views start..stop-1."""
         return replace(self, first=self.first + start * self.step, count=min(stop, self.count) - start)
@@ -75,6 +79,10 @@ class Gather:
     def add(self, target: Tensor, parts: Tensor) -> None:
         """Add (count, G, size, E) to the rows of (G, rows, E), which may be listed several times."""
         target.index_add_(1, self.index.flatten(), parts.transpose(0, 1).flatten(1, 2))
+
+    def write(self, target: Tensor, parts: Tensor) -> None:
+        """Overwrite rows of (G, rows, E), all of which differ."""
+        target.index_copy_(1, self.index.flatten(), parts.transpose(0, 1).flatten(1, 2))
 
     def cut(self, start: int, stop: int) -> Gather:
         """The lists start..stop-1."""
@@ -183,18 +191,31 @@ class Part:
             merge(part.rows.of(queries.out), part.rows.of(queries.lse), found, lse, fresh=fresh)
 
     def backward(
-        self, grad: Tensor, queries: Queries, sources: Sources, grad_q: Tensor, grads: Sources, scale: float
+        self,
+        grad: Tensor,
+        queries: Queries,
+        sources: Sources,
+        grad_q: Tensor,
+        grads: Sources,
+        scale: float,
+        *,
+        fresh: bool = False,
     ) -> None:
-        """Add this part's share of the gradients; `grad` (G, rows, E) is that of the merged result."""
+        """Add this part's share of the gradients; write those of tokens where it is the first and has all of them.
+
+        `grad` (G, rows, E) is the gradient of the merged result.
+        """
         for part in self._cuts(queries.q):
             k, v = part._columns(sources)
             q, out, lse, upstream = (part.rows.of(x) for x in (*queries, grad))
             of_q, of_k, of_v = rectangle_backward(upstream, q, k, v, out, lse, scale, part.bias, causal=self.causal)
-            part.rows.add(grad_q, of_q)
+            (part.rows.write if fresh else part.rows.add)(grad_q, of_q)
             sizes = [keys.rows.size for keys in part.keys]
             for keys, more_k, more_v in zip(part.keys, of_k.split(sizes, 2), of_v.split(sizes, 2), strict=True):
-                keys.rows.add(grads[keys.origin].k, more_k)
-                keys.rows.add(grads[keys.origin].v, more_v)
+                first = fresh and keys.origin == TOKENS
+                add = keys.rows.write if first else keys.rows.add
+                add(grads[keys.origin].k, more_k)
+                add(grads[keys.origin].v, more_v)
 
     def _columns(self, sources: Sources) -> tuple[Tensor, Tensor]:
         """Keys and values (count, G, columns, E)."""
@@ -208,7 +229,10 @@ class Part:
         elements = (self.rows.size + 2 * self.columns) * like.shape[-1] * like.shape[0]
         if self.bias is not None and self.bias.shape[2] > 1:
             elements += self.rows.size * self.columns
-        size = max(1, CALL_BYTES // (elements * like.element_size()))
+        yield from self.cuts(max(1, CALL_BYTES // (elements * like.element_size())))
+
+    def cuts(self, size: int) -> Iterator[Part]:
+        """The part in pieces of equal numbers of rectangles, at most `size`."""
         count = self.rows.count
         size = math.ceil(count / math.ceil(count / size))
         for start in range(0, count, size):
