@@ -1,6 +1,7 @@
 """The token mixers: one file, one mechanism. Importing this package enters all of them in the registry."""
 
 from subquad.mechanisms import bigbird as bigbird
+from subquad.mechanisms import combiner as combiner
 from subquad.mechanisms import full as full
 from subquad.mechanisms import linear as linear
 from subquad.mechanisms import linformer as linformer

@@ -49,6 +49,13 @@ CONFIGS = [
     *(mixer_config("linformer", rank=6, sharing=sharing) for sharing in ("none", "key_value")),
     *(mixer_config("linformer", rank=6, compression=compression) for compression in ("mean", "max", "convolution")),
     *(mixer_config("nystromformer", landmarks=4, kernel=kernel, iterations=2) for kernel in (0, 5)),
+    *(mixer_config("combiner", plan=plan, block=4) for plan in ("fixed", "vertical", "horizontal", "mixture")),
+    *(
+        mixer_config("combiner", plan="rowmajor", block=4, row_summary=row_summary)
+        for row_summary in ("none", "wsum", "proj", "wsum_proj")
+    ),
+    mixer_config("combiner", plan="logsparse", activation="deepset", log_size_bias=True),
+    mixer_config("combiner", plan="mixture", mixture="joint", block=4, pooling="mean"),
 ]
 BY_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 

@@ -1,0 +1,96 @@
+"""Pooling the tokens of regions: elementwise maxima or sums over stretches, prefixes, and everything but one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Reduction(NamedTuple):
+    """An associative, commutative operation.
+
+    Attributes:
+        neutral: what changes nothing.
+        along: (x, dim) -> x without dim.
+        running: (x, dim) -> results of everything up to each place.
+        pair: of two tensors.
+    """
+
+    neutral: float
+    along: Callable[[Tensor, int], Tensor]
+    running: Callable[[Tensor, int], Tensor]
+    pair: Callable[[Tensor, Tensor], Tensor]
+
+
+class _Largest(torch.autograd.Function):
+    """The maximum along a dimension, whose gradient goes to the first largest entry.
+
+    torch's `max` finds places in the forward pass too, at the price of many maxima, and `amax` divides gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.dim = dim
+        return x.amax(dim=dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
+        (x,) = ctx.saved_tensors
+        places = x.max(dim=ctx.dim, keepdim=True).indices
+        return torch.zeros_like(x).scatter_(ctx.dim, places, grad.unsqueeze(ctx.dim)), None
+
+
+class _Larger(torch.autograd.Function):
+    """The larger of two, the first where they are equal, which also gets the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return torch.maximum(x, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride] - as above
+        x, y = ctx.saved_tensors
+        of_x = torch.where(x >= y, grad, 0.0)
+        return of_x, grad - of_x
+
+
+MAXIMUM = Reduction(-torch.inf, _Largest.apply, lambda x, dim: x.cummax(dim=dim).values, _Larger.apply)  # pyright: ignore[reportArgumentType] - apply has no types
+
+SUM = Reduction(0.0, lambda x, dim: x.sum(dim=dim), lambda x, dim: x.cumsum(dim=dim), torch.add)
+
+Pool = Callable[[Tensor, Reduction], Tensor]
+"""Tokens (G, L, E) to regions (G, R, E)."""
+
+
+def before(x: Tensor, reduction: Reduction, dim: int) -> Tensor:
+    """What comes before each place along a dimension; the neutral element at the first."""
+    size = x.shape[dim]
+    first = torch.full_like(x.narrow(dim, 0, 1), reduction.neutral)
+    return torch.cat((first, reduction.running(x.narrow(dim, 0, size - 1), dim)), dim=dim)
+
+
+def after(x: Tensor, reduction: Reduction, dim: int) -> Tensor:
+    """What comes after each place along a dimension; the neutral element at the last."""
+    return before(x.flip(dim), reduction, dim).flip(dim)
+
+
+def others(x: Tensor, reduction: Reduction, dim: int) -> Tensor:
+    """Everything along a dimension but each place itself."""
+    return reduction.pair(before(x, reduction, dim), after(x, reduction, dim))
+
+
+def halve(x: Tensor, reduction: Reduction) -> Tensor:
+    """Neighbouring pairs along dimension 1; an odd last one stays alone."""
+    if x.shape[1] % 2:
+        last = torch.full_like(x[:, :1], reduction.neutral)
+        x = torch.cat((x, last), dim=1)
+    pairs = x.unflatten(1, (-1, 2))
+    return reduction.pair(pairs[:, :, 0], pairs[:, :, 1])
