@@ -1,7 +1,10 @@
 """The token mixers: one file, one mechanism. Importing this package enters all of them in the registry."""
 
 from subquad.mechanisms import bigbird as bigbird
+from subquad.mechanisms import cosformer as cosformer
+from subquad.mechanisms import delta as delta
 from subquad.mechanisms import full as full
+from subquad.mechanisms import gated_linear as gated_linear
 from subquad.mechanisms import linear as linear
 from subquad.mechanisms import linformer as linformer
 from subquad.mechanisms import local as local
@@ -9,6 +12,7 @@ from subquad.mechanisms import logsparse as logsparse
 from subquad.mechanisms import longformer as longformer
 from subquad.mechanisms import ngram as ngram
 from subquad.mechanisms import performer as performer
+from subquad.mechanisms import retention as retention
 from subquad.mechanisms import sparse_transformer as sparse_transformer
 from subquad.mechanisms import star as star
 from subquad.mechanisms import streaming as streaming
