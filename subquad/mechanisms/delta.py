@@ -14,8 +14,8 @@ each other.
 Cost O(L (C + E) D) with chunks of C tokens, O(E D) state, the last K - 1 tokens included.
 
 Departures: the gated paper's layer has heads of 256 channels and values twice as wide as keys (`value_expansion=2`);
-here widths are those asked for. An invalid token takes no place in the convolution. Packed documents are refused: a matrix
-can't tell them apart.
+here widths are those asked for. No factor 1/√E on queries, which the norm would cancel; the published code has one. An
+invalid token takes no place in the convolution. Packed documents are refused: a matrix can't tell them apart.
 """
 
 from __future__ import annotations

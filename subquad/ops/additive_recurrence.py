@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.chunks import decay_gradient, in_chunks, multiply_add, put_chunks, scan, scan_back, segments
-from subquad.ops.decayed_pairs import decayed_pairs, decayed_pairs_gradient
+from subquad.ops.decayed_pairs import Decays, decayed_pairs, decayed_pairs_gradient, decays
 from subquad.ops.precision import full_precision
 
 
@@ -39,25 +39,25 @@ def additive_recurrence(
 
 
 class _Segment(NamedTuple):
-    """A stretch of chunks: the tokens (N, B, H, C, ·), decays from the start and to the end of a chunk, matrices."""
+    """A stretch of chunks: the tokens (N, B, H, C, ·), their decays, those of whole chunks, matrices."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    total: Tensor
+    decays: Decays
     since_start: Tensor
     until_end: Tensor
-    decay: Tensor
+    of_chunk: Tensor
     matrices: Tensor
 
 
 def _make(tensors: tuple[Tensor, ...], part: slice, before: Tensor, chunk: int) -> _Segment:
     q, k, v, log_decay = (in_chunks(tensor, part, chunk) for tensor in tensors)
-    total = log_decay.cumsum(dim=-2)
-    last = total[..., -1:, :]
-    until_end, decay = (last - total).exp(), last.exp().mT
-    matrices = scan(before, decay, (k * until_end).mT @ v)
-    return _Segment(q, k, v, total, total.exp(), until_end, decay, matrices)
+    decay = decays(log_decay)
+    since_start, until_end = decay.since_start(), decay.until_end()
+    of_chunk = since_start[..., -1:, :].mT
+    matrices = scan(before, of_chunk, (k * until_end).mT @ v)
+    return _Segment(q, k, v, decay, since_start, until_end, of_chunk, matrices)
 
 
 class _AdditiveRecurrence(Function):
@@ -69,7 +69,7 @@ class _AdditiveRecurrence(Function):
         for part in segments(k.shape[3], v, chunk):
             starts.append(matrix)
             s = _make((q, k, v, log_decay), part, matrix, chunk)
-            mixed = decayed_pairs(s.q, s.k, s.total) @ s.v
+            mixed = decayed_pairs(s.q, s.k, s.decays) @ s.v
             put_chunks(out, part, multiply_add(mixed, s.q * s.since_start, s.matrices[:-1]))
             matrix = s.matrices[-1].clone()
         ctx.save_for_backward(q, k, v, log_decay, *starts)
@@ -78,7 +78,9 @@ class _AdditiveRecurrence(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_matrix: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
+        ctx: Any, grad_out: Tensor, grad_matrix: Tensor
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, *starts = ctx.saved_tensors
         parts = segments(k.shape[3], v, ctx.chunk)
         grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
@@ -87,7 +89,7 @@ class _AdditiveRecurrence(Function):
             for part, start in zip(reversed(parts), reversed(starts), strict=True):
                 s = _make((q, k, v, log_decay), part, start, ctx.chunk)
                 grad = in_chunks(grad_out, part, ctx.chunk)
-                of_matrices = scan_back(grad_matrix, s.decay, (s.q * s.since_start).mT @ grad)
+                of_matrices = scan_back(grad_matrix, s.of_chunk, (s.q * s.since_start).mT @ grad)
                 of_tokens = _token_gradients(s, grad, of_matrices)
                 for whole, piece in zip(grads, of_tokens, strict=True):
                     put_chunks(whole, part, piece)
@@ -101,8 +103,8 @@ class _AdditiveRecurrence(Function):
 
 def _token_gradients(s: _Segment, grad: Tensor, of_matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v of a segment."""
-    grad_q, grad_k = decayed_pairs_gradient(grad @ s.v.mT, s.q, s.k, s.total)
+    grad_q, grad_k = decayed_pairs_gradient(grad @ s.v.mT, s.q, s.k, s.decays)
     grad_q.addcmul_(grad @ s.matrices[:-1].mT, s.since_start)
     grad_k.addcmul_(s.v @ of_matrices[1:].mT, s.until_end)
-    grad_v = decayed_pairs(s.q, s.k, s.total).mT @ grad
+    grad_v = decayed_pairs(s.q, s.k, s.decays).mT @ grad
     return grad_q, grad_k, multiply_add(grad_v, s.k * s.until_end, of_matrices[1:])

@@ -1,89 +1,119 @@
 """Products of queries and keys in a chunk, decayed by what lies between them, without an exponential that overflows.
 
-    A_ij = Σ_c q_ic k_jc exp(G_ic - G_jc)      j <= i, else 0      G: running sum of log-decays, falling along the chunk
+    A_ij = Σ_c q_ic k_jc exp(Σ_{j<t<=i} g_tc)      j <= i, else 0      g: log-decays, at most 0
 
-As a matrix product this needs exp(G - G_r) on the queries and exp(G_r - G) on the keys for a reference r. With the
-first token as reference the factor of the keys grows up to exp(spread), spread = G_first - G_last; so a chunk whose
-spread is large is halved. A pair from different halves has the last token of the first half between its members, and
-from there neither factor exceeds 1; the pairs inside the halves are halved again where need be, down to single tokens.
+As a matrix product this needs exp(G) on the queries and exp(-G) on the keys, G the sum of log-decays since the first
+token. The latter grows, so a chunk that decays too much is halved. A pair from different halves has the boundary
+between its members, and from there neither factor exceeds 1; the pairs inside the halves are halved again where need
+be, down to single tokens. Sums are taken anew in each half: a difference of large ones would lose the small ones.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-LARGEST_SPREAD = 40.0
-"""exp(40) = 2e17 leaves float32 room for the size of queries and keys, and its rounding is below 3e-6."""
+LARGEST_DECAY = 20.0
+"""exp(20) = 5e8 leaves float32 room for the size of queries and keys, and sums up to 20 are rounded by 1e-6 at most."""
 
 
-def decayed_pairs_by_definition(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
-    """The definition, with a tensor of C * C * E numbers. Arguments and result as in `decayed_pairs`."""
+class Decays(NamedTuple):
+    """The log-decays of chunks.
+
+    Attributes:
+        log: (..., C, 1) or (..., C, E), at most 0.
+        since_first: their sums since the first token, whose own is left out; 0 in the first row.
+    """
+
+    log: Tensor
+    since_first: Tensor
+
+    @property
+    def small(self) -> bool:
+        """Whether no chunk decays too much for one product."""
+        return bool((self.since_first[..., -1, :] >= -LARGEST_DECAY).all())
+
+    def since_start(self) -> Tensor:
+        """Factor by which what precedes a chunk has decayed at each token, (..., C, ·)."""
+        return (self.since_first + self.log[..., :1, :]).exp()
+
+    def until_end(self) -> Tensor:
+        """Factor by which what each token writes has decayed at the end of the chunk, (..., C, ·)."""
+        if self.small:
+            return (self.since_first[..., -1:, :] - self.since_first).exp()
+        return (self.log.flip(-2).cumsum(dim=-2).flip(-2) - self.log).exp()
+
+
+def decays(log: Tensor) -> Decays:
+    """The decays of chunks with these log-decays (..., C, ·)."""
+    since_first = log.clone()
+    since_first[..., 0, :] = 0
+    return Decays(log, since_first.cumsum(dim=-2))
+
+
+def decayed_pairs_by_definition(q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
+    """The definition, with a tensor of C * C * E numbers; log_decay: (..., C, ·), the rest as in `decayed_pairs`."""
     size = q.shape[-2]
+    total = log_decay.cumsum(dim=-2)
     between = total[..., :, None, :] - total[..., None, :, :]
     future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     decay = between.masked_fill(future[..., None], -torch.inf).exp()
     return (q[..., :, None, :] * k[..., None, :, :] * decay).sum(dim=-1)
 
 
-def decayed_pairs(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
+def decayed_pairs(q: Tensor, k: Tensor, decay: Decays) -> Tensor:
     """The pairs of every chunk.
 
     Args:
         q: (..., C, E), C a power of two.
         k: (..., C, E).
-        total: (..., C, 1) or (..., C, E), the running sums of log-decays in a chunk.
+        decay: that of the chunks.
 
     Returns:
         (..., C, C), 0 above the diagonal.
     """
-    if _fits(total):
-        of_rows, of_columns = _factors(total)
+    if decay.small:
+        of_rows, of_columns = _factors(decay)
         return ((q * of_rows) @ (k * of_columns).mT).tril_()
-    (q, k, total), half = (_halves(tensor) for tensor in (q, k, total)), q.shape[-2] // 2
-    inside = decayed_pairs(q, k, total)
-    of_rows, of_columns = _crossing_factors(total)
+    half, q, k, decay = q.shape[-2] // 2, _halves(q), _halves(k), decays(_halves(decay.log))
+    inside = decayed_pairs(q, k, decay)
+    of_rows, of_columns = _crossing_factors(decay)
     pairs = inside.new_zeros((*inside.shape[:-3], 2 * half, 2 * half))
     pairs[..., :half, :half], pairs[..., half:, half:] = inside.unbind(dim=-3)
     pairs[..., half:, :half] = (q.select(-3, 1) * of_rows) @ (k.select(-3, 0) * of_columns).mT
     return pairs
 
 
-def decayed_pairs_gradient(grad: Tensor, q: Tensor, k: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+def decayed_pairs_gradient(grad: Tensor, q: Tensor, k: Tensor, decay: Decays) -> tuple[Tensor, Tensor]:
     """Gradients of q and k for the gradient of the pairs (..., C, C), whose part above the diagonal is ignored.
 
-    That of `total` is q · grad_q at a query less k · grad_k at a key, channel by channel; the caller sums it.
+    That of the sum of log-decays up to a token is q · grad_q - k · grad_k, channel by channel; the caller takes it.
     """
-    if _fits(total):
-        of_rows, of_columns = _factors(total)
+    if decay.small:
+        of_rows, of_columns = _factors(decay)
         grad = grad.tril()
         return (grad @ (k * of_columns)).mul_(of_rows), (grad.mT @ (q * of_rows)).mul_(of_columns)
-    (q, k, total), half = (_halves(tensor) for tensor in (q, k, total)), q.shape[-2] // 2
+    half, q, k, decay = q.shape[-2] // 2, _halves(q), _halves(k), decays(_halves(decay.log))
     inside = torch.stack((grad[..., :half, :half], grad[..., half:, half:]), dim=-3)
-    grad_q, grad_k = decayed_pairs_gradient(inside, q, k, total)
-    of_rows, of_columns = _crossing_factors(total)
+    grad_q, grad_k = decayed_pairs_gradient(inside, q, k, decay)
+    of_rows, of_columns = _crossing_factors(decay)
     crossing = grad[..., half:, :half]
     grad_q.select(-3, 1).add_((crossing @ (k.select(-3, 0) * of_columns)).mul_(of_rows))
     grad_k.select(-3, 0).add_((crossing.mT @ (q.select(-3, 1) * of_rows)).mul_(of_columns))
     return grad_q.flatten(-3, -2), grad_k.flatten(-3, -2)
 
 
-def _fits(total: Tensor) -> bool:
-    """Whether the spread of every chunk is small enough for one product."""
-    return total.shape[-2] == 1 or bool((total[..., 0, :] - total[..., -1, :] <= LARGEST_SPREAD).all())
-
-
-def _factors(total: Tensor) -> tuple[Tensor, Tensor]:
+def _factors(decay: Decays) -> tuple[Tensor, Tensor]:
     """Factors of queries and keys that meet at the first token."""
-    of_rows = (total - total[..., :1, :]).exp()
+    of_rows = decay.since_first.exp()
     return of_rows, of_rows.reciprocal()
 
 
-def _crossing_factors(total: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the queries of the second half and the keys of the first; total: (..., 2, C / 2, ·)."""
-    first, second = total.unbind(dim=-3)
-    between = first[..., -1:, :]
-    return (second - between).exp(), (between - first).exp()
+def _crossing_factors(decay: Decays) -> tuple[Tensor, Tensor]:
+    """Factors of the queries of the second half and the keys of the first, which meet at the boundary."""
+    return decay.since_start().select(-3, 1), decay.until_end().select(-3, 0)
 
 
 def _halves(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.chunks import decay_gradient, in_chunks, multiply_add, put_chunks, segments
-from subquad.ops.decayed_pairs import decayed_pairs, decayed_pairs_gradient
+from subquad.ops.decayed_pairs import Decays, decayed_pairs, decayed_pairs_gradient, decays
 from subquad.ops.precision import full_precision
 
 
@@ -50,10 +50,10 @@ class _Segment(NamedTuple):
     k: Tensor
     v: Tensor
     beta: Tensor
-    total: Tensor
+    decays: Decays
     since_start: Tensor
     until_end: Tensor
-    decay: Tensor
+    of_chunk: Tensor
     pairs: Tensor
     inverse: Tensor
     w: Tensor
@@ -63,14 +63,14 @@ class _Segment(NamedTuple):
 
 def _make(tensors: tuple[Tensor, ...], part: slice, before: Tensor, chunk: int) -> _Segment:
     q, k, v, log_decay, beta = (in_chunks(tensor, part, chunk) for tensor in tensors)
-    total = log_decay.cumsum(dim=-2)
-    last = total[..., -1:, :]
-    since_start, until_end, decay = total.exp(), (last - total).exp(), last.exp().mT
-    pairs = decayed_pairs(k, k, total).tril_(-1)
+    decay = decays(log_decay)
+    since_start, until_end = decay.since_start(), decay.until_end()
+    of_chunk = since_start[..., -1:, :].mT
+    pairs = decayed_pairs(k, k, decay).tril_(-1)
     inverse = unit_lower_inverse(pairs * beta)
     w, u = inverse @ (beta * since_start * k), inverse @ (beta * v)
-    matrices = _scan(before, decay, k * until_end, w, u)
-    return _Segment(q, k, v, beta, total, since_start, until_end, decay, pairs, inverse, w, u, matrices)
+    matrices = _scan(before, of_chunk, k * until_end, w, u)
+    return _Segment(q, k, v, beta, decay, since_start, until_end, of_chunk, pairs, inverse, w, u, matrices)
 
 
 def unit_lower_inverse(strict: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _scan_back(after: Tensor, s: _Segment, reads: Tensor, grad_u: Tensor) -> Ten
     gradients[-1] = after
     heads = gradients.flatten(1, 2)
     keys, w, reads, grad_u = (tensor.flatten(1, 2) for tensor in (s.k * s.until_end, s.w, reads, grad_u))
-    decay = s.decay.flatten(1, 2)
+    decay = s.of_chunk.flatten(1, 2)
     for i in reversed(range(reads.shape[0])):
         grad_u[i].baddbmm_(keys[i], heads[i + 1])
         torch.addcmul(reads[i], heads[i + 1], decay[i], out=heads[i]).baddbmm_(w[i].mT, grad_u[i], alpha=-1)
@@ -121,7 +121,7 @@ class _DeltaRecurrence(Function):
         for part in segments(k.shape[3], v, chunk):
             starts.append(matrix)
             s = _make((q, k, v, log_decay, beta), part, matrix, chunk)
-            mixed = decayed_pairs(s.q, s.k, s.total) @ s.u
+            mixed = decayed_pairs(s.q, s.k, s.decays) @ s.u
             put_chunks(out, part, multiply_add(mixed, s.q * s.since_start, s.matrices[:-1]))
             matrix = s.matrices[-1].clone()
         ctx.save_for_backward(q, k, v, log_decay, beta, *starts)
@@ -130,7 +130,9 @@ class _DeltaRecurrence(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_matrix: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
+        ctx: Any, grad_out: Tensor, grad_matrix: Tensor
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, beta, *starts = ctx.saved_tensors
         grads = [torch.empty_like(tensor) for tensor in (q, k, v, beta)]
         grad_decay = torch.empty_like(log_decay) if ctx.needs_input_grad[3] else None
@@ -151,16 +153,16 @@ class _DeltaRecurrence(Function):
 def _gradients(s: _Segment, grad: Tensor, grad_after: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Gradients of q, k, v and β, of the running totals, and of the matrices of a segment."""
     before = s.matrices[:-1]
-    grad_u = decayed_pairs(s.q, s.k, s.total).mT @ grad
+    grad_u = decayed_pairs(s.q, s.k, s.decays).mT @ grad
     of_matrices = _scan_back(grad_after, s, (s.q * s.since_start).mT @ grad, grad_u)
     solved = s.inverse.mT @ grad_u
     grad_v = s.beta * solved
     missed = multiply_add(torch.mul(s.pairs @ s.u, -1).add_(s.v), s.k * -s.since_start, before)  # u = β missed
     grad_beta = (solved * missed).sum(dim=-1, keepdim=True)
-    grad_q, as_written = decayed_pairs_gradient(grad @ s.u.mT, s.q, s.k, s.total)
+    grad_q, as_written = decayed_pairs_gradient(grad @ s.u.mT, s.q, s.k, s.decays)
     grad_q.addcmul_(grad @ before.mT, s.since_start)
     of_pairs = (grad_v @ s.u.mT).tril_(-1).neg_()
-    as_asked, as_found = decayed_pairs_gradient(of_pairs, s.k, s.k, s.total)
+    as_asked, as_found = decayed_pairs_gradient(of_pairs, s.k, s.k, s.decays)
     as_asked.addcmul_(grad_v @ before.mT, s.since_start, value=-1)
     as_written.add_(as_found).addcmul_(s.u @ of_matrices[1:].mT, s.until_end)
     of_totals = s.q * grad_q + s.k * (as_asked - as_written)

@@ -33,7 +33,9 @@ class _Recomputed(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         tensors = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=True)]
         with torch.enable_grad(), full_precision(grad.device):

@@ -95,12 +95,12 @@ def recurrence(
     k, log_decay, beta = _silent(k, log_decay, beta, valid)
     if before is None:
         before = k.new_zeros((*k.shape[:2], k.shape[3], v.shape[3]), dtype=wide)
-    tokens = (tensor.to(wide) for tensor in (q, k, v, log_decay))
+    q, k, values, log_decay, before = (tensor.to(wide) for tensor in (q, k, v, log_decay, before))
     with full_precision(q.device):
         if beta is None:
-            out, after = additive_recurrence(*tokens, before.to(wide), chunk)
+            out, after = additive_recurrence(q, k, values, log_decay, before, chunk)
         else:
-            out, after = delta_recurrence(*tokens, beta[..., None].to(wide), before.to(wide), chunk)
+            out, after = delta_recurrence(q, k, values, log_decay, beta[..., None].to(wide), before, chunk)
     return Recurred(out.to(v.dtype), after)
 
 

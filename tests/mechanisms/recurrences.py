@@ -56,7 +56,7 @@ def assert_equals_recurrence(mixer: Mixer, recur: Recur[Mixer], length: int, mas
         rows = []
         for b in range(2):
             real = [i for i in range(length) if is_valid(mask, b, i)]
-            row = torch.zeros_like(x[b])
+            row = 0 * x[b]
             if real:
                 tokens = x[b, real]
                 row = row.index_copy(0, torch.tensor(real), norm_gate_and_project(mixer, recur(mixer, tokens), tokens))

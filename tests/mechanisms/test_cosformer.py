@@ -43,7 +43,8 @@ def definition(mixer: HeadMixer, x: Tensor, source: Tensor, mask: Mask | None, s
         rank = 0
         for i in range(x.shape[1]):
             seen = [place for place, j in enumerate(keys) if j <= i or not mixer.dims.causal]
-            cosines = torch.tensor([math.cos(math.pi * (rank - place) / (2 * LONGEST)) for place in seen]).double()
+            angles = [math.pi * (rank - place) / (2 * LONGEST) for place in seen]
+            cosines = torch.tensor(angles, dtype=torch.float64).cos()
             chosen = [keys[place] for place in seen]
             weights = torch.einsum("he,nhe->nh", q[b, i].relu(), k[b, chosen].relu()) * cosines[:, None]
             read = torch.einsum("nh,nhe->he", weights, v[b, chosen])

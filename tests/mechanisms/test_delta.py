@@ -18,6 +18,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 from subquad.build import build_mixer
 from subquad.mechanisms.delta import Delta, DeltaState
+from subquad.recurrent import NORM_EPSILON
 
 LENGTHS = st.sampled_from([1, 2, 3, 5, 9, 13])
 
@@ -62,7 +63,7 @@ def test_it_equals_the_recurrence(options: dict[str, Any], length: int, data: st
     assert_equals_recurrence(delta(chunk=4, **options), recur, length, mask)
 
 
-@pytest.mark.parametrize(("gated", "kernel"), product([False, True], [0, 1, 4]))
+@pytest.mark.parametrize(("gated", "kernel"), list(product([False, True], [0, 1, 4])))
 @given(cut=st.integers(1, 8), data=st.data())
 def test_a_stream_with_padding_anywhere_goes_on(gated: bool, kernel: int, cut: int, data: st.DataObject) -> None:
     """What the convolution still sees is the last real tokens, in however small pieces they come."""
@@ -85,7 +86,7 @@ def test_the_state_holds_the_last_inputs_of_the_convolution() -> None:
 
 
 def test_the_gated_layer_equals_that_of_qwen3_next() -> None:
-    """With copied weights, in float32; theirs has queries divided by √E, which the norm all but cancels."""
+    """With copied weights, in float32; theirs divides queries by √E, which a smaller epsilon cancels."""
     torch.manual_seed(0)
     config = Qwen3NextConfig(
         hidden_size=16,
@@ -113,8 +114,9 @@ def test_the_gated_layer_equals_that_of_qwen3_next() -> None:
         ours.taps.copy_(theirs.conv1d.weight[:, 0].T.flip(0))
         ours.project_out.weight.copy_(theirs.out_proj.weight)
     ours.log_rate, ours.rate_bias, ours.norm_gain = theirs.A_log, theirs.dt_bias, theirs.norm.weight
+    theirs.norm.variance_epsilon = NORM_EPSILON / 8
     x = 10 * torch.randn(2, 70, 16)
-    torch.testing.assert_close(ours(x).y, theirs(x), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(ours(x).y, theirs(x), rtol=1e-3, atol=1e-3)
 
 
 def test_new_rates_and_steps_are_those_of_the_paper() -> None:
@@ -122,7 +124,7 @@ def test_new_rates_and_steps_are_those_of_the_paper() -> None:
     assert isinstance(mixer, Delta)
     assert mixer.log_rate is not None
     assert mixer.rate_bias is not None
-    rates, steps = mixer.log_rate.exp(), F.softplus(mixer.rate_bias)
+    rates, steps = mixer.log_rate.detach().exp(), F.softplus(mixer.rate_bias.detach())
     assert bool((rates <= 16).all())
     assert float(rates.mean()) == pytest.approx(8, rel=0.15)
     assert bool(((steps > 0.00099) & (steps < 0.101)).all())

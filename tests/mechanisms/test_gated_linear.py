@@ -68,6 +68,7 @@ def test_an_open_gate_sums_everything() -> None:
         in_heads(mixer, project(x[0])) for project in (mixer.project_query, mixer.project_key, mixer.project_value)
     )
     out = torch.einsum("hij,jhe->ihe", torch.einsum("ihe,jhe->hij", q, k).tril(), v)
+    assert mixer.norm_gain is not None
     normed = out * (out.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * mixer.norm_gain
     torch.testing.assert_close(mixer(x).y[0], mixer.project_out(normed.flatten(1)), rtol=1e-10, atol=1e-10)
 

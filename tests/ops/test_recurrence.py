@@ -32,10 +32,8 @@ def assert_same(fast: Recurred, slow: Recurred, leaves: list[Tensor]) -> None:
     weights = [torch.randn_like(part) for part in fast]
     for one, other in zip(fast, slow, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-    pairs = (
-        torch.autograd.grad(sum((part * weight).sum() for part, weight in zip(result, weights, strict=True)), leaves)
-        for result in (fast, slow)
-    )
+    totals = ((result.out * weights[0]).sum() + (result.after * weights[1]).sum() for result in (fast, slow))
+    pairs = (torch.autograd.grad(total, leaves) for total in totals)
     for one, other in zip(*pairs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
@@ -134,10 +132,10 @@ def test_no_decay_overflows_in_float32(delta: bool, decay_width: int) -> None:
     leaves = [q, k, v, log_decay]
     fast = recurrence(q, k, v, log_decay, beta=beta)
     exact = recurrence_by_tokens(*(leaf.double() for leaf in leaves), beta=None if beta is None else beta.double())
-    torch.testing.assert_close(fast.out.double(), exact.out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fast.out.double(), exact.out, rtol=5e-5, atol=5e-5)
     grads, wanted = (torch.autograd.grad(result.out.sum(), leaves) for result in (fast, exact))
     for grad, expected in zip(grads, wanted, strict=True):
-        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grad, expected, rtol=1e-3, atol=5e-4)
 
 
 def test_equal_keys_do_not_spoil_the_delta_rule() -> None:
