@@ -125,7 +125,7 @@ class RecurrentMixer(TokenMixer):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        log_decay: Tensor,
+        log_decay: Tensor | None,
         mask: Mask,
         state: State | None,
         *,

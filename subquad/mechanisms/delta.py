@@ -110,7 +110,7 @@ class DeltaConfig(MixerConfig):
         heads, wide_bytes = self.heads(dims), max(4, dtype_bytes)
         channels = dims.num_heads * (2 * heads.width + heads.value_width)
         small = (1 + self.gated) * dims.embed_dim * dims.num_heads
-        numbers = dims.num_heads * (length * self.negative_eigenvalues + (length if self.gated else 1))
+        numbers = dims.num_heads * length * (self.negative_eigenvalues + self.gated)
         own = Cost(
             flops=2 * length * small,
             activation_bytes=dtype_bytes * length * (channels + dims.num_heads * self.gated) + wide_bytes * numbers,
@@ -206,12 +206,10 @@ class Delta(RecurrentMixer):
         beta = beta.to(torch.promote_types(beta.dtype, torch.float32)).sigmoid().transpose(1, 2)
         return 2 * beta if self.config.negative_eigenvalues else beta
 
-    def _log_decays(self, x: Tensor) -> Tensor:
-        """Log α, (B, H, L, 1)."""
+    def _log_decays(self, x: Tensor) -> Tensor | None:
+        """Log α, (B, H, L, 1); None where α is 1."""
         if self.project_decay is None or self.log_rate is None or self.rate_bias is None:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            none = x.new_zeros(self.dims.num_heads, 1, 1, dtype=wide)
-            return none.expand(x.shape[0], -1, x.shape[1], 1)
+            return None
         return self.split(recomputed(_log_decays, self.project_decay(x), self.log_rate, self.rate_bias))
 
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from subquad.ops.chunks import decay_gradient, in_chunks, multiply_add, put_chunks, scan, scan_back, segments
-from subquad.ops.decayed_pairs import Decays, decayed_pairs, decayed_pairs_gradient, decays
+from subquad.ops.chunk_scan import decay_gradient, scan, scan_back
+from subquad.ops.chunks import add_scaled, in_chunks, multiply_add, put_chunks, scaled, segments
+from subquad.ops.decayed_pairs import Factors, decayed_pairs, decayed_pairs_gradient, factors
 from subquad.ops.precision import full_precision
 
 
 def additive_recurrence(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, before: Tensor, chunk: int
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, before: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """The result (B, H, L, Ev) and the matrix after the last token (B, H, E, Ev).
 
@@ -31,7 +32,7 @@ def additive_recurrence(
         q: (B, H, L, E), float32 or wider, as all others.
         k: (B, H, L, E).
         v: (B, H, L, Ev).
-        log_decay: (B, H, L, 1) or (B, H, L, E), finite, at most 0.
+        log_decay: (B, H, L, 1) or (B, H, L, E), finite, at most 0; None for no decay.
         before: (B, H, E, Ev), the matrix that earlier tokens left.
         chunk: tokens per chunk, a power of two.
     """
@@ -39,38 +40,34 @@ def additive_recurrence(
 
 
 class _Segment(NamedTuple):
-    """A stretch of chunks: the tokens (N, B, H, C, ·), their decays, those of whole chunks, matrices."""
+    """A stretch of chunks: the tokens (N, B, H, C, ·), their decays, and the matrices (N + 1, B, H, E, Ev)."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    decays: Decays
-    since_start: Tensor
-    until_end: Tensor
-    of_chunk: Tensor
+    decay: Factors
     matrices: Tensor
 
 
-def _make(tensors: tuple[Tensor, ...], part: slice, before: Tensor, chunk: int) -> _Segment:
-    q, k, v, log_decay = (in_chunks(tensor, part, chunk) for tensor in tensors)
-    decay = decays(log_decay)
-    since_start, until_end = decay.since_start(), decay.until_end()
-    of_chunk = since_start[..., -1:, :].mT
-    matrices = scan(before, of_chunk, (k * until_end).mT @ v)
-    return _Segment(q, k, v, decay, since_start, until_end, of_chunk, matrices)
+def _make(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, part: slice, before: Tensor, chunk: int
+) -> _Segment:
+    q, k, v = (in_chunks(tensor, part, chunk) for tensor in (q, k, v))
+    decay = factors(None if log_decay is None else in_chunks(log_decay, part, chunk))
+    return _Segment(q, k, v, decay, scan(before, decay.of_chunk, scaled(k, decay.until_end).mT @ v))
 
 
 class _AdditiveRecurrence(Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, before: Tensor, chunk: int
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, before: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor]:
         out, matrix, starts = torch.empty_like(v), before, []
         for part in segments(k.shape[3], v, chunk):
             starts.append(matrix)
-            s = _make((q, k, v, log_decay), part, matrix, chunk)
-            mixed = decayed_pairs(s.q, s.k, s.decays) @ s.v
-            put_chunks(out, part, multiply_add(mixed, s.q * s.since_start, s.matrices[:-1]))
+            s = _make(q, k, v, log_decay, part, matrix, chunk)
+            mixed = decayed_pairs(s.q, s.k, s.decay.inside) @ s.v
+            put_chunks(out, part, multiply_add(mixed, scaled(s.q, s.decay.since_start), s.matrices[:-1]))
             matrix = s.matrices[-1].clone()
         ctx.save_for_backward(q, k, v, log_decay, *starts)
         ctx.chunk = chunk
@@ -82,20 +79,18 @@ class _AdditiveRecurrence(Function):
         ctx: Any, grad_out: Tensor, grad_matrix: Tensor
     ) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, *starts = ctx.saved_tensors
-        parts = segments(k.shape[3], v, ctx.chunk)
         grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
         grad_decay = torch.empty_like(log_decay) if ctx.needs_input_grad[3] else None
         with full_precision(q.device):
-            for part, start in zip(reversed(parts), reversed(starts), strict=True):
-                s = _make((q, k, v, log_decay), part, start, ctx.chunk)
+            for part, start in zip(reversed(segments(k.shape[3], v, ctx.chunk)), reversed(starts), strict=True):
+                s = _make(q, k, v, log_decay, part, start, ctx.chunk)
                 grad = in_chunks(grad_out, part, ctx.chunk)
-                of_matrices = scan_back(grad_matrix, s.of_chunk, (s.q * s.since_start).mT @ grad)
+                of_matrices = scan_back(grad_matrix, s.decay.of_chunk, scaled(s.q, s.decay.since_start).mT @ grad)
                 of_tokens = _token_gradients(s, grad, of_matrices)
                 for whole, piece in zip(grads, of_tokens, strict=True):
                     put_chunks(whole, part, piece)
                 if grad_decay is not None:
-                    of_totals = s.q * of_tokens[0] - s.k * of_tokens[1]
-                    width = log_decay.shape[-1]
+                    of_totals, width = s.q * of_tokens[0] - s.k * of_tokens[1], log_decay.shape[-1]
                     put_chunks(grad_decay, part, decay_gradient(of_totals, s.matrices[1:], of_matrices[1:], width))
                 grad_matrix = of_matrices[0]
         return *grads, grad_decay, grad_matrix, None
@@ -103,8 +98,9 @@ class _AdditiveRecurrence(Function):
 
 def _token_gradients(s: _Segment, grad: Tensor, of_matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v of a segment."""
-    grad_q, grad_k = decayed_pairs_gradient(grad @ s.v.mT, s.q, s.k, s.decays)
-    grad_q.addcmul_(grad @ s.matrices[:-1].mT, s.since_start)
-    grad_k.addcmul_(s.v @ of_matrices[1:].mT, s.until_end)
-    grad_v = decayed_pairs(s.q, s.k, s.decays).mT @ grad
-    return grad_q, grad_k, multiply_add(grad_v, s.k * s.until_end, of_matrices[1:])
+    _, since_start, until_end, _ = s.decay
+    grad_q, grad_k = decayed_pairs_gradient(grad @ s.v.mT, s.q, s.k, s.decay.inside)
+    add_scaled(grad_q, grad @ s.matrices[:-1].mT, since_start)
+    add_scaled(grad_k, s.v @ of_matrices[1:].mT, until_end)
+    grad_v = decayed_pairs(s.q, s.k, s.decay.inside).mT @ grad
+    return grad_q, grad_k, multiply_add(grad_v, scaled(s.k, until_end), of_matrices[1:])

@@ -1,4 +1,4 @@
-"""Cutting a sequence into segments and those into chunks, and scanning a matrix from chunk to chunk.
+"""Cutting a sequence into segments and those into chunks.
 
 A segment is what is worked on at once: so few chunks that its temporaries stay in the cache, whatever the length.
 Its tensors have the chunks first, (N, B, H, C, E), so that a step of a scan takes all heads together.
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NUMBERS = 1 << 19
-"""Numbers in the largest tensor of a segment, 2 MB of float32: the best of 0.5 to 8 MB."""
+NUMBERS = 1 << 18
+"""Numbers in the largest tensor of a segment: 1 MB of float32, the best of 0.1 to 2 MB."""
 
 
 def chunk_size(chunk: int, length: int) -> int:
@@ -64,47 +64,11 @@ def multiply_add(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return x
 
 
-def scan(before: Tensor, decay: Tensor, writes: Tensor) -> Tensor:
-    """The matrix before each chunk and after the last.
-
-    Args:
-        before: (B, H, E, Ev).
-        decay: (N, B, H, 1 or E, 1).
-        writes: (N, B, H, E, Ev).
-
-    Returns:
-        (N + 1, B, H, E, Ev).
-    """
-    matrices = writes.new_empty((writes.shape[0] + 1, *writes.shape[1:]))
-    matrices[0] = before
-    for i in range(writes.shape[0]):
-        torch.addcmul(writes[i], matrices[i], decay[i], out=matrices[i + 1])
-    return matrices
+def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+    """X times the factor; x itself where there is none."""
+    return x if factor is None else x * factor
 
 
-def scan_back(after: Tensor, decay: Tensor, reads: Tensor) -> Tensor:
-    """Gradients of the matrices of `scan`, last to first, from that of the last and those of what chunks read."""
-    gradients = reads.new_empty((reads.shape[0] + 1, *reads.shape[1:]))
-    gradients[-1] = after
-    for i in reversed(range(reads.shape[0])):
-        torch.addcmul(reads[i], gradients[i + 1], decay[i], out=gradients[i])
-    return gradients
-
-
-def decay_gradient(of_totals: Tensor, after: Tensor, grad_after: Tensor, width: int) -> Tensor:
-    """Gradient of the log-decays of every chunk, (N, B, H, C, width).
-
-    A log-decay is part of the running totals of its own and all later tokens of the chunk, and scales all of what the
-    chunk leaves behind but what is written after it, which those totals account for.
-
-    Args:
-        of_totals: (N, B, H, C, E), gradient of the running totals, less what `after` brings.
-        after: (N, B, H, E, Ev), the matrices after each chunk.
-        grad_after: their gradients.
-        width: 1 for one log-decay for all channels, else E.
-    """
-    left = (after * grad_after).sum(dim=-1)[..., None, :]
-    if width == 1:
-        of_totals, left = of_totals.sum(dim=-1, keepdim=True), left.sum(dim=-1, keepdim=True)
-    running = of_totals.cumsum(dim=-2)
-    return left + running[..., -1:, :] - running + of_totals
+def add_scaled(x: Tensor, y: Tensor, factor: Tensor | None, *, sign: int = 1) -> Tensor:
+    """X += sign * y * factor, in place. Returns x."""
+    return x.add_(y, alpha=sign) if factor is None else x.addcmul_(y, factor, value=sign)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.ops.chunks import scaled
+
 LARGEST_DECAY = 20.0
 """exp(20) = 5e8 leaves float32 room for the size of queries and keys, and sums up to 20 are rounded by 1e-6 at most."""
 
@@ -53,6 +55,31 @@ def decays(log: Tensor) -> Decays:
     return Decays(log, since_first.cumsum(dim=-2))
 
 
+class Factors(NamedTuple):
+    """What the tokens and matrices of a segment are multiplied by; None in all of them where nothing decays.
+
+    Attributes:
+        inside: the decays between the tokens of a chunk.
+        since_start: (N, B, H, C, ·), see `Decays`.
+        until_end: (N, B, H, C, ·), see `Decays`.
+        of_chunk: (N, B, H, 1 or E, 1), of whole chunks.
+    """
+
+    inside: Decays | None
+    since_start: Tensor | None
+    until_end: Tensor | None
+    of_chunk: Tensor | None
+
+
+def factors(log: Tensor | None) -> Factors:
+    """The factors of a segment with these log-decays (N, B, H, C, ·)."""
+    if log is None:
+        return Factors(None, None, None, None)
+    inside = decays(log)
+    since_start = inside.since_start()
+    return Factors(inside, since_start, inside.until_end(), since_start[..., -1:, :].mT)
+
+
 def decayed_pairs_by_definition(q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
     """The definition, with a tensor of C * C * E numbers; log_decay: (..., C, ·), the rest as in `decayed_pairs`."""
     size = q.shape[-2]
@@ -63,20 +90,20 @@ def decayed_pairs_by_definition(q: Tensor, k: Tensor, log_decay: Tensor) -> Tens
     return (q[..., :, None, :] * k[..., None, :, :] * decay).sum(dim=-1)
 
 
-def decayed_pairs(q: Tensor, k: Tensor, decay: Decays) -> Tensor:
+def decayed_pairs(q: Tensor, k: Tensor, decay: Decays | None) -> Tensor:
     """The pairs of every chunk.
 
     Args:
         q: (..., C, E), C a power of two.
         k: (..., C, E).
-        decay: that of the chunks.
+        decay: that of the chunks; None for none.
 
     Returns:
         (..., C, C), 0 above the diagonal.
     """
-    if decay.small:
+    if decay is None or decay.small:
         of_rows, of_columns = _factors(decay)
-        return ((q * of_rows) @ (k * of_columns).mT).tril_()
+        return (scaled(q, of_rows) @ scaled(k, of_columns).mT).tril_()
     half, q, k, decay = q.shape[-2] // 2, _halves(q), _halves(k), decays(_halves(decay.log))
     inside = decayed_pairs(q, k, decay)
     of_rows, of_columns = _crossing_factors(decay)
@@ -86,15 +113,16 @@ def decayed_pairs(q: Tensor, k: Tensor, decay: Decays) -> Tensor:
     return pairs
 
 
-def decayed_pairs_gradient(grad: Tensor, q: Tensor, k: Tensor, decay: Decays) -> tuple[Tensor, Tensor]:
+def decayed_pairs_gradient(grad: Tensor, q: Tensor, k: Tensor, decay: Decays | None) -> tuple[Tensor, Tensor]:
     """Gradients of q and k for the gradient of the pairs (..., C, C), whose part above the diagonal is ignored.
 
     That of the sum of log-decays up to a token is q · grad_q - k · grad_k, channel by channel; the caller takes it.
     """
-    if decay.small:
+    if decay is None or decay.small:
         of_rows, of_columns = _factors(decay)
         grad = grad.tril()
-        return (grad @ (k * of_columns)).mul_(of_rows), (grad.mT @ (q * of_rows)).mul_(of_columns)
+        grad_q, grad_k = grad @ scaled(k, of_columns), grad.mT @ scaled(q, of_rows)
+        return scaled(grad_q, of_rows), scaled(grad_k, of_columns)
     half, q, k, decay = q.shape[-2] // 2, _halves(q), _halves(k), decays(_halves(decay.log))
     inside = torch.stack((grad[..., :half, :half], grad[..., half:, half:]), dim=-3)
     grad_q, grad_k = decayed_pairs_gradient(inside, q, k, decay)
@@ -105,8 +133,10 @@ def decayed_pairs_gradient(grad: Tensor, q: Tensor, k: Tensor, decay: Decays) ->
     return grad_q.flatten(-3, -2), grad_k.flatten(-3, -2)
 
 
-def _factors(decay: Decays) -> tuple[Tensor, Tensor]:
+def _factors(decay: Decays | None) -> tuple[Tensor | None, Tensor | None]:
     """Factors of queries and keys that meet at the first token."""
+    if decay is None:
+        return None, None
     of_rows = decay.since_first.exp()
     return of_rows, of_rows.reciprocal()
 

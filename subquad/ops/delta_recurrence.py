@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from subquad.ops.chunks import decay_gradient, in_chunks, multiply_add, put_chunks, segments
-from subquad.ops.decayed_pairs import Decays, decayed_pairs, decayed_pairs_gradient, decays
+from subquad.ops.chunk_scan import decay_gradient, step
+from subquad.ops.chunks import add_scaled, in_chunks, multiply_add, put_chunks, scaled, segments
+from subquad.ops.decayed_pairs import Factors, decayed_pairs, decayed_pairs_gradient, factors
 from subquad.ops.precision import full_precision
 
 
 def delta_recurrence(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, before: Tensor, chunk: int
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, before: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """The result (B, H, L, Ev) and the matrix after the last token (B, H, E, Ev).
 
@@ -35,7 +36,7 @@ def delta_recurrence(
         q: (B, H, L, E), float32 or wider, as all others.
         k: (B, H, L, E).
         v: (B, H, L, Ev).
-        log_decay: (B, H, L, 1) or (B, H, L, E), finite, at most 0.
+        log_decay: (B, H, L, 1) or (B, H, L, E), finite, at most 0; None for no decay.
         beta: (B, H, L, 1).
         before: (B, H, E, Ev), the matrix that earlier tokens left.
         chunk: tokens per chunk, a power of two.
@@ -50,10 +51,7 @@ class _Segment(NamedTuple):
     k: Tensor
     v: Tensor
     beta: Tensor
-    decays: Decays
-    since_start: Tensor
-    until_end: Tensor
-    of_chunk: Tensor
+    decay: Factors
     pairs: Tensor
     inverse: Tensor
     w: Tensor
@@ -61,16 +59,19 @@ class _Segment(NamedTuple):
     matrices: Tensor
 
 
-def _make(tensors: tuple[Tensor, ...], part: slice, before: Tensor, chunk: int) -> _Segment:
-    q, k, v, log_decay, beta = (in_chunks(tensor, part, chunk) for tensor in tensors)
-    decay = decays(log_decay)
-    since_start, until_end = decay.since_start(), decay.until_end()
-    of_chunk = since_start[..., -1:, :].mT
-    pairs = decayed_pairs(k, k, decay).tril_(-1)
+def _make(tensors: tuple[Tensor | None, ...], part: slice, before: Tensor, chunk: int) -> _Segment:
+    """The segment of q, k, v, the log-decays or None, and β."""
+    q, k, v, log_decay, beta = (None if tensor is None else in_chunks(tensor, part, chunk) for tensor in tensors)
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert beta is not None
+    decay = factors(log_decay)
+    pairs = decayed_pairs(k, k, decay.inside).tril_(-1)
     inverse = unit_lower_inverse(pairs * beta)
-    w, u = inverse @ (beta * since_start * k), inverse @ (beta * v)
-    matrices = _scan(before, of_chunk, k * until_end, w, u)
-    return _Segment(q, k, v, beta, decay, since_start, until_end, of_chunk, pairs, inverse, w, u, matrices)
+    w, u = inverse @ scaled(k * beta, decay.since_start), inverse @ (v * beta)
+    matrices = _scan(before, decay, k, w, u)
+    return _Segment(q, k, v, beta, decay, pairs, inverse, w, u, matrices)
 
 
 def unit_lower_inverse(strict: Tensor) -> Tensor:
@@ -79,16 +80,16 @@ def unit_lower_inverse(strict: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(strict, identity, upper=False, unitriangular=True)
 
 
-def _scan(before: Tensor, decay: Tensor, keys: Tensor, w: Tensor, u: Tensor) -> Tensor:
+def _scan(before: Tensor, decay: Factors, k: Tensor, w: Tensor, u: Tensor) -> Tensor:
     """The matrix before each chunk and after the last, (N + 1, B, H, E, Ev); u becomes u - w S, in place."""
     matrices = u.new_empty((u.shape[0] + 1, *before.shape))
     matrices[0] = before
     heads = matrices.flatten(1, 2)
-    w, u, keys, decay = (tensor.flatten(1, 2) for tensor in (w, u, keys, decay))
+    keys, w, u = (tensor.flatten(1, 2) for tensor in (scaled(k, decay.until_end), w, u))
     for i in range(u.shape[0]):
         torch.baddbmm(u[i], w[i], heads[i], alpha=-1, out=u[i])
-        torch.mul(heads[i], decay[i], out=heads[i + 1])
-        torch.baddbmm(heads[i + 1], keys[i].mT, u[i], out=heads[i + 1])
+        faded = heads[i] if decay.of_chunk is None else heads[i] * decay.of_chunk[i].flatten(0, 1)
+        torch.baddbmm(faded, keys[i].mT, u[i], out=heads[i + 1])
     return matrices
 
 
@@ -104,25 +105,25 @@ def _scan_back(after: Tensor, s: _Segment, reads: Tensor, grad_u: Tensor) -> Ten
     gradients = reads.new_empty((reads.shape[0] + 1, *after.shape))
     gradients[-1] = after
     heads = gradients.flatten(1, 2)
-    keys, w, reads, grad_u = (tensor.flatten(1, 2) for tensor in (s.k * s.until_end, s.w, reads, grad_u))
-    decay = s.of_chunk.flatten(1, 2)
+    keys, w, of_u = (tensor.flatten(1, 2) for tensor in (scaled(s.k, s.decay.until_end), s.w, grad_u))
     for i in reversed(range(reads.shape[0])):
-        grad_u[i].baddbmm_(keys[i], heads[i + 1])
-        torch.addcmul(reads[i], heads[i + 1], decay[i], out=heads[i]).baddbmm_(w[i].mT, grad_u[i], alpha=-1)
+        torch.baddbmm(of_u[i], keys[i], heads[i + 1], out=of_u[i])
+        step(gradients[i + 1], s.decay.of_chunk, i, reads[i], gradients[i])
+        torch.baddbmm(heads[i], w[i].mT, of_u[i], alpha=-1, out=heads[i])
     return gradients
 
 
 class _DeltaRecurrence(Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, before: Tensor, chunk: int
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, before: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor]:
         out, matrix, starts = torch.empty_like(v), before, []
         for part in segments(k.shape[3], v, chunk):
             starts.append(matrix)
             s = _make((q, k, v, log_decay, beta), part, matrix, chunk)
-            mixed = decayed_pairs(s.q, s.k, s.decays) @ s.u
-            put_chunks(out, part, multiply_add(mixed, s.q * s.since_start, s.matrices[:-1]))
+            mixed = decayed_pairs(s.q, s.k, s.decay.inside) @ s.u
+            put_chunks(out, part, multiply_add(mixed, scaled(s.q, s.decay.since_start), s.matrices[:-1]))
             matrix = s.matrices[-1].clone()
         ctx.save_for_backward(q, k, v, log_decay, beta, *starts)
         ctx.chunk = chunk
@@ -139,31 +140,40 @@ class _DeltaRecurrence(Function):
         with full_precision(q.device):
             for part, start in zip(reversed(segments(k.shape[3], v, ctx.chunk)), reversed(starts), strict=True):
                 s = _make((q, k, v, log_decay, beta), part, start, ctx.chunk)
-                of_tokens, of_totals, of_matrices = _gradients(s, in_chunks(grad_out, part, ctx.chunk), grad_matrix)
-                for whole, piece in zip(grads, of_tokens, strict=True):
+                g = _gradients(s, in_chunks(grad_out, part, ctx.chunk), grad_matrix)
+                for whole, piece in zip(grads, (g.q, g.asked.add(g.written), g.v, g.beta), strict=True):
                     put_chunks(whole, part, piece)
                 if grad_decay is not None:
-                    width = log_decay.shape[-1]
-                    put_chunks(grad_decay, part, decay_gradient(of_totals, s.matrices[1:], of_matrices[1:], width))
-                grad_matrix = of_matrices[0]
+                    of_totals, width = s.q * g.q + s.k * (g.asked - g.written), log_decay.shape[-1]
+                    put_chunks(grad_decay, part, decay_gradient(of_totals, s.matrices[1:], g.matrices[1:], width))
+                grad_matrix = g.matrices[0]
         grad_q, grad_k, grad_v, grad_beta = grads
         return grad_q, grad_k, grad_v, grad_decay, grad_beta, grad_matrix, None
 
 
-def _gradients(s: _Segment, grad: Tensor, grad_after: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Gradients of q, k, v and β, of the running totals, and of the matrices of a segment."""
-    before = s.matrices[:-1]
-    grad_u = decayed_pairs(s.q, s.k, s.decays).mT @ grad
-    of_matrices = _scan_back(grad_after, s, (s.q * s.since_start).mT @ grad, grad_u)
-    solved = s.inverse.mT @ grad_u
-    grad_v = s.beta * solved
-    missed = multiply_add(torch.mul(s.pairs @ s.u, -1).add_(s.v), s.k * -s.since_start, before)  # u = β missed
-    grad_beta = (solved * missed).sum(dim=-1, keepdim=True)
-    grad_q, as_written = decayed_pairs_gradient(grad @ s.u.mT, s.q, s.k, s.decays)
-    grad_q.addcmul_(grad @ before.mT, s.since_start)
-    of_pairs = (grad_v @ s.u.mT).tril_(-1).neg_()
-    as_asked, as_found = decayed_pairs_gradient(of_pairs, s.k, s.k, s.decays)
-    as_asked.addcmul_(grad_v @ before.mT, s.since_start, value=-1)
-    as_written.add_(as_found).addcmul_(s.u @ of_matrices[1:].mT, s.until_end)
-    of_totals = s.q * grad_q + s.k * (as_asked - as_written)
-    return (grad_q, as_asked.add_(as_written), grad_v, grad_beta), of_totals, of_matrices
+class _Gradients(NamedTuple):
+    """Gradients of a segment; those of a key apart as it is asked for and as it is written."""
+
+    q: Tensor
+    asked: Tensor
+    written: Tensor
+    v: Tensor
+    beta: Tensor
+    matrices: Tensor
+
+
+def _gradients(s: _Segment, grad: Tensor, grad_after: Tensor) -> _Gradients:
+    before, (inside, since_start, until_end, _) = s.matrices[:-1], s.decay
+    of_u = decayed_pairs(s.q, s.k, inside).mT @ grad
+    of_matrices = _scan_back(grad_after, s, scaled(s.q, since_start).mT @ grad, of_u)
+    solved = s.inverse.mT @ of_u
+    grad_v = solved * s.beta
+    found = multiply_add(s.pairs @ s.u, scaled(s.k, since_start), before)
+    grad_beta = (solved * (s.v - found)).sum(dim=-1, keepdim=True)  # u = β (v - found)
+    grad_q, written = decayed_pairs_gradient(grad @ s.u.mT, s.q, s.k, inside)
+    add_scaled(grad_q, grad @ before.mT, since_start)
+    of_pairs = (grad_v @ s.u.mT).tril_(-1)
+    asked, as_found = decayed_pairs_gradient(of_pairs.neg_(), s.k, s.k, inside)
+    add_scaled(asked, grad_v @ before.mT, since_start, sign=-1)
+    add_scaled(written.add_(as_found), s.u @ of_matrices[1:].mT, until_end)
+    return _Gradients(grad_q, asked, written, grad_v, grad_beta, of_matrices)

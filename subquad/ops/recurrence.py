@@ -40,7 +40,7 @@ def recurrence_by_tokens(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    log_decay: Tensor,
+    log_decay: Tensor | None,
     *,
     beta: Tensor | None = None,
     before: Tensor | None = None,
@@ -52,7 +52,8 @@ def recurrence_by_tokens(
     matrix = k.new_zeros((*k.shape[:2], k.shape[3], v.shape[3]), dtype=wide) if before is None else before.to(wide)
     out = []
     for t in range(q.shape[2]):
-        matrix = matrix * log_decay[:, :, t, :, None].to(wide).exp()
+        if log_decay is not None:
+            matrix = matrix * log_decay[:, :, t, :, None].to(wide).exp()
         written, key = v[:, :, t].to(wide), k[:, :, t].to(wide)
         if beta is not None:
             written = beta[:, :, t, None].to(wide) * (written - torch.einsum("bhef,bhe->bhf", matrix, key))
@@ -65,7 +66,7 @@ def recurrence(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    log_decay: Tensor,
+    log_decay: Tensor | None,
     *,
     beta: Tensor | None = None,
     before: Tensor | None = None,
@@ -78,7 +79,7 @@ def recurrence(
         q: (B, H, L, E), queries.
         k: (B, H, L, E), keys.
         v: (B, H, L, Ev), values.
-        log_decay: (B, H, L, 1) or (B, H, L, E), log α, finite and at most 0.
+        log_decay: (B, H, L, 1) or (B, H, L, E), log α, finite and at most 0; None for α = 1.
         beta: (B, H, L), how much of the difference the delta rule writes; None for the additive recurrence.
         before: (B, H, E, Ev), the matrix that earlier tokens left; None for zeros.
         valid: bool (B, L), True for real tokens; another token neither decays nor writes.
@@ -95,7 +96,8 @@ def recurrence(
     k, log_decay, beta = _silent(k, log_decay, beta, valid)
     if before is None:
         before = k.new_zeros((*k.shape[:2], k.shape[3], v.shape[3]), dtype=wide)
-    q, k, values, log_decay, before = (tensor.to(wide) for tensor in (q, k, v, log_decay, before))
+    q, k, values, before = (tensor.to(wide) for tensor in (q, k, v, before))
+    log_decay = None if log_decay is None else log_decay.to(wide)
     with full_precision(q.device):
         if beta is None:
             out, after = additive_recurrence(q, k, values, log_decay, before, chunk)
@@ -105,21 +107,24 @@ def recurrence(
 
 
 def _silent(
-    k: Tensor, log_decay: Tensor, beta: Tensor | None, valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and log-decays of invalid tokens set to 0; a key of 0 writes nothing, whatever β."""
+    k: Tensor, log_decay: Tensor | None, beta: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Keys, log-decays and β of invalid tokens set to 0."""
     if valid is None:
         return k, log_decay, beta
     invalid = ~valid[:, None, :]
-    k, log_decay = (tensor.masked_fill(invalid[..., None], 0.0) for tensor in (k, log_decay))
-    return k, log_decay, None if beta is None else beta.masked_fill(invalid, 0.0)
+    return (
+        k.masked_fill(invalid[..., None], 0.0),
+        None if log_decay is None else log_decay.masked_fill(invalid[..., None], 0.0),
+        None if beta is None else beta.masked_fill(invalid, 0.0),
+    )
 
 
 def _check_shapes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    log_decay: Tensor,
+    log_decay: Tensor | None,
     beta: Tensor | None,
     before: Tensor | None,
     valid: Tensor | None,
@@ -130,7 +135,7 @@ def _check_shapes(
     batch, heads, length, width = k.shape
     if q.shape[2] == 0:
         raise ValueError("recurrence: there are no tokens; pass at least one")
-    if log_decay.shape[:-1] != k.shape[:3] or log_decay.shape[-1] not in (1, width):
+    if log_decay is not None and (log_decay.shape[:-1] != k.shape[:3] or log_decay.shape[-1] not in (1, width)):
         expected = f"({batch}, {heads}, {length}, 1 or {width})"
         raise ValueError(f"recurrence: log_decay must have shape {expected}, got {tuple(log_decay.shape)}")
     expected_shapes = (

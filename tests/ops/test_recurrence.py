@@ -39,14 +39,14 @@ def assert_same(fast: Recurred, slow: Recurred, leaves: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])
-@pytest.mark.parametrize("decay_width", [1, 3])
+@pytest.mark.parametrize("decay_width", [None, 1, 3])
 @given(length=LENGTHS, chunk=CHUNKS, strength=DECAYS, padded=st.booleans(), fresh=st.booleans())
 @example(length=70, chunk=64, strength=80.0, padded=True, fresh=False)
 def test_chunks_equal_the_definition(
-    delta: bool, decay_width: int, length: int, chunk: int, strength: float, padded: bool, fresh: bool
+    delta: bool, decay_width: int | None, length: int, chunk: int, strength: float, padded: bool, fresh: bool
 ) -> None:
     q, k, v = heads(length)
-    log_decay = log_decays(length, decay_width, strength)
+    log_decay = None if decay_width is None else log_decays(length, decay_width, strength)
     beta = (2 * torch.rand(2, 2, length, dtype=torch.float64)).requires_grad_() if delta else None
     before = None if fresh else torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     valid = torch.rand(2, length) < 0.6 if padded else None
