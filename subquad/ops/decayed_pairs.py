@@ -3,9 +3,11 @@
     A_ij = Σ_c q_ic k_jc exp(Σ_{j<t<=i} g_tc)      j <= i, else 0      g: log-decays, at most 0
 
 As a matrix product this needs exp(G) on the queries and exp(-G) on the keys, G the sum of log-decays since the first
-token. The latter grows, so a chunk that decays too much is halved. A pair from different halves has the boundary
-between its members, and from there neither factor exceeds 1; the pairs inside the halves are halved again where need
-be, down to single tokens. Sums are taken anew in each half: a difference of large ones would lose the small ones.
+token. The latter grows, and a chunk that decays too much is treated otherwise. One log-decay for all channels: the
+decays of pairs are multiplied after the product. One for each: the chunk is halved. A pair from different halves has
+the boundary between its members, and from there neither factor exceeds 1; the pairs inside the halves are halved again
+where need be, down to single tokens. Sums are taken anew in each half: a difference of large ones would lose the small
+ones.
 """
 
 from __future__ import annotations
@@ -46,6 +48,13 @@ class Decays(NamedTuple):
         if self.small:
             return (self.since_first[..., -1:, :] - self.since_first).exp()
         return (self.log.flip(-2).cumsum(dim=-2).flip(-2) - self.log).exp()
+
+    def of_pairs(self) -> Tensor:
+        """Decay from token j to token i, (..., C, C), 0 for j > i; of one log-decay for all channels."""
+        total = self.log.double().cumsum(dim=-2)  # a difference of large sums
+        size = total.shape[-2]
+        future = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
+        return (total - total.mT).to(self.log.dtype).masked_fill(future, -torch.inf).exp()
 
 
 def decays(log: Tensor) -> Decays:
@@ -104,6 +113,8 @@ def decayed_pairs(q: Tensor, k: Tensor, decay: Decays | None) -> Tensor:
     if decay is None or decay.small:
         of_rows, of_columns = _factors(decay)
         return (scaled(q, of_rows) @ scaled(k, of_columns).mT).tril_()
+    if decay.log.shape[-1] == 1:
+        return (q @ k.mT) * decay.of_pairs()
     half, q, k, decay = q.shape[-2] // 2, _halves(q), _halves(k), decays(_halves(decay.log))
     inside = decayed_pairs(q, k, decay)
     of_rows, of_columns = _crossing_factors(decay)
@@ -123,6 +134,9 @@ def decayed_pairs_gradient(grad: Tensor, q: Tensor, k: Tensor, decay: Decays | N
         grad = grad.tril()
         grad_q, grad_k = grad @ scaled(k, of_columns), grad.mT @ scaled(q, of_rows)
         return scaled(grad_q, of_rows), scaled(grad_k, of_columns)
+    if decay.log.shape[-1] == 1:
+        grad = grad * decay.of_pairs()
+        return grad @ k, grad.mT @ q
     half, q, k, decay = q.shape[-2] // 2, _halves(q), _halves(k), decays(_halves(decay.log))
     inside = torch.stack((grad[..., :half, :half], grad[..., half:, half:]), dim=-3)
     grad_q, grad_k = decayed_pairs_gradient(inside, q, k, decay)
