@@ -67,7 +67,7 @@ class DeltaConfig(MixerConfig):
     """Width of a query's and key's head in units of head_dim."""
     value_expansion: float = 1.0
     """Width of a value's head in units of head_dim."""
-    chunk: int = 64
+    chunk: int = 32
     """Tokens per chunk, rounded down to a power of two: speed only, the result doesn't depend on it."""
 
     def __post_init__(self) -> None:

@@ -63,7 +63,7 @@ class GatedLinearConfig(MixerConfig):
     """Norm of each head of the result: RMSNorm, or LayerNorm, which subtracts the mean; both with a gain."""
     gate: bool = True
     """Multiply the normed result by swish(x W_g)."""
-    chunk: int = 64
+    chunk: int = 32
     """Tokens per chunk, rounded down to a power of two: speed only, the result doesn't depend on it."""
 
     def __post_init__(self) -> None:

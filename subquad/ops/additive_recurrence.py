@@ -66,7 +66,7 @@ class _AdditiveRecurrence(Function):
         for part in segments(k.shape[3], v, chunk):
             starts.append(matrix)
             s = _make(q, k, v, log_decay, part, matrix, chunk)
-            mixed = decayed_pairs(s.q, s.k, s.decay.inside) @ s.v
+            mixed = _pairs(s) @ s.v
             put_chunks(out, part, multiply_add(mixed, scaled(s.q, s.decay.since_start), s.matrices[:-1]))
             matrix = s.matrices[-1].clone()
         ctx.save_for_backward(q, k, v, log_decay, *starts)
@@ -96,11 +96,16 @@ class _AdditiveRecurrence(Function):
         return *grads, grad_decay, grad_matrix, None
 
 
+def _pairs(s: _Segment) -> Tensor:
+    """(N, B, H, C, C)."""
+    return decayed_pairs(s.q[..., None, :, :], s.k, s.decay.inside)[..., 0, :, :]
+
+
 def _token_gradients(s: _Segment, grad: Tensor, of_matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v of a segment."""
     _, since_start, until_end, _ = s.decay
-    grad_q, grad_k = decayed_pairs_gradient(grad @ s.v.mT, s.q, s.k, s.decay.inside)
-    add_scaled(grad_q, grad @ s.matrices[:-1].mT, since_start)
+    of_pairs = (grad @ s.v.mT).tril_()[..., None, :, :]
+    grad_q, grad_k = decayed_pairs_gradient(of_pairs, s.q[..., None, :, :], s.k, s.decay.inside)
+    grad_q = add_scaled(grad_q[..., 0, :, :], grad @ s.matrices[:-1].mT, since_start)
     add_scaled(grad_k, s.v @ of_matrices[1:].mT, until_end)
-    grad_v = decayed_pairs(s.q, s.k, s.decay.inside).mT @ grad
-    return grad_q, grad_k, multiply_add(grad_v, scaled(s.k, until_end), of_matrices[1:])
+    return grad_q, grad_k, multiply_add(_pairs(s).mT @ grad, scaled(s.k, until_end), of_matrices[1:])

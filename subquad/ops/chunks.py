@@ -40,10 +40,19 @@ def segment_chunks(heads: int, width: int, value_width: int, chunk: int) -> int:
 
 def in_chunks(x: Tensor, part: slice, chunk: int) -> Tensor:
     """A segment of x (B, H, L, E): (N, B, H, C, E), contiguous, zeros behind the end of the sequence."""
+    return _chunks(x, part, chunk).contiguous()
+
+
+def stacked_chunks(first: Tensor, second: Tensor, part: slice, chunk: int) -> Tensor:
+    """A segment of two tensors (B, H, L, E): (N, B, H, 2, C, E), contiguous."""
+    return torch.stack((_chunks(first, part, chunk), _chunks(second, part, chunk)), dim=3)
+
+
+def _chunks(x: Tensor, part: slice, chunk: int) -> Tensor:
     x = x[:, :, part]
     missing = -x.shape[2] % chunk
     x = F.pad(x, (0, 0, 0, missing)) if missing else x
-    return x.unflatten(2, (-1, chunk)).permute(2, 0, 1, 3, 4).contiguous()
+    return x.unflatten(2, (-1, chunk)).permute(2, 0, 1, 3, 4)
 
 
 def put_chunks(x: Tensor, part: slice, chunks: Tensor) -> None:
@@ -69,6 +78,6 @@ def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def add_scaled(x: Tensor, y: Tensor, factor: Tensor | None, *, sign: int = 1) -> Tensor:
-    """X += sign * y * factor, in place. Returns x."""
-    return x.add_(y, alpha=sign) if factor is None else x.addcmul_(y, factor, value=sign)
+def add_scaled(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
+    """X += y * factor, in place. Returns x."""
+    return x.add_(y) if factor is None else x.addcmul_(y, factor)

@@ -96,55 +96,66 @@ def decayed_pairs_by_definition(q: Tensor, k: Tensor, log_decay: Tensor) -> Tens
     between = total[..., :, None, :] - total[..., None, :, :]
     future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     decay = between.masked_fill(future[..., None], -torch.inf).exp()
-    return (q[..., :, None, :] * k[..., None, :, :] * decay).sum(dim=-1)
+    keys = k[..., None, :, :] * decay
+    return (q[..., :, None, :] * keys[..., None, :, :, :]).sum(dim=-1)
 
 
 def decayed_pairs(q: Tensor, k: Tensor, decay: Decays | None) -> Tensor:
     """The pairs of every chunk.
 
     Args:
-        q: (..., C, E), C a power of two.
+        q: (..., R, C, E), R kinds of queries, C a power of two.
         k: (..., C, E).
         decay: that of the chunks; None for none.
 
     Returns:
-        (..., C, C), 0 above the diagonal.
+        (..., R, C, C), 0 above the diagonal.
     """
     if decay is None or decay.small:
         of_rows, of_columns = _factors(decay)
-        return (scaled(q, of_rows) @ scaled(k, of_columns).mT).tril_()
+        return _product(scaled(q, of_rows), scaled(k, of_columns)).tril_()
     if decay.log.shape[-1] == 1:
-        return (q @ k.mT) * decay.of_pairs()
-    half, q, k, decay = q.shape[-2] // 2, _halves(q), _halves(k), decays(_halves(decay.log))
+        return _product(q, k) * decay.of_pairs()[..., None, :, :]
+    half, q, k, decay = q.shape[-2] // 2, _halves(q).transpose(-4, -3), _halves(k), decays(_halves(decay.log))
     inside = decayed_pairs(q, k, decay)
     of_rows, of_columns = _crossing_factors(decay)
-    pairs = inside.new_zeros((*inside.shape[:-3], 2 * half, 2 * half))
-    pairs[..., :half, :half], pairs[..., half:, half:] = inside.unbind(dim=-3)
-    pairs[..., half:, :half] = (q.select(-3, 1) * of_rows) @ (k.select(-3, 0) * of_columns).mT
+    pairs = inside.new_zeros((*inside.shape[:-4], inside.shape[-3], 2 * half, 2 * half))
+    pairs[..., :half, :half], pairs[..., half:, half:] = inside.unbind(dim=-4)
+    pairs[..., half:, :half] = _product(q.select(-4, 1) * of_rows, k.select(-3, 0) * of_columns)
     return pairs
 
 
 def decayed_pairs_gradient(grad: Tensor, q: Tensor, k: Tensor, decay: Decays | None) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k for the gradient of the pairs (..., C, C), whose part above the diagonal is ignored.
+    """Gradients of q and k for that of the pairs (..., R, C, C), which is 0 above the diagonal.
 
     That of the sum of log-decays up to a token is q · grad_q - k · grad_k, channel by channel; the caller takes it.
     """
     if decay is None or decay.small:
         of_rows, of_columns = _factors(decay)
-        grad = grad.tril()
-        grad_q, grad_k = grad @ scaled(k, of_columns), grad.mT @ scaled(q, of_rows)
+        grad_q, grad_k = _product_gradients(grad, scaled(q, of_rows), scaled(k, of_columns))
         return scaled(grad_q, of_rows), scaled(grad_k, of_columns)
     if decay.log.shape[-1] == 1:
-        grad = grad * decay.of_pairs()
-        return grad @ k, grad.mT @ q
-    half, q, k, decay = q.shape[-2] // 2, _halves(q), _halves(k), decays(_halves(decay.log))
-    inside = torch.stack((grad[..., :half, :half], grad[..., half:, half:]), dim=-3)
+        return _product_gradients(grad * decay.of_pairs()[..., None, :, :], q, k)
+    half, q, k, decay = q.shape[-2] // 2, _halves(q).transpose(-4, -3), _halves(k), decays(_halves(decay.log))
+    inside = torch.stack((grad[..., :half, :half], grad[..., half:, half:]), dim=-4)
     grad_q, grad_k = decayed_pairs_gradient(inside, q, k, decay)
     of_rows, of_columns = _crossing_factors(decay)
-    crossing = grad[..., half:, :half]
-    grad_q.select(-3, 1).add_((crossing @ (k.select(-3, 0) * of_columns)).mul_(of_rows))
-    grad_k.select(-3, 0).add_((crossing.mT @ (q.select(-3, 1) * of_rows)).mul_(of_columns))
-    return grad_q.flatten(-3, -2), grad_k.flatten(-3, -2)
+    crossing_q, crossing_k = _product_gradients(
+        grad[..., half:, :half], q.select(-4, 1) * of_rows, k.select(-3, 0) * of_columns
+    )
+    grad_q.select(-4, 1).add_(crossing_q * of_rows)
+    grad_k.select(-3, 0).add_(crossing_k * of_columns)
+    return grad_q.transpose(-4, -3).flatten(-3, -2), grad_k.flatten(-3, -2)
+
+
+def _product(q: Tensor, k: Tensor) -> Tensor:
+    """(..., R, C, E) by (..., C, E): (..., R, C, C), in one matrix product for each chunk."""
+    return (q.flatten(-3, -2) @ k.mT).unflatten(-2, q.shape[-3:-1])
+
+
+def _product_gradients(grad: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    rows = grad.flatten(-3, -2)
+    return (rows @ k).unflatten(-2, q.shape[-3:-1]), rows.mT @ q.flatten(-3, -2)
 
 
 def _factors(decay: Decays | None) -> tuple[Tensor | None, Tensor | None]:
@@ -152,12 +163,12 @@ def _factors(decay: Decays | None) -> tuple[Tensor | None, Tensor | None]:
     if decay is None:
         return None, None
     of_rows = decay.since_first.exp()
-    return of_rows, of_rows.reciprocal()
+    return of_rows[..., None, :, :], of_rows.reciprocal()
 
 
 def _crossing_factors(decay: Decays) -> tuple[Tensor, Tensor]:
     """Factors of the queries of the second half and the keys of the first, which meet at the boundary."""
-    return decay.since_start().select(-3, 1), decay.until_end().select(-3, 0)
+    return decay.since_start().select(-3, 1)[..., None, :, :], decay.until_end().select(-3, 0)
 
 
 def _halves(x: Tensor) -> Tensor:

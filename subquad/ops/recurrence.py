@@ -20,7 +20,7 @@ from subquad.ops.chunks import chunk_size
 from subquad.ops.delta_recurrence import delta_recurrence
 from subquad.ops.precision import full_precision
 
-CHUNK = 64
+CHUNK = 32
 """Tokens per chunk; the result doesn't depend on it."""
 
 
