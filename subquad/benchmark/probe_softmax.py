@@ -36,8 +36,8 @@ def approximates_softmax(subject: Subject) -> Finding:
         torch.manual_seed(subject.seed)
         mixer = build_from_config(judged.config, judged.dims).double().eval()
         dense = build_from_config(mixer_config(_DENSE), judged.dims).double().eval()
-    own = mixer.state_dict()
-    if not dense.state_dict().keys() <= own.keys():
+    own, shapes = mixer.state_dict(), {name: value.shape for name, value in dense.state_dict().items()}
+    if any(name not in own or own[name].shape != shape for name, shape in shapes.items()):
         return Finding(not claimed, f"approximates_softmax={claimed}: no projections to share with dense attention")
     dense.load_state_dict({name: own[name] for name in dense.state_dict()})
     inputs = subject.inputs(batch=8).map(lambda tensor: INPUT_SCALE * tensor)

@@ -56,6 +56,18 @@ CONFIGS = [
     ),
     mixer_config("combiner", plan="logsparse", activation="deepset", log_size_bias=True),
     mixer_config("combiner", plan="mixture", mixture="joint", block=4, pooling="mean"),
+    *(
+        mixer_config("retention", rotation=rotation, value_expansion=expansion, norm=norm, gate=gate, chunk=8)
+        for rotation, expansion, norm, gate in ((False, 1, "rms", True), (True, 3, "group", False))
+    ),
+    *(
+        mixer_config("gated_linear", key_expansion=keys, value_expansion=values, rank=3, norm=norm, gate=gate)
+        for keys, values, norm, gate in ((1.0, 0.5, "layer", False), (0.25, 2.0, "rms", True))
+    ),
+    *(
+        mixer_config("delta", gated=gated, kernel=kernel, negative_eigenvalues=turned, value_expansion=values)
+        for gated, kernel, turned, values in ((True, 4, False, 2.0), (True, 0, True, 1.0), (False, 1, True, 0.5))
+    ),
 ]
 BY_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 

@@ -1,0 +1,144 @@
+"""Gated linear: linear attention whose past fades by a gate for each channel of the key, computed from the token.
+
+Yang et al. 2023, "Gated Linear Attention Transformers with Hardware-Efficient Training", arXiv:2312.06635.
+
+    S_t = diag(α_t) S_{t-1} + k_t v_tᵀ        o_t = S_tᵀ q_t        α_t = σ(x_t W_1 W_2 + b)^(1/τ)
+    y_t = (norm(o_t) ⊙ swish(x_t W_g)) W_o
+
+Keys and queries are half as wide as values; there is no feature map. W_1 W_2 has rank 16 and τ = 16, so that at first
+a channel keeps 96 % from token to token.
+
+Cost O(L (C + E) D) with chunks of C tokens, O(E D) state. Decays inside a chunk are taken in log space, and pairs that
+decay too much for one matrix product are computed in halves of the chunk, so that no gate overflows.
+
+Departures: the norm is the RMSNorm of the published code, with a gain; the paper writes LayerNorm (`norm="layer"`, here
+with a gain and no bias). No factor 1/√E on queries, which the norm would cancel; the published code has one. Packed
+documents are refused: a matrix can't tell them apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from subquad.costs import Cost
+from subquad.heads import initialise_projection
+from subquad.interface import Dims, MixerConfig, Traits
+from subquad.mask import Mask
+from subquad.ops.recomputed import recomputed
+from subquad.recurrent import (
+    RecurrentHeads,
+    RecurrentMixer,
+    additive_cost,
+    check_chunk,
+    recurrent_cost,
+    refuse_rotary,
+    scaled_width,
+)
+from subquad.registry import register
+from subquad.state import State
+
+
+@register("gated_linear")
+@dataclass(frozen=True, kw_only=True)
+class GatedLinearConfig(MixerConfig):
+    """Options of gated linear attention."""
+
+    family: ClassVar[str] = "recurrent"
+
+    key_expansion: float = 0.5
+    """Width of a query's and key's head in units of head_dim."""
+    value_expansion: float = 1.0
+    """Width of a value's head in units of head_dim."""
+    rank: int = 16
+    """Width between the two matrices of the forget gate."""
+    temperature: float = 16.0
+    """τ: the larger, the slower the past fades."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Norm of each head of the result: RMSNorm, or LayerNorm, which subtracts the mean; both with a gain."""
+    gate: bool = True
+    """Multiply the normed result by swish(x W_g)."""
+    chunk: int = 32
+    """Tokens per chunk, rounded down to a power of two: speed only, the result doesn't depend on it."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"gated_linear: rank must be at least 1, got {self.rank}")
+        if self.temperature <= 0:
+            raise ValueError(f"gated_linear: temperature must be above 0, got {self.temperature}")
+        check_chunk("gated_linear", self.chunk)
+
+    @property
+    def traits(self) -> Traits:
+        """Causal alone; the matrix can't tell documents apart, hence no segments."""
+        return Traits(causal=True, padding=True, state=True, constant_state=True)
+
+    def check(self, dims: Dims) -> None:
+        """Raise ValueError for rotary positions, or where an expansion gives no whole width."""
+        refuse_rotary("gated_linear", dims)
+        self.heads(dims)
+
+    def heads(self, dims: Dims) -> RecurrentHeads:
+        """Keys are narrower than values."""
+        return RecurrentHeads(
+            width=scaled_width("gated_linear", "key_expansion", self.key_expansion, dims),
+            value_width=scaled_width("gated_linear", "value_expansion", self.value_expansion, dims),
+            centred=self.norm == "layer",
+            gain=True,
+            gate=self.gate,
+            chunk=self.chunk,
+        )
+
+    def build(self, dims: Dims) -> GatedLinear:
+        """The module."""
+        return GatedLinear(self, dims)
+
+    def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
+        """Projections, the two matrices of the forget gate, and the additive recurrence; log α is kept with q, k, v."""
+        heads = self.heads(dims)
+        keys = dims.num_heads * heads.width
+        weights = self.rank * (dims.embed_dim + keys)
+        own = Cost(
+            flops=2 * length * weights, activation_bytes=dtype_bytes * length * self.rank, parameters=weights + keys
+        )
+        recurrence = additive_cost(dims, heads, length, dtype_bytes, decay_width=heads.width)
+        return recurrent_cost(dims, heads, length, dtype_bytes) + recurrence + own
+
+
+class GatedLinear(RecurrentMixer):
+    """Gated linear attention."""
+
+    config: GatedLinearConfig
+
+    def __init__(self, config: GatedLinearConfig, dims: Dims) -> None:
+        super().__init__(config, dims, config.heads(dims))
+        self.narrow_forget = nn.Linear(dims.embed_dim, config.rank, bias=False)
+        self.project_forget = nn.Linear(config.rank, dims.num_heads * self.heads.width)
+        for projection in (self.narrow_forget, self.project_forget):
+            initialise_projection(projection)
+
+    def recur(
+        self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], mask: Mask, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        """Forget by channels."""
+        q, k, v = (self.split(tensor) for tensor in qkv)
+        return self.remember(q, k, v, self._log_decays(x), mask, state)
+
+    def _log_decays(self, x: Tensor) -> Tensor:
+        """Log α, (B, H, L, E)."""
+        project = self.project_forget
+        log_gates = partial(_log_gates, temperature=self.config.temperature)
+        return self.split(recomputed(log_gates, self.narrow_forget(x), project.weight, project.bias))
+
+
+def _log_gates(x: Tensor, weight: Tensor, bias: Tensor, *, temperature: float) -> Tensor:
+    """Log σ(x W + b) / τ, float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.logsigmoid(F.linear(x.to(wide), weight.to(wide), bias.to(wide))) / temperature

@@ -1,0 +1,89 @@
+"""Gated linear attention equals its recurrence, token by token, however strong its gates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from comparison import masks
+from hypothesis import given
+from hypothesis import strategies as st
+from recurrences import assert_equals_recurrence, in_heads, recurrent
+from torch import Tensor
+
+from subquad.build import build_mixer
+from subquad.mechanisms.gated_linear import GatedLinear
+
+LENGTHS = st.sampled_from([1, 2, 3, 5, 9, 13])
+
+
+def gated_linear(**options: Any) -> GatedLinear:
+    return recurrent(GatedLinear, "gated_linear", **options)
+
+
+def recur(mixer: GatedLinear, x: Tensor) -> Tensor:
+    """S = diag(α) S + k vᵀ, o = Sᵀ q."""
+    q, k, v = (in_heads(mixer, project(x)) for project in (mixer.project_query, mixer.project_key, mixer.project_value))
+    logits = mixer.project_forget(mixer.narrow_forget(x))
+    alpha = in_heads(mixer, torch.sigmoid(logits) ** (1 / mixer.config.temperature))
+    matrix, out = torch.zeros_like(k[0, :, :, None] * v[0, :, None, :]), []
+    for t in range(len(x)):
+        matrix = alpha[t, :, :, None] * matrix + k[t, :, :, None] * v[t, :, None, :]
+        out.append((matrix * q[t, :, :, None]).sum(dim=1))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm": "layer", "gate": False, "key_expansion": 1.0, "value_expansion": 1.5},
+        {"temperature": 0.05, "rank": 1},
+    ],
+    ids=str,
+)
+@given(length=LENGTHS, data=st.data())
+def test_it_equals_the_recurrence(options: dict[str, Any], length: int, data: st.DataObject) -> None:
+    mask = data.draw(masks(2, length, segments=False))
+    assert_equals_recurrence(gated_linear(chunk=4, **options), recur, length, mask)
+
+
+def test_a_closed_gate_forgets_everything_but_the_token() -> None:
+    mixer = gated_linear()
+    with torch.no_grad():
+        mixer.project_forget.bias.fill_(-1e4)
+    x = torch.randn(1, 9, 6, dtype=torch.float64)
+    alone = torch.cat([mixer(x[:, i : i + 1]).y for i in range(9)], dim=1)
+    torch.testing.assert_close(mixer(x).y, alone, rtol=1e-10, atol=1e-10)
+
+
+def test_an_open_gate_sums_everything() -> None:
+    mixer = gated_linear(gate=False)
+    with torch.no_grad():
+        mixer.project_forget.weight.zero_()
+        mixer.project_forget.bias.fill_(1e4)
+    x = torch.randn(1, 70, 6, dtype=torch.float64)
+    q, k, v = (
+        in_heads(mixer, project(x[0])) for project in (mixer.project_query, mixer.project_key, mixer.project_value)
+    )
+    out = torch.einsum("hij,jhe->ihe", torch.einsum("ihe,jhe->hij", q, k).tril(), v)
+    assert mixer.norm_gain is not None
+    normed = out * (out.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * mixer.norm_gain
+    torch.testing.assert_close(mixer(x).y[0], mixer.project_out(normed.flatten(1)), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "gated_linear: rank must be at least 1, got 0"),
+        ({"temperature": 0.0}, "gated_linear: temperature must be above 0, got 0.0"),
+        ({"key_expansion": 0.3}, "gated_linear: key_expansion=0.3 of head_dim=4 must give a whole width of at least 1"),
+        ({"value_expansion": 0.0}, "gated_linear: value_expansion=0.0 of head_dim=4 must give a whole width"),
+        ({"chunk": 0}, "gated_linear: chunk must be at least 1, got 0"),
+        ({"positions": "rotary"}, "gated_linear: positions='rotary' is not supported"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_mixer("gated_linear", embed_dim=8, num_heads=2, causal=True, **options)
