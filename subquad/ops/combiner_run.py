@@ -119,7 +119,7 @@ class _Run(NamedTuple):
         lse.masked_fill_(lse == -torch.inf, 0.0)
 
     def backward(self, grad: Tensor, out: Tensor, lse: Tensor, grads: Inputs) -> None:
-        """Write the gradients of q, k, v (G, padded, E) and given summaries, and add those of the weights, to `grads`."""
+        """Write the gradients of q, k, v (G, padded, E) and given summaries to `grads`; add those of the weights."""
         queries = Queries(self.q, out, lse)
         if self.given is not None:
             assert grads.summary_keys is not None
