@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from subquad.ops.key_ranges import KeyRanges, hide_, key_ranges
 from subquad.ops.largest import largest
-from subquad.ops.onednn import matmul
+from subquad.ops.onednn import product
 from subquad.ops.precision import full_precision
 from subquad.ops.softmax import softmax_attention
 from subquad.ops.sparse_rows import (
@@ -218,7 +218,7 @@ def _choose(part: _Part, top_k: int, values: Tensor, indices: Tensor, tied: Tens
 
 def visible_scores(q: Tensor, k: Tensor, ranges: KeyRanges) -> Tensor:
     """Scores (G, R, C) of queries (G, R, E) and keys (G, C, E), -inf where the ranges, theirs, don't reach."""
-    scores = matmul(q[0], k[0])[None] if q.shape[0] == 1 else q @ k.mT
+    scores = product(q[0], k[0])[None] if q.shape[0] == 1 else q @ k.mT
     hide_(scores, ranges)
     return scores
 
@@ -247,7 +247,7 @@ def _rows_apart(part: _Part, apart: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def _weights_apart(part: _Part, head: int, rows: Tensor, top_k: int) -> Tensor:
     """The weights of some queries over all keys, (R, W)."""
-    scores, columns = matmul(part.q[head, rows], part.k[head]), torch.arange(part.ranges.width, device=rows.device)
+    scores, columns = product(part.q[head, rows], part.k[head]), torch.arange(part.ranges.width, device=rows.device)
     first, last = part.ranges.first[rows, None], part.ranges.last[rows, None]
     scores.masked_fill_((columns < first) | (columns >= last), -torch.inf)
     if top_k < part.ranges.width:

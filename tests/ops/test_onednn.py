@@ -1,32 +1,30 @@
-"""The private matrix product of oneDNN: there, right, and left alone where it doesn't serve."""
-
-from __future__ import annotations
-
 import pytest
 import torch
 
-from subquad.ops import onednn
+from subquad.ops.onednn import has_onednn, product
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a build of torch without oneDNN")
-def test_torch_still_has_the_private_operator_with_this_signature() -> None:
-    assert onednn.available()
+def test_this_build_of_torch_offers_the_private_operator() -> None:
+    assert has_onednn()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 5), (300, 400)])
-def test_it_is_the_matrix_product(dtype: torch.dtype, rows: int, columns: int) -> None:
-    a, b = torch.randn(rows, 64).to(dtype), torch.randn(columns, 64).to(dtype)
-    torch.testing.assert_close(onednn.matmul(a, b), a @ b.mT)
+@pytest.mark.parametrize("shape", [(3, 5, 2), (256, 64, 256)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_products_are_those_of_plain_matrices(shape: tuple[int, int, int], transposed: bool, wide: bool) -> None:
+    rows, inner, columns = shape
+    a, bias = torch.randn(rows, inner), torch.randn(columns)
+    extra = 3 if wide else 0
+    b = (
+        torch.randn(inner, columns + extra).T[:columns]
+        if transposed
+        else torch.randn(columns, inner + extra)[:, :inner]
+    )
+    expected = (a.double() @ b.double().T + bias.double()).float()
+    torch.testing.assert_close(product(a, b, bias), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(product(a, b), expected - bias, atol=1e-4, rtol=1e-4)
 
 
-def test_a_matrix_cut_from_wider_rows_is_served() -> None:
-    a, b = torch.randn(300, 128)[:, :64], torch.randn(64, 800).T[:400]
-    torch.testing.assert_close(onednn.matmul(a, b), a @ b.mT)
-
-
-def test_without_the_operator_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "available", lambda: False)
-    monkeypatch.setattr(onednn, "_linear", lambda a, b: pytest.fail("the operator was called"))
-    a, b = torch.randn(300, 64), torch.randn(400, 64)
-    assert torch.equal(onednn.matmul(a, b), torch.mm(a, b.mT))
+def test_float64_keeps_its_precision() -> None:
+    a, b = torch.randn(200, 100, dtype=torch.float64), torch.randn(200, 100, dtype=torch.float64)
+    torch.testing.assert_close(product(a, b), a @ b.T, atol=1e-12, rtol=1e-12)
