@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 12])
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--mixer", default="full")
+    parser.add_argument("--mixer", default="local")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
     options, console = parser.parse_args(arguments), result_console()

@@ -32,8 +32,8 @@ class Block(GradientCheckpointingLayer):
             raise ValueError(f"{mixer.name}: owns its channel mixing; use feedforward=None with it")
         if feedforward_chunk and feedforward is not None and not feedforward.position_wise:
             raise ValueError(
-                f"{feedforward.name}: a token's result depends on the other tokens, so feedforward_chunk="
-                f"{feedforward_chunk} would change it; use feedforward_chunk=0"
+                f"{feedforward.name}: doesn't promise that a token's result depends on it alone (position_wise), so "
+                f"feedforward_chunk={feedforward_chunk} could change it; use feedforward_chunk=0"
             )
         self.norm_first = norm == "pre"
         self.feedforward_chunk = feedforward_chunk
