@@ -11,7 +11,8 @@ from comparison import assert_same_values_and_gradients, is_valid
 from torch import Tensor
 
 from subquad import Mask
-from subquad.build import build_mixer
+from subquad.benchmark.probes import run_probes
+from subquad.build import build_mixer, make_dims, mixer_config
 from subquad.recurrent import RecurrentMixer
 
 Mixer = TypeVar("Mixer", bound=RecurrentMixer)
@@ -74,3 +75,9 @@ def convolved(x: Tensor, taps: Tensor) -> Tensor:
     """Each channel of x (N, C) summed over the last tokens with weights taps (K, C)."""
     padded = F.pad(x, (0, 0, taps.shape[0] - 1, 0))
     return torch.stack([(padded[t : t + taps.shape[0]] * taps.flip(0)).sum(dim=0) for t in range(x.shape[0])])
+
+
+def assert_claims_hold(name: str, **options: Any) -> None:
+    """The contract of every mixer, with options that the default doesn't show."""
+    results = run_probes(mixer_config(name, **options), make_dims(embed_dim=8, num_heads=2, causal=True))
+    assert not [f"{result.name}: {result.detail}" for result in results if not result.passed]

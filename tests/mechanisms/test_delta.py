@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from comparison import masks
 from hypothesis import given
 from hypothesis import strategies as st
-from recurrences import assert_equals_recurrence, convolved, in_heads, recurrent, swish
+from recurrences import assert_claims_hold, assert_equals_recurrence, convolved, in_heads, recurrent, swish
 from torch import Tensor
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
@@ -129,6 +129,10 @@ def test_new_rates_and_steps_are_those_of_the_paper() -> None:
     assert float(rates.mean()) == pytest.approx(8, rel=0.15)
     assert bool(((steps > 0.00099) & (steps < 0.101)).all())
     assert float(steps.log().mean()) == pytest.approx(float(torch.tensor(0.01).log()), rel=0.1)
+
+
+def test_the_claims_of_the_contract_hold_with_other_options() -> None:
+    assert_claims_hold("delta", gated=True, negative_eigenvalues=True, kernel=3)
 
 
 @pytest.mark.parametrize(

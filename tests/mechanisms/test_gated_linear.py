@@ -9,7 +9,7 @@ import torch
 from comparison import masks
 from hypothesis import given
 from hypothesis import strategies as st
-from recurrences import assert_equals_recurrence, in_heads, recurrent
+from recurrences import assert_claims_hold, assert_equals_recurrence, in_heads, recurrent
 from torch import Tensor
 
 from subquad.build import build_mixer
@@ -71,6 +71,10 @@ def test_an_open_gate_sums_everything() -> None:
     assert mixer.norm_gain is not None
     normed = out * (out.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * mixer.norm_gain
     torch.testing.assert_close(mixer(x).y[0], mixer.project_out(normed.flatten(1)), rtol=1e-10, atol=1e-10)
+
+
+def test_the_claims_of_the_contract_hold_with_other_options() -> None:
+    assert_claims_hold("gated_linear", norm="layer", gate=False, temperature=0.1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from comparison import masks
 from hypothesis import given
 from hypothesis import strategies as st
-from recurrences import assert_equals_recurrence, in_heads, recurrent
+from recurrences import assert_claims_hold, assert_equals_recurrence, in_heads, recurrent
 from torch import Tensor
 
 from subquad.build import build_mixer, cost
@@ -98,6 +98,10 @@ def test_the_decays_are_those_of_the_paper() -> None:
 def test_most_of_its_parameters_are_four_times_those_of_a_value() -> None:
     """Q and k D² each; v, gate and out 2 D² each: 8 D², as in the paper."""
     assert cost("retention", length=1, embed_dim=64, num_heads=4, causal=True).parameters == 8 * 64 * 64 + 7 * 64
+
+
+def test_the_claims_of_the_contract_hold_with_other_options() -> None:
+    assert_claims_hold("retention", rotation=False, norm="rms", value_expansion=1)
 
 
 @pytest.mark.parametrize(
