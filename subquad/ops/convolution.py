@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from subquad.ops.precision import full_precision
+
 BLOCK = 64
 """Tokens whose products with their neighbours give the gradient of the kernel in one matrix product."""
 
@@ -62,7 +64,7 @@ def _convolve(x: Tensor, kernels: Tensor) -> Tensor:
     wide, (_, heads, _, width), size = torch.promote_types(x.dtype, torch.float32), x.shape, kernels.shape[1]
     channels_last = x.to(wide).transpose(1, 2).flatten(2).mT[:, :, None]  # (B, H * E, 1, L)
     weights = kernels.to(wide).repeat_interleave(width, dim=0)[:, None, None]
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         y = F.conv2d(channels_last, weights, padding=(0, size // 2), groups=heads * width)
     return y[:, :, 0].mT.unflatten(2, (heads, width)).transpose(1, 2).to(x.dtype)
 

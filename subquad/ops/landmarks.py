@@ -27,10 +27,12 @@ def landmark_attention_by_matrices(
     wide = torch.promote_types(q.dtype, torch.float32)
     wide_q, wide_k, wide_v = (_zero_invalid(x.to(wide), valid) for x in (q, k, v))
     segments, scale = _segments(q.shape[2], landmarks, valid, wide_q), 1 / math.sqrt(q.shape[3])
-    few_q, few_k = segments.means(wide_q), segments.means(wide_k)
-    rows = _softmax(scale * few_q @ wide_k.mT, segments.key_bias) @ wide_v
-    columns = _softmax(scale * wide_q @ few_k.mT, segments.landmark_bias)
-    return (columns @ _through_landmarks(few_q, few_k, rows, segments, scale, iterations)).to(q.dtype)
+    with full_precision(q.device):
+        few_q, few_k = segments.means(wide_q), segments.means(wide_k)
+        rows = _softmax(scale * few_q @ wide_k.mT, segments.key_bias) @ wide_v
+        columns = _softmax(scale * wide_q @ few_k.mT, segments.landmark_bias)
+        out = columns @ _through_landmarks(few_q, few_k, rows, segments, scale, iterations)
+    return out.to(q.dtype)
 
 
 def landmark_attention(

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from subquad.benchmark.memory import saved_bytes
 from subquad.ops.landmarks import landmark_attention, landmark_attention_by_matrices, pseudo_inverse
 
 OPTIONS: Any = {"landmarks": 4, "iterations": 6}
@@ -96,3 +97,10 @@ def test_autocast_narrows_neither_values_nor_gradients() -> None:
         found = torch.autograd.grad(out.sum(), inputs)
     assert torch.equal(out, expected)
     assert all(torch.equal(one, other) for one, other in zip(found, gradients, strict=True))
+
+
+def test_hardly_more_than_inputs_and_result_is_kept_for_the_backward_pass() -> None:
+    inputs = heads(2000, dtype=torch.float32)
+    kept = saved_bytes(lambda: landmark_attention(*inputs, **OPTIONS), [])
+    log_sum_exp = 4 * 2 * 3 * 2000
+    assert 0 < kept - 4 * inputs[0].nbytes - log_sum_exp < inputs[0].nbytes / 50
