@@ -156,13 +156,8 @@ class Synthesizer(TokenMixer):
         order = valid_first(facts.valid) if facts.valid is not None and has_gaps(facts.valid) else None
         if order is not None:
             x, facts = take(x[:, None], order)[:, 0], in_order(facts, order)
-        k, v, valid, starts, new_state = (
-            self._keys(x),
-            split_heads(self.project_value(x), self.dims),
-            facts.valid,
-            (0,),
-            None,
-        )
+        k, v, valid = self._keys(x), split_heads(self.project_value(x), self.dims), facts.valid
+        starts, new_state = (0,), None
         if isinstance(state, KeyValueCache):
             new_state, _, _ = store_keys("synthesizer", state, k, v, facts)
             self._check_length(new_state.length)

@@ -34,8 +34,11 @@ from subquad.ops.sparse_rows import (
     weights_gradient,
 )
 
-SLICE_PAIRS = 2**21
-"""Scores of a slice: small enough to stay in the cache; at least one query runs at a time."""
+SLICE_PAIRS = 2**22
+"""Scores of a slice, of all its heads: few enough for the cache; at least one query runs at a time."""
+
+SLICE_ROWS = 512
+"""Queries of a slice: enough to call few operators, and few beside a length that causality halves."""
 
 
 def topk_attention_by_pairs(
@@ -201,7 +204,7 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, ranges: list[KeyRanges]) -> Iterator
 def _choose(part: _Part, top_k: int, values: Tensor, indices: Tensor, tied: Tensor) -> None:
     """Write the largest scores of every query (G, L, top_k), their keys, and where the next one equals the last."""
     (groups, length, _), ranges = part.q.shape, part.ranges
-    size = max(1, min(length, SLICE_PAIRS // (groups * ranges.width)))
+    size = max(1, min(length, SLICE_ROWS, SLICE_PAIRS // (groups * ranges.width)))
     for start in range(0, length, size):
         rows = slice(start, min(start + size, length))
         first, last = int(ranges.first[rows.start]), int(ranges.last[rows.stop - 1])
