@@ -152,7 +152,8 @@ class _DeltaRecurrence(Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
         ctx: Any, grad_out: Tensor, grad_matrix: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, starts = _Arguments(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors
+        x, starts = _Arguments(*saved[:5]), saved[5:]
         grads = [torch.empty_like(tensor) for tensor in (x.q, x.k, x.v, x.beta)]
         grad_decay = None
         if x.log_decay is not None and ctx.needs_input_grad[3]:

@@ -164,7 +164,7 @@ class _LandmarkAttention(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, few_q, few_k, rows, rows_lse, values = ctx.saved_tensors
-        segments, scale, dtype = ctx.segments, 1 / math.sqrt(q.shape[3]), lse.dtype
+        segments, scale, given, dtype = ctx.segments, 1 / math.sqrt(q.shape[3]), q.dtype, lse.dtype
         grad, q, k, v, out = (x.to(dtype) for x in (grad, q, k, v, out))
         with full_precision(q.device):
             of_q, of_few_k, of_values = fused_backward(grad, q, few_k, values, out, lse, scale, segments.landmark_bias)
@@ -175,4 +175,4 @@ class _LandmarkAttention(torch.autograd.Function):
             more_of_few_q, of_k, of_v = fused_backward(of_rows, few_q, k, v, rows, rows_lse, scale, segments.key_bias)
         segments.add_mean_gradients(of_q, of_few_q + more_of_few_q)
         segments.add_mean_gradients(of_k, of_few_k + more_of_few_k)
-        return *(x.to(ctx.saved_tensors[0].dtype) for x in (of_q, of_k, of_v)), None, None, None
+        return *(x.to(given) for x in (of_q, of_k, of_v)), None, None, None
