@@ -10,7 +10,8 @@ Roy et al. 2020, "Efficient Content-Based Sparse Attention with Routing Transfor
 
 Cost O(L (C + w) D); with C = L / w clusters, and w = √L, O(L √L D). A query in no cluster gives 0. In training the
 centroids move: by moving averages of the counts and sums of the vectors nearest to each, queries and keys alike. They
-are buffers, saved with the model. The auxiliary loss draws vectors to their centroids: β mean |x - μ_c(x)|².
+are buffers, saved with the model. A checkpointed step repeats its choices and moves them once, where its backward pass
+precedes the next step. The auxiliary loss draws vectors to their centroids: β mean |x - μ_c(x)|².
 
 Departures: the official code takes the top w tokens of a causal sequence too, which tells a token which later ones will
 come; the causal form above knows of earlier tokens only. Averages start from one token at each centroid. Relative
@@ -37,6 +38,7 @@ from subquad.ops.clusters import Centroids, commitment, members, moved, nearest,
 from subquad.ops.member_attention import member_attention
 from subquad.ops.packing import has_gaps, put_back, take, token_counts, valid_first
 from subquad.ops.precision import full_precision
+from subquad.ops.recompute import is_recomputing
 from subquad.ops.rotary import rotate
 from subquad.registry import register
 from subquad.state import State
@@ -129,6 +131,7 @@ class Routing(HeadMixer):
         self.register_buffer("means", means)
         self.register_buffer("counts", torch.ones_like(means[..., 0]))
         self.register_buffer("sums", means.clone())
+        self._means_before: Tensor | None = None  # of the last step of training, which a recomputation repeats
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Standardised queries and keys, the same where they are shared, and values.
@@ -164,12 +167,14 @@ class Routing(HeadMixer):
             v, valid = take(v, order), take(valid, order)
             q, k = (take(q, order),) * 2 if k is q else (take(q, order), take(k, order))
         sets, lengths = [q] if k is q else [q, k], token_counts(q, valid)
+        before = self._means_before if self.training and is_recomputing() else None
+        means = self.means if before is None else before
         with full_precision(q.device):
             if self.dims.causal:
-                out, labels = self._attend_causal(q, v, valid)
+                out, labels = self._attend_causal(q, v, means, valid)
             else:
-                out, labels = self._attend_members(sets, v, lengths)
-            loss = self._learn(sets, labels, lengths) if self.training else None
+                out, labels = self._attend_members(sets, v, means, lengths)
+            loss = self._learn(sets, labels, means, lengths) if self.training else None
         return (out if order is None else put_back(out, order)), loss
 
     @property
@@ -183,17 +188,21 @@ class Routing(HeadMixer):
             sets = [rotate(x, places) for x in sets]
         return sets[0], sets[-1]
 
-    def _attend_causal(self, q: Tensor, v: Tensor, valid: Tensor | None) -> tuple[Tensor, list[list[Tensor]]]:
-        labels, (q, k) = nearest(q, self.means), self._rotated([q])
+    def _attend_causal(
+        self, q: Tensor, v: Tensor, means: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        labels, (q, k) = nearest(q, means), self._rotated([q])
         v = v / (1 + self.config.epsilon)
         out = cluster_window_attention(q, k, v, labels, self.config.window, scale=self._scale, valid=valid)
         return out, [list(labels)]
 
-    def _attend_members(self, sets: list[Tensor], v: Tensor, lengths: list[int]) -> tuple[Tensor, list[list[Tensor]]]:
+    def _attend_members(
+        self, sets: list[Tensor], v: Tensor, means: Tensor, lengths: list[int]
+    ) -> tuple[Tensor, list[list[Tensor]]]:
         chosen, labels = [], []
         for x in sets:
             of_examples = [
-                members(example[:, :length], self.means, min(self.config.window, length))
+                members(example[:, :length], means, min(self.config.window, length))
                 for example, length in zip(x, lengths, strict=True)
             ]
             chosen.append([found for found, _ in of_examples])
@@ -202,14 +211,16 @@ class Routing(HeadMixer):
         out = member_attention(q, k, v, chosen[0], chosen[-1], scale=self._scale, epsilon=self.config.epsilon)
         return out, labels
 
-    def _learn(self, sets: list[Tensor], labels: list[list[Tensor]], lengths: list[int]) -> Tensor:
-        """Move the centroids, and return the auxiliary loss by those from before."""
-        loss = torch.stack([commitment(x, self.means, label, lengths) for x, label in zip(sets, labels, strict=True)])
-        centroids = Centroids(self.means, self.counts, self.sums)
-        after = moved(centroids, [x.detach() for x in sets], labels, lengths, self.config.decay)
-        for buffer, value in zip(centroids, after, strict=True):
-            buffer.copy_(value)
-        return self.config.commitment * loss.mean()
+    def _learn(self, sets: list[Tensor], labels: list[list[Tensor]], means: Tensor, lengths: list[int]) -> Tensor:
+        """The auxiliary loss by the centroids as they are; then move them, unless the step is only computed again."""
+        losses = [commitment(x, means, label, lengths) for x, label in zip(sets, labels, strict=True)]
+        if not is_recomputing():
+            self._means_before = self.means.clone()
+            centroids = Centroids(self.means, self.counts, self.sums)
+            after = moved(centroids, [x.detach() for x in sets], labels, lengths, self.config.decay)
+            for buffer, value in zip(centroids, after, strict=True):
+                buffer.copy_(value)
+        return self.config.commitment * torch.stack(losses).mean()
 
 
 def _linear(x: Tensor, projection: nn.Linear) -> Tensor:

@@ -151,7 +151,7 @@ class FusedSortedBlocks(torch.autograd.Function):
     ) -> Tensor:
         """The result, (B, H, L, E)."""
         wide = torch.promote_types(q.dtype, torch.float32)
-        out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3], dtype=wide)
+        out, lse = _room(q, lengths, q.dtype), _room(q[..., 0], lengths, wide)
         matrices = sorting_matrices(BlockScores(hidden, weight, bias), form.sorting, block_counts(lengths, form.block))
         for b, h, length in _heads(q, lengths):
             sequence = _sequence((k, v), (null_k, null_v), matrices[b], form, (b, h, length))
@@ -176,7 +176,7 @@ class FusedSortedBlocks(torch.autograd.Function):
         with torch.enable_grad():
             factors = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
             matrices = sorting_matrices(BlockScores(*factors), form.sorting, block_counts(lengths, form.block))
-        grads = [torch.zeros_like(x, dtype=wide) for x in (q, k, v)]
+        grads = [_room(x, lengths, wide) for x in (q, k, v)]
         null_grads = [None if x is None else torch.zeros_like(x, dtype=wide) for x in (null_k, null_v)]
         matrix_grads = [torch.zeros_like(matrix) for matrix in matrices]
         for b, h, length in _heads(q, lengths):
@@ -205,14 +205,14 @@ def _attention_backward(
         q: (L, E).
         grad: (L, E), gradient of the result.
         kept: result (L, E) and log-sum-exp (L, 1) where there is one softmax.
-        grad_q: (L, E), zeros.
+        grad_q: (L, E).
         length: tokens that are valid.
     """
     form = sequence.form
-    of_own, of_sorted = ([torch.zeros_like(x) for x in sequence.own] for _ in range(2))
+    of_own, of_sorted = ([_room(x[None, None], [length], x.dtype)[0, 0] for x in sequence.own] for _ in range(2))
     for stretch in _stretches(length, form, q):
         rows, upstream, target = (_cut(x, stretch, form.block, stretch.rows) for x in (q, grad, grad_q))
-        for softmax in sequence.softmaxes(stretch):
+        for index, softmax in enumerate(sequence.softmaxes(stretch)):
             if kept is None:
                 out, lse = _attend(rows, softmax)
             else:
@@ -220,18 +220,24 @@ def _attention_backward(
                 lse = lse[..., 0]
             arguments = upstream, rows, softmax.k, softmax.v, out, lse, q.shape[1] ** -0.5, softmax.bias
             part, *of_both = fused_backward(*arguments, causal=softmax.causal)
-            target.add_(part)
+            target.add_(part) if index else target.copy_(part)
             for sums, gradient in zip(zip(of_own, of_sorted, strict=True), of_both, strict=True):
                 first_sorted = gradient.shape[2] - softmax.others
-                _cut(sums[0], stretch, form.block, softmax.own).add_(gradient[:, :, : softmax.own])
-                _cut(sums[1], stretch, form.block, softmax.others).add_(gradient[:, :, first_sorted:])
+                _cut(sums[0], stretch, form.block, softmax.own).copy_(gradient[:, :, : softmax.own])
+                _cut(sums[1], stretch, form.block, softmax.others).copy_(gradient[:, :, first_sorted:])
     return of_own, of_sorted
+
+
+def _room(like: Tensor, lengths: list[int], dtype: torch.dtype) -> Tensor:
+    """A tensor (B, H, L, ...) to be written: zeros where some rows are left out, else as it comes."""
+    full = min(lengths, default=0) == like.shape[2]
+    return torch.empty_like(like, dtype=dtype) if full else torch.zeros_like(like, dtype=dtype)
 
 
 def _stretches(length: int, form: SortedBlocks, like: Tensor) -> Iterator[Stretch]:
     """The whole blocks, as many at a time as keep a call's temporaries in the cache, then what is left."""
     whole, rest = divmod(length, form.block)
-    size = max(1, CALL_BYTES // (4 * form.block * like.shape[1] * like.element_size()))
+    size = max(1, CALL_BYTES // (8 * form.block * like.shape[1] * like.element_size()))  # keys, values, gradients
     for first in range(0, whole, size):
         yield Stretch(first, min(size, whole - first), form.block, form.block)
     if rest:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import layer_norm
+from torch.utils.checkpoint import checkpoint
 
 from subquad import Mask
 from subquad.build import build_mixer
@@ -145,6 +146,25 @@ def test_the_update_is_that_of_queries_and_keys_without_padding(causal: bool) ->
                 sums[h, c] += 0.4 * vector.detach()
     torch.testing.assert_close(mixer.counts, counts, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(mixer.sums, sums, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_checkpointed_step_repeats_its_choices_and_moves_the_centroids_once(causal: bool) -> None:
+    x, found = torch.randn(2, 11, 4, dtype=torch.float64, requires_grad=True), []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        mixer = mixer_with(causal=causal, decay=0.1).train()
+
+        def step(x: Tensor, mixer: Routing = mixer) -> Tensor:
+            mixed = mixer(x)
+            assert mixed.aux_loss is not None
+            return mixed.y.square().sum() + mixed.aux_loss
+
+        loss = checkpoint(step, x, use_reentrant=False) if checkpointed else step(x)
+        assert isinstance(loss, Tensor)
+        found.append([*torch.autograd.grad(loss, [x, *mixer.parameters()]), *buffers(mixer).values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_the_auxiliary_loss_is_the_weighted_distance_to_the_centroids_before() -> None:

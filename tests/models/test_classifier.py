@@ -223,7 +223,8 @@ def test_a_causal_model_sees_no_future_token(name: str) -> None:
     tokens, _ = batch(rows=1)
     other = torch.cat((tokens[:, :7], tokens[:, 7:] % 10 + 1), dim=1)
     states, changed = (model.model(ids).last_hidden_state for ids in (tokens, other))
-    assert torch.equal(states[:, :7], changed[:, :7])
+    # Tokens that are sorted into clusters are added up in an order that later tokens change: rounding, and no more.
+    torch.testing.assert_close(states[:, :7], changed[:, :7], rtol=1e-12, atol=1e-12)
     assert not torch.equal(states[:, 7:], changed[:, 7:])
 
 
