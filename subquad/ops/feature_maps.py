@@ -1,0 +1,215 @@
+"""Feature maps as linear attention runs them: slice by slice, with gradients from the features alone.
+
+A map turns rows x (..., E) into features (..., F). Those of queries may carry any positive factor per row, since
+normalisation cancels it. Those of keys that are exponentials come in two steps: `prepare` tells the largest exponent of
+every row, its peak, and `finish` divides by exp(reference), which the caller chooses no smaller than the peak, so that
+nothing overflows. Peaks and references are constants to the gradient. The definitions are in `features.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Prepared(NamedTuple):
+    """Features of keys before the last step.
+
+    Attributes:
+        values: (..., F), or fewer columns that `finish` expands.
+        shift: (..., 1), added to the exponents; None for maps without exponents.
+        peak: (..., 1), the largest exponent; None likewise.
+    """
+
+    values: Tensor
+    shift: Tensor | None = None
+    peak: Tensor | None = None
+
+
+class FeatureMap(ABC):
+    """A map of rows to features."""
+
+    exponential: bool = False
+    """Whether the features of keys have peaks, and sums of them a reference."""
+
+    @abstractmethod
+    def count(self, width: int) -> int:
+        """F, for rows of this width."""
+
+    def projection_flops(self, width: int) -> int:
+        """FLOPs of the matrix product of one row."""
+        return 0
+
+    @abstractmethod
+    def queries(self, x: Tensor) -> Tensor:
+        """Features (..., F) of rows x (..., E), up to a positive factor per row."""
+
+    def prepare(self, x: Tensor) -> Prepared:
+        """The features of keys up to the division by exp(reference)."""
+        return Prepared(self.queries(x))
+
+    def finish(self, prepared: Prepared, reference: Tensor | None) -> Tensor:
+        """The features of keys, relative to exp(reference) (..., 1); uses the memory of what was prepared."""
+        return prepared.values
+
+    @abstractmethod
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+        """Gradient of x (..., E) from that of the features, whose memory it may use."""
+
+
+@dataclass(frozen=True)
+class Ready(FeatureMap):
+    """x are features already."""
+
+    def count(self, width: int) -> int:
+        return width
+
+    def queries(self, x: Tensor) -> Tensor:
+        return x
+
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+        return grad
+
+
+@dataclass(frozen=True)
+class EluPlusOne(FeatureMap):
+    """elu(x) + 1 = exp(min(x, 0)) + max(x, 0), whose derivative is the smaller of it and 1."""
+
+    def count(self, width: int) -> int:
+        return width
+
+    def queries(self, x: Tensor) -> Tensor:
+        return x.clamp_max(0).exp_().add_(x.clamp_min(0))
+
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+        return grad.mul_(features.clamp_max(1))
+
+
+@dataclass(frozen=True, eq=False)
+class Projected(FeatureMap):
+    """Features of the products with random directions.
+
+    Attributes:
+        directions: Ω √σ, (m, E); σ = 1 / √E for the softmax of q·k / √E.
+        square_scale: σ, the factor of |x|².
+    """
+
+    directions: Tensor
+    square_scale: float
+
+    def count(self, width: int) -> int:
+        return self.directions.shape[0]
+
+    def projection_flops(self, width: int) -> int:
+        return 2 * width * self.directions.shape[0]
+
+    def _half_square(self, x: Tensor) -> Tensor:
+        return x.square().sum(dim=-1, keepdim=True).mul_(self.square_scale / 2)
+
+    def _from_products(self, x: Tensor, grad: Tensor, square: Tensor | None) -> Tensor:
+        """Gradient of x from that of the products, and from that of σ|x|²/2 (..., 1)."""
+        of_x = grad @ self.directions
+        return of_x if square is None else of_x.addcmul_(square, x, value=self.square_scale)
+
+
+class PositiveRandom(Projected):
+    """exp(ω·x - |x|²/2), positive features of the softmax kernel."""
+
+    exponential = True
+
+    def queries(self, x: Tensor) -> Tensor:
+        products = x @ self.directions.mT
+        return products.sub_(products.amax(dim=-1, keepdim=True)).exp_()
+
+    def prepare(self, x: Tensor) -> Prepared:
+        products, shift = x @ self.directions.mT, -self._half_square(x)
+        return Prepared(products, shift, products.amax(dim=-1, keepdim=True) + shift)
+
+    def finish(self, prepared: Prepared, reference: Tensor | None) -> Tensor:
+        assert prepared.shift is not None
+        assert reference is not None
+        return prepared.values.add_(prepared.shift - reference).exp_()
+
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+        grad = grad.mul_(features)
+        return self._from_products(x, grad, grad.sum(dim=-1, keepdim=True).neg_() if keys else None)
+
+
+class HyperbolicRandom(Projected):
+    """exp(±ω·x - |x|²/2): every direction with both signs, positive and of lower variance."""
+
+    exponential = True
+
+    def count(self, width: int) -> int:
+        return 2 * self.directions.shape[0]
+
+    def queries(self, x: Tensor) -> Tensor:
+        products = x @ self.directions.mT
+        return _both_signs(products, -products.abs().amax(dim=-1, keepdim=True))
+
+    def prepare(self, x: Tensor) -> Prepared:
+        products, shift = x @ self.directions.mT, -self._half_square(x)
+        return Prepared(products, shift, products.abs().amax(dim=-1, keepdim=True) + shift)
+
+    def finish(self, prepared: Prepared, reference: Tensor | None) -> Tensor:
+        assert prepared.shift is not None
+        assert reference is not None
+        return _both_signs(prepared.values, prepared.shift - reference)
+
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+        plus, minus = grad.mul_(features).chunk(2, dim=-1)
+        square = grad.sum(dim=-1, keepdim=True).neg_() if keys else None
+        return self._from_products(x, plus - minus, square)
+
+
+class TrigonometricRandom(Projected):
+    """exp(|x|²/2) cos ω·x and exp(|x|²/2) sin ω·x: unbiased too, but signed; sums of weights may vanish."""
+
+    exponential = True
+
+    def count(self, width: int) -> int:
+        return 2 * self.directions.shape[0]
+
+    def queries(self, x: Tensor) -> Tensor:
+        products = x @ self.directions.mT
+        return torch.cat((products.cos(), products.sin()), dim=-1)
+
+    def prepare(self, x: Tensor) -> Prepared:
+        shift = self._half_square(x)
+        return Prepared(self.queries(x), shift, shift)
+
+    def finish(self, prepared: Prepared, reference: Tensor | None) -> Tensor:
+        assert prepared.shift is not None
+        assert reference is not None
+        return prepared.values.mul_((prepared.shift - reference).exp())
+
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+        square = (grad * features).sum(dim=-1, keepdim=True) if keys else None
+        (cosine, sine), (of_cosine, of_sine) = features.chunk(2, dim=-1), grad.chunk(2, dim=-1)
+        return self._from_products(x, of_sine * cosine - of_cosine * sine, square)
+
+
+@dataclass(frozen=True, eq=False)
+class ReluRandom(Projected):
+    """max(ω·x, 0) + ε, the generalised kernel of ReLU.
+
+    Attributes:
+        epsilon: ε.
+    """
+
+    epsilon: float
+
+    def queries(self, x: Tensor) -> Tensor:
+        return (x @ self.directions.mT).relu_().add_(self.epsilon)
+
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+        return self._from_products(x, grad.mul_(features > self.epsilon), None)
+
+
+def _both_signs(products: Tensor, shift: Tensor) -> Tensor:
+    """exp(±products + shift), side by side."""
+    return torch.cat((products + shift, shift - products), dim=-1).exp_()
