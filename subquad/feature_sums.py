@@ -95,28 +95,35 @@ class FeatureSumMixer(HeadMixer):
 
 
 def feature_sum_cost(
-    dims: Dims, length: int, dtype_bytes: int, *, features: int, projected: int, exponential: bool, chunk: int
+    dims: Dims,
+    length: int,
+    dtype_bytes: int,
+    *,
+    features: int,
+    projected: int,
+    exponential: bool,
+    keeps_features: bool,
+    chunk: int,
 ) -> Cost:
     """The price of attention by features, projections included; a context is as long as x.
 
     Every token is mapped, written to the sums and read from them: `projected` products with directions for each of q
-    and k, and F features. The causal form adds the pairs inside chunks, and prefix sums over the chunks of a segment.
-    Autograd keeps q, k, v and the merged heads, the denominators, the references of exponentials, and the sums, causally
-    those before each segment.
+    and k, and F features. The causal form adds the pairs inside chunks. Denominators are elementwise work. Autograd
+    keeps q and k, or `keeps_features` in their place, v and the merged heads, the denominators, the references of
+    exponentials, and the sums, causally those before each segment.
     """
     heads, width, wide_bytes = dims.num_heads, dims.head_dim, max(4, dtype_bytes)
     sums = features * (width + 1)
-    flops, kept = length * (2 * 2 * projected * width + 2 * 2 * features * width + 2 * features), length
+    flops, kept = length * (2 * 2 * projected * width + 2 * 2 * features * width), length
     if dims.causal:
         parts = [(tokens.stop - tokens.start, chunks) for tokens, chunks in segments(length, chunk)]
-        flops += sum(2 * (chunks + 1) ** 2 * sums for _, chunks in parts)
         flops += sum(2 * tokens * (tokens // chunks) * (features + width) for tokens, chunks in parts)
-        flops += 2 * length * features if exponential else 0
         kept += len(parts) * sums + (length + 1 if exponential else 0)
     else:
         kept += sums + (1 if exponential else 0)
     state = sums + 1 if dims.causal or dims.cross else 0
-    return projection_cost(dims, length, dtype_bytes) + Cost(
+    kept += 2 * length * width if keeps_features else 0
+    return projection_cost(dims, length, dtype_bytes, kept=1 if keeps_features else 3) + Cost(
         flops=heads * flops,
         activation_bytes=wide_bytes * heads * kept if length else 0,
         state_bytes=wide_bytes * heads * state,

@@ -54,7 +54,14 @@ class LinearConfig(MixerConfig):
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
         """E features, which cost no product."""
         return feature_sum_cost(
-            dims, length, dtype_bytes, features=dims.head_dim, projected=0, exponential=False, chunk=self.chunk
+            dims,
+            length,
+            dtype_bytes,
+            features=dims.head_dim,
+            projected=0,
+            exponential=False,
+            keeps_features=True,
+            chunk=self.chunk,
         )
 
 

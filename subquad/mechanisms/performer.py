@@ -114,6 +114,7 @@ class PerformerConfig(MixerConfig):
             features=self.features,
             projected=self.num_directions,
             exponential=self.kernel != "relu",
+            keeps_features=False,
             chunk=self.chunk,
         )
 

@@ -15,14 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.ops.slices import head_groups, token_slices
+
 
 class Prepared(NamedTuple):
     """Features of keys before the last step.
 
     Attributes:
         values: (..., F), or fewer columns that `finish` expands.
-        shift: (..., 1), added to the exponents; None for maps without exponents.
-        peak: (..., 1), the largest exponent; None likewise.
+        shift: (..., 1), what brings the largest exponent of the row to 0.
+        peak: (..., 1), the largest exponent; None for maps without exponents.
     """
 
     values: Tensor
@@ -40,9 +42,9 @@ class FeatureMap(ABC):
     def count(self, width: int) -> int:
         """F, for rows of this width."""
 
-    def projection_flops(self, width: int) -> int:
-        """FLOPs of the matrix product of one row."""
-        return 0
+    def keep(self, x: Tensor) -> Tensor:
+        """What is kept of x (B, H, L, E) for the backward pass, and what all other methods get: x, or its features."""
+        return x
 
     @abstractmethod
     def queries(self, x: Tensor) -> Tensor:
@@ -66,26 +68,41 @@ class Ready(FeatureMap):
     """x are features already."""
 
     def count(self, width: int) -> int:
+        """E."""
         return width
 
     def queries(self, x: Tensor) -> Tensor:
+        """Nothing to do."""
         return x
 
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+        """Nothing to do."""
         return grad
 
 
 @dataclass(frozen=True)
 class EluPlusOne(FeatureMap):
-    """elu(x) + 1 = exp(min(x, 0)) + max(x, 0), whose derivative is the smaller of it and 1."""
+    """elu(x) + 1 = exp(min(x, 0)) + max(x, 0), whose derivative is the smaller of it and 1, so that x is not kept."""
 
     def count(self, width: int) -> int:
+        """E."""
         return width
 
+    def keep(self, x: Tensor) -> Tensor:
+        """The features, float32 or wider."""
+        features = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        for group in head_groups(x):
+            for tokens in token_slices(x.shape[2]):
+                part, place = x[(*group, tokens)].to(features.dtype), features[(*group, tokens)]
+                torch.clamp(part, max=0, out=place).exp_().add_(part.clamp_min(0))
+        return features
+
     def queries(self, x: Tensor) -> Tensor:
-        return x.clamp_max(0).exp_().add_(x.clamp_min(0))
+        """As kept."""
+        return x
 
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+        """Times the derivative."""
         return grad.mul_(features.clamp_max(1))
 
 
@@ -102,10 +119,8 @@ class Projected(FeatureMap):
     square_scale: float
 
     def count(self, width: int) -> int:
+        """M."""
         return self.directions.shape[0]
-
-    def projection_flops(self, width: int) -> int:
-        return 2 * width * self.directions.shape[0]
 
     def _half_square(self, x: Tensor) -> Tensor:
         return x.square().sum(dim=-1, keepdim=True).mul_(self.square_scale / 2)
@@ -122,19 +137,22 @@ class PositiveRandom(Projected):
     exponential = True
 
     def queries(self, x: Tensor) -> Tensor:
+        """Without |x|², a factor of the row; nor that of the largest exponent."""
         products = x @ self.directions.mT
         return products.sub_(products.amax(dim=-1, keepdim=True)).exp_()
 
     def prepare(self, x: Tensor) -> Prepared:
-        products, shift = x @ self.directions.mT, -self._half_square(x)
-        return Prepared(products, shift, products.amax(dim=-1, keepdim=True) + shift)
+        """Products with the directions, and the largest exponents."""
+        products = x @ self.directions.mT
+        largest = products.amax(dim=-1, keepdim=True)
+        return Prepared(products, -largest, largest - self._half_square(x))
 
     def finish(self, prepared: Prepared, reference: Tensor | None) -> Tensor:
-        assert prepared.shift is not None
-        assert reference is not None
-        return prepared.values.add_(prepared.shift - reference).exp_()
+        """Exponentials."""
+        return prepared.values.add_(_shift(prepared, reference)).exp_()
 
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+        """Through the exponential, and the products."""
         grad = grad.mul_(features)
         return self._from_products(x, grad, grad.sum(dim=-1, keepdim=True).neg_() if keys else None)
 
@@ -145,22 +163,26 @@ class HyperbolicRandom(Projected):
     exponential = True
 
     def count(self, width: int) -> int:
+        """2 m."""
         return 2 * self.directions.shape[0]
 
     def queries(self, x: Tensor) -> Tensor:
+        """Without |x|², a factor of the row; nor that of the largest exponent."""
         products = x @ self.directions.mT
         return _both_signs(products, -products.abs().amax(dim=-1, keepdim=True))
 
     def prepare(self, x: Tensor) -> Prepared:
-        products, shift = x @ self.directions.mT, -self._half_square(x)
-        return Prepared(products, shift, products.abs().amax(dim=-1, keepdim=True) + shift)
+        """Products with the directions, and the largest exponents."""
+        products = x @ self.directions.mT
+        largest = products.abs().amax(dim=-1, keepdim=True)
+        return Prepared(products, -largest, largest - self._half_square(x))
 
     def finish(self, prepared: Prepared, reference: Tensor | None) -> Tensor:
-        assert prepared.shift is not None
-        assert reference is not None
-        return _both_signs(prepared.values, prepared.shift - reference)
+        """Exponentials."""
+        return _both_signs(prepared.values, _shift(prepared, reference))
 
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+        """Through the exponential, and the products."""
         plus, minus = grad.mul_(features).chunk(2, dim=-1)
         square = grad.sum(dim=-1, keepdim=True).neg_() if keys else None
         return self._from_products(x, plus - minus, square)
@@ -172,22 +194,26 @@ class TrigonometricRandom(Projected):
     exponential = True
 
     def count(self, width: int) -> int:
+        """2 m."""
         return 2 * self.directions.shape[0]
 
     def queries(self, x: Tensor) -> Tensor:
+        """Waves, without the factor of the row."""
         products = x @ self.directions.mT
         return torch.cat((products.cos(), products.sin()), dim=-1)
 
     def prepare(self, x: Tensor) -> Prepared:
-        shift = self._half_square(x)
-        return Prepared(self.queries(x), shift, shift)
+        """Waves, and the exponents of their factors."""
+        return Prepared(self.queries(x), None, self._half_square(x))
 
     def finish(self, prepared: Prepared, reference: Tensor | None) -> Tensor:
-        assert prepared.shift is not None
+        """Waves times their factors."""
+        assert prepared.peak is not None
         assert reference is not None
-        return prepared.values.mul_((prepared.shift - reference).exp())
+        return prepared.values.mul_((prepared.peak - reference).exp_())
 
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+        """Through waves and factors, and the products."""
         square = (grad * features).sum(dim=-1, keepdim=True) if keys else None
         (cosine, sine), (of_cosine, of_sine) = features.chunk(2, dim=-1), grad.chunk(2, dim=-1)
         return self._from_products(x, of_sine * cosine - of_cosine * sine, square)
@@ -204,10 +230,20 @@ class ReluRandom(Projected):
     epsilon: float
 
     def queries(self, x: Tensor) -> Tensor:
+        """Products, rectified."""
         return (x @ self.directions.mT).relu_().add_(self.epsilon)
 
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+        """Through what is above 0."""
         return self._from_products(x, grad.mul_(features > self.epsilon), None)
+
+
+def _shift(prepared: Prepared, reference: Tensor | None) -> Tensor:
+    """What is added to products: peaks and references, whose squares lose digits, only meet each other."""
+    assert prepared.shift is not None
+    assert prepared.peak is not None
+    assert reference is not None
+    return prepared.shift + (prepared.peak - reference)
 
 
 def _both_signs(products: Tensor, shift: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
     o_i = φ(q_i)ᵀ S_i / (φ(q_i)ᵀ z_i + ε)        S_i = Σ_{j <= i} φ(k_j) v_jᵀ, z_i = Σ_{j <= i} φ(k_j)
 
-Inside a chunk pairs are summed directly; what lies before it is read from the sums up to the chunk, which are prefix
-sums of the chunks' own: one product with a triangular matrix. A segment of `SEGMENT_CHUNKS` chunks runs at a time.
+Inside a chunk pairs are summed directly; what lies before it is read from the sums up to the chunk, running sums of the
+chunks' own. A segment of `SEGMENT_CHUNKS` chunks runs at a time.
 
 Features that are exponentials are kept relative to exp(c_i), with c_i the largest exponent among the keys j <= i. A
 query never meets a maximum that a later key has raised: what key j left at its own c_j is brought to row i by the
 factor exp(c_j - c_i) <= 1, in the pairs of a chunk, in the prefix sums and in what is carried from call to call.
+
+Autograd keeps q, k, v, the result with its denominators and references, and the sums before each segment.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.feature_maps import FeatureMap
+from subquad.ops.linear_segment import Inputs, Segment, in_chunks, make_segment, scaled, whole
 from subquad.ops.linear_sums import Sums, gradients_of_division, lowest, no_sums, result_like
 from subquad.ops.precision import full_precision
 from subquad.ops.slices import Heads, head_groups
@@ -68,136 +71,51 @@ def causal_sums(
 
 def segments(length: int, chunk: int) -> Iterator[tuple[slice, int]]:
     """Segments of whole chunks, each with its number of chunks; what is left over is one shorter chunk."""
-    whole = length - length % chunk
-    for start in range(0, whole, SEGMENT_CHUNKS * chunk):
-        stop = min(start + SEGMENT_CHUNKS * chunk, whole)
+    whole_chunks = length - length % chunk
+    for start in range(0, whole_chunks, SEGMENT_CHUNKS * chunk):
+        stop = min(start + SEGMENT_CHUNKS * chunk, whole_chunks)
         yield slice(start, stop), (stop - start) // chunk
-    if whole < length:
-        yield slice(whole, length), 1
+    if whole_chunks < length:
+        yield slice(whole_chunks, length), 1
 
 
-class _Factors(NamedTuple):
-    """What brings sums from the reference of their key to that of a row; all at most 1.
-
-    Attributes:
-        pairs: (G N or 1, C, C), lower triangular: row i from key j of the same chunk.
-        read: (G N, C, 1), row i from the sums before its chunk; None for 1.
-        write: (G N, C, 1), from key j to the sums after its chunk; None for 1.
-        across: (G or 1, N + 1, N + 1), lower triangular: the sums before chunk n, and after the last, from what
-            was carried into the segment (m = 0) or written by chunk m - 1.
-    """
-
-    pairs: Tensor
-    read: Tensor | None
-    write: Tensor | None
-    across: Tensor
-
-
-def _plain_factors(like: Tensor, chunks: int, size: int) -> _Factors:
-    pairs, across = (like.new_ones(1, n, n).tril_() for n in (size, chunks + 1))
-    return _Factors(pairs, None, None, across)
-
-
-def _factors(references: Tensor, before: Tensor, chunks: int) -> _Factors:
-    """Factors from the reference of each token (G, T) and that of what was carried in (G, 1)."""
-    own = references.unflatten(1, (chunks, -1))  # (G, N, C)
-    ends = torch.cat((before, own[..., -1]), dim=1)  # (G, N + 1)
-    read, write = (ends[:, :-1, None] - own).exp_(), (own - ends[:, 1:, None]).exp_()
-    pairs, across = ((rows[..., None, :] - rows[..., :, None]).exp_().tril_() for rows in (own, ends))
-    return _Factors(pairs.flatten(0, 1), *(factor.flatten(0, 1)[..., None] for factor in (read, write)), across)
-
-
-class _Segment(NamedTuple):
-    """A segment of some heads, made again in the backward pass: N chunks of C tokens in each of G heads.
+class _Kept(NamedTuple):
+    """What autograd keeps.
 
     Attributes:
-        q_rows: (G, T, E).
-        k_rows: (G, T, E).
-        v: (G N, C, Ev).
-        q: features, (G N, C, F).
-        k: features relative to the references of their tokens, (G N, C, F).
-        factors: between references.
-        references: of each token, (G, T); None for features without exponents.
+        q: as the feature map keeps it, (B, H, L, E).
+        k: likewise.
+        v: (B, H, L, Ev).
+        valid: bool (B, L).
+        out: the result, (B, H, L, Ev); None without division.
+        total: its denominators, (B, H, L).
+        references: of each token, (B, H, L); None for features without exponents.
+        first_reference: of what came before, (B, H).
+        values: sums before each segment, (segments, B, H, F, Ev).
+        features: likewise, (segments, B, H, F).
     """
 
-    q_rows: Tensor
-    k_rows: Tensor
-    v: Tensor
     q: Tensor
     k: Tensor
-    factors: _Factors
+    v: Tensor
+    valid: Tensor | None
+    out: Tensor | None
+    total: Tensor | None
     references: Tensor | None
+    first_reference: Tensor | None
+    values: Tensor
+    features: Tensor
 
-    @property
-    def written(self) -> Tensor:
-        """Values as they go into the sums, (G N, C, Ev)."""
-        return self.v if self.factors.write is None else self.v * self.factors.write
+    def inputs(self) -> Inputs:
+        """What segments are made of."""
+        return Inputs(self.q, self.k, self.v, self.valid)
 
-    @property
-    def own_features(self) -> Tensor:
-        """What each chunk adds to the sums of features, (G N, F, 1)."""
-        write = self.factors.write
-        return self.k.sum(dim=1)[..., None] if write is None else self.k.mT @ write
-
-    def weights(self) -> Tensor:
-        """Of the pairs inside chunks, (G N, C, C)."""
-        return (self.q @ self.k.mT).mul_(self.factors.pairs)
-
-    def prefix(self, before: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums before each chunk (G N, ...) and after the last (G, ...), from those before the first and the own."""
-        groups, shape = before.shape[0], before.shape[1:]
-        written = torch.cat((before[:, None], own.unflatten(0, (groups, -1))), dim=1).flatten(2)
-        across = self.factors.across.expand(groups, -1, -1)
-        return (across[:, :-1] @ written).view(-1, *shape), (across[:, -1:] @ written).view(groups, *shape)
-
-    def suffix(self, read: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the sums before the first chunk (G, ...) and of the own (G N, ...); inverse of `prefix`."""
-        groups, shape = after.shape[0], after.shape[1:]
-        rows = torch.cat((read.unflatten(0, (groups, -1)), after[:, None]), dim=1).flatten(2)
-        across = self.factors.across.expand(groups, -1, -1).mT
-        return (across[:, :1] @ rows).view(groups, *shape), (across[:, 1:] @ rows).view(-1, *shape)
-
-
-def _make_segment(
-    group: Heads,
-    tokens: slice,
-    chunks: int,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    feature_map: FeatureMap,
-    before: Tensor | None,
-) -> _Segment:
-    """The segment of these tokens of q, k, v with facts about them; `before` is the reference carried in, (G, 1)."""
-    q, k, v, valid = inputs
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    hidden = None if valid is None else group.hidden(valid, tokens)
-    q_rows, k_rows = group.take(q, dtype, tokens), group.take(k, dtype, tokens, hidden)
-    part_v = group.take(v, dtype, tokens, hidden)
-    prepared, references = feature_map.prepare(k_rows), None
-    if before is not None and prepared.peak is not None:
-        peak = prepared.peak if hidden is None else prepared.peak.masked_fill(hidden, lowest(dtype))
-        references = torch.maximum(peak[..., 0].cummax(dim=1).values, before)
-    mapped = feature_map.finish(prepared, None if references is None else references[..., None])
-    mapped = mapped if hidden is None else mapped.masked_fill(hidden, 0.0)
-    if references is None or before is None:
-        factors = _plain_factors(mapped, chunks, mapped.shape[1] // chunks)
-    else:
-        factors = _factors(references, before, chunks)
-    in_chunks = (_in_chunks(x, chunks) for x in (part_v, feature_map.queries(q_rows), mapped))
-    return _Segment(q_rows, k_rows, *in_chunks, factors, references)
-
-
-def _in_chunks(x: Tensor, chunks: int) -> Tensor:
-    """(G, N C, E) -> (G N, C, E); a view where one is possible."""
-    return x.unflatten(1, (chunks, -1)).flatten(0, 1)
-
-
-def _whole(x: Tensor, groups: int) -> Tensor:
-    """(G N, C, E) -> (G, N C, E)."""
-    return x.view(groups, -1, x.shape[-1])
-
-
-def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
+    def reference_before(self, group: Heads, tokens: slice) -> Tensor | None:
+        """The reference carried into a segment, (G, 1)."""
+        if self.references is None or self.first_reference is None:
+            return None
+        at = self.references[:, :, tokens.start - 1] if tokens.start else self.first_reference
+        return at[group].reshape(-1, 1)
 
 
 class _CausalSums(torch.autograd.Function):
@@ -213,114 +131,131 @@ class _CausalSums(torch.autograd.Function):
         valid: Tensor | None,
         settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        values, features = values.clone(), features.clone()
-        reference = None if reference is None else reference.clamp_min(lowest(values.dtype))
-        first_reference = reference
-        reference = None if reference is None else reference.clone()
-        parts = list(segments(q.shape[2], settings.chunk))
-        carried_values = values.new_empty(len(parts), *values.shape)
-        carried_features = features.new_empty(len(parts), *features.shape)
-        out, everything = result_like(q, v.shape[-1]), slice(None)
-        total = None if settings.epsilon is None else values.new_empty(q.shape[:3])
-        references = None if reference is None else values.new_empty(q.shape[:3])
+        parts, feature_map = list(segments(q.shape[2], settings.chunk)), settings.feature_map
+        out, divided = result_like(q, v.shape[-1]), settings.epsilon is not None
+        kept = _Kept(
+            feature_map.keep(q),
+            feature_map.keep(k),
+            v,
+            valid,
+            out if divided else None,
+            values.new_empty(q.shape[:3]) if divided else None,
+            None if reference is None else values.new_empty(q.shape[:3]),
+            None if reference is None else reference.clamp_min(lowest(values.dtype)),
+            values.new_empty(len(parts), *values.shape),
+            features.new_empty(len(parts), *features.shape),
+        )
+        after = torch.empty_like(values), torch.empty_like(features)
         with full_precision(q.device):
             for group in head_groups(q):
-                own_values, own_features = values[group].flatten(0, 1), features[group].flatten(0, 1)[..., None]
-                before = None if reference is None else reference[group].reshape(-1, 1)
+                own = values[group].flatten(0, 1), features[group].flatten(0, 1)
                 for index, (tokens, chunks) in enumerate(parts):
-                    group.put(carried_values[index], own_values)
-                    group.put(carried_features[index], own_features[..., 0])
-                    part = _make_segment(group, tokens, chunks, (q, k, v, valid), settings.feature_map, before)
-                    before_values, own_values = part.prefix(own_values, part.k.mT @ part.written)
-                    before_features, own_features = part.prefix(own_features, part.own_features)
-                    mixed = _scaled(part.q @ before_values, part.factors.read)
-                    weights = part.weights()
-                    mixed = torch.baddbmm(mixed, weights, part.v, out=mixed)
-                    if total is not None and settings.epsilon is not None:
-                        weight = _scaled(part.q @ before_features, part.factors.read)
-                        weight = weight.add_(weights.sum(dim=-1, keepdim=True)).add_(settings.epsilon)
-                        group.put(total, weight, tokens)
-                        mixed.div_(weight)
-                    group.put(out, mixed, tokens)
-                    if references is not None and part.references is not None:
-                        group.put(references, part.references, tokens)
-                        before = part.references[:, -1:]
-                group.put(values, own_values)
-                group.put(features, own_features)
-                if reference is not None and before is not None:
-                    group.put(reference, before)
-        kept = (q, k, v, valid, None if total is None else out, total, references, first_reference)
-        ctx.save_for_backward(*kept, carried_values, carried_features)
+                    for carried, sums in zip((kept.values[index], kept.features[index]), own, strict=True):
+                        group.put_all(carried, sums)
+                    before = kept.reference_before(group, tokens)
+                    part = make_segment(group, tokens, chunks, kept.inputs(), feature_map, before)
+                    own = _attend(part, own, group, tokens, out, kept, settings.epsilon)
+                for sums, last in zip(after, own, strict=True):
+                    group.put_all(sums, last)
+        last = None if kept.references is None else kept.references[..., -1].clone()
+        ctx.save_for_backward(*kept)
         ctx.settings = settings
-        if reference is not None:
-            ctx.mark_non_differentiable(reference)
-        return out, values, features, reference
+        if last is not None:
+            ctx.mark_non_differentiable(last)
+        return out, *after, last
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
         ctx: Any, grad: Tensor, grad_values: Tensor, grad_features: Tensor, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        *inputs, out, total, references, first_reference, carried_values, carried_features = ctx.saved_tensors
-        q, k, v, valid = inputs
-        settings: Settings = ctx.settings
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        kept, settings = _Kept(*ctx.saved_tensors), ctx.settings
+        grads = tuple(torch.empty_like(x, dtype=grad.dtype) for x in (kept.q, kept.k, kept.v))
         grad_values, grad_features = grad_values.clone(), grad_features.clone()
-        parts = list(enumerate(segments(q.shape[2], settings.chunk)))
-        with full_precision(q.device):
-            for group in head_groups(q):
-                of_after = grad_values[group].flatten(0, 1)
-                of_features_after = grad_features[group].flatten(0, 1)[..., None]
+        parts = list(enumerate(segments(grad.shape[2], settings.chunk)))
+        with full_precision(grad.device):
+            for group in head_groups(grad):
+                after = grad_values[group].flatten(0, 1), grad_features[group].flatten(0, 1)
                 for index, (tokens, chunks) in reversed(parts):
-                    before = None
-                    if first_reference is not None:
-                        at = first_reference if tokens.start == 0 else references[:, :, tokens.start - 1]
-                        before = at[group].reshape(-1, 1)
-                    part = _make_segment(group, tokens, chunks, (q, k, v, valid), settings.feature_map, before)
-                    groups = part.q_rows.shape[0]
-                    read, write = part.factors.read, part.factors.write
-                    written = part.written
-                    before_values, _ = part.prefix(carried_values[index][group].flatten(0, 1), part.k.mT @ written)
-                    of_mixed, of_total = group.take(grad, part.q.dtype, tokens), None
-                    if total is not None:
-                        of_mixed, of_total = gradients_of_division(group, tokens, of_mixed, out, total)
-                        of_total = _in_chunks(of_total, chunks)
-                    of_mixed = _in_chunks(of_mixed, chunks)
-                    of_weights = of_mixed @ part.v.mT
-                    if of_total is not None:
-                        of_weights.add_(of_total)
-                    of_weights.mul_(part.factors.pairs)
-                    weights = part.weights()
-                    of_read = _scaled(of_mixed, read)
-                    of_q = torch.baddbmm(of_weights @ part.k, of_read, before_values.mT)
-                    of_before = part.q.mT @ of_read
-                    of_after, of_written = part.suffix(of_before, of_after)
-                    of_k = torch.baddbmm(of_weights.mT @ part.q, written, of_written.mT)
-                    of_v = (weights.mT @ of_mixed).add_(_scaled(part.k @ of_written, write))
-                    if of_total is not None:
-                        before_features, _ = part.prefix(
-                            carried_features[index][group].flatten(0, 1)[..., None], part.own_features
-                        )
-                        of_read_total = _scaled(of_total, read)
-                        of_q.addcmul_(of_read_total, before_features.mT)
-                        of_features_after, of_own = part.suffix(part.q.mT @ of_read_total, of_features_after)
-                    else:
-                        zero = part.q.new_zeros(part.q.shape[0], part.q.shape[2], 1)
-                        of_features_after, of_own = part.suffix(zero, of_features_after)
-                    if write is None:
-                        of_k.add_(of_own.mT)
-                    else:
-                        of_k.addcmul_(write, of_own.mT)
-                    of_k = _whole(of_k, groups)
-                    if valid is not None:
-                        of_k.masked_fill_(group.hidden(valid, tokens), 0.0)
-                    group.put(grad_v, _whole(of_v, groups), tokens)
-                    of_q = settings.feature_map.gradient(
-                        part.q_rows, _whole(part.q, groups), _whole(of_q, groups), keys=False
-                    )
-                    group.put(grad_q, of_q, tokens)
-                    of_k = settings.feature_map.gradient(part.k_rows, _whole(part.k, groups), of_k, keys=True)
-                    group.put(grad_k, of_k, tokens)
-                group.put(grad_values, of_after)
-                group.put(grad_features, of_features_after)
-        return grad_q, grad_k, grad_v, grad_values, grad_features, None, None, None
+                    before = kept.reference_before(group, tokens)
+                    part = make_segment(group, tokens, chunks, kept.inputs(), settings.feature_map, before)
+                    after = _attend_back(part, after, index, group, tokens, grad, grads, kept, settings.feature_map)
+                for sums, of_sums in zip((grad_values, grad_features), after, strict=True):
+                    group.put_all(sums, of_sums)
+        return *grads, grad_values, grad_features, None, None, None
+
+
+def _attend(
+    part: Segment,
+    sums: tuple[Tensor, Tensor],
+    group: Heads,
+    tokens: slice,
+    out: Tensor,
+    kept: _Kept,
+    epsilon: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Write the result of a segment; returns the sums after it."""
+    before_values, after_values = part.prefix_values(sums[0], part.written_values())
+    before_features, after_features = part.prefix_features(sums[1])
+    weights, read = part.weights(), part.factors.read
+    mixed = part.q @ before_values
+    mixed = mixed if read is None else mixed.mul_(read)
+    torch.baddbmm(mixed, weights, part.v, out=mixed)
+    if kept.total is not None and epsilon is not None:
+        total = scaled((part.q * before_features).sum(dim=-1, keepdim=True), read)
+        total = total.add_(weights.sum(dim=-1, keepdim=True)).add_(epsilon)
+        group.put(kept.total, total.view(part.groups, -1), tokens)
+        mixed.div_(total)
+    group.put(out, whole(mixed, part.groups), tokens)
+    if kept.references is not None and part.references is not None:
+        group.put(kept.references, part.references, tokens)
+    return after_values, after_features
+
+
+def _attend_back(
+    part: Segment,
+    after: tuple[Tensor, Tensor],
+    index: int,
+    group: Heads,
+    tokens: slice,
+    grad: Tensor,
+    grads: tuple[Tensor, ...],
+    kept: _Kept,
+    feature_map: FeatureMap,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradients of q, k and v in a segment; returns those of the sums before it."""
+    read, write = part.factors.read, part.factors.write
+    of_mixed, of_total = group.take(grad, part.q.dtype, tokens), None
+    if kept.out is not None and kept.total is not None:
+        of_mixed, of_total = gradients_of_division(group, tokens, of_mixed, kept.out, kept.total)
+        of_total = in_chunks(of_total, part.chunks)
+    of_mixed = in_chunks(of_mixed, part.chunks)
+
+    written, of_read = part.written_values(), scaled(of_mixed, read)
+    before_values, _ = part.prefix_values(kept.values[index][group].flatten(0, 1), written)
+    of_values, of_own = part.suffix_values(of_read, after[0])
+
+    of_weights = of_mixed @ part.v.mT
+    of_weights = (of_weights if of_total is None else of_weights.add_(of_total)).mul_(part.factors.pairs)
+    of_q, of_k = of_weights @ part.k, of_weights.mT @ part.q
+    torch.baddbmm(of_q, of_read, before_values.mT, out=of_q)
+    torch.baddbmm(of_k, written, of_own.mT, out=of_k)
+    of_v = part.k @ of_own
+    of_v = of_v if write is None else of_v.mul_(write)
+    torch.baddbmm(of_v, part.weights().mT, of_mixed, out=of_v)
+
+    if of_total is not None:
+        of_total = scaled(of_total, read)
+        before_features, _ = part.prefix_features(kept.features[index][group].flatten(0, 1))
+        of_q.addcmul_(of_total, before_features)
+    of_features, of_own = part.suffix_features(of_total, after[1])
+    of_k = of_k.add_(of_own) if write is None else of_k.addcmul_(write, of_own)
+
+    of_q, of_k = whole(of_q, part.groups), whole(of_k, part.groups)
+    if kept.valid is not None:
+        of_k.masked_fill_(group.hidden(kept.valid, tokens), 0.0)
+    of_q = feature_map.gradient(part.q_rows, whole(part.q, part.groups), of_q, keys=False)
+    of_k = feature_map.gradient(part.k_rows, whole(part.k, part.groups), of_k, keys=True)
+    for place, part_grad in zip(grads, (of_q, of_k, whole(of_v, part.groups)), strict=True):
+        group.put(place, part_grad, tokens)
+    return of_values, of_features

@@ -31,9 +31,19 @@ class Heads(NamedTuple):
         part = x[(*self, tokens)].to(dtype).flatten(0, 1)
         return part if hidden is None else part.masked_fill(hidden, 0.0)
 
-    def put(self, x: Tensor, part: Tensor, tokens: slice = slice(None)) -> None:
-        """Write a part (G, T, ...) to its place in x (B, H, L, ...)."""
-        place = x[(*self, tokens)] if x.ndim > 2 else x[self]
+    def room(self, x: Tensor, tokens: slice) -> Tensor:
+        """The place of a part of x, (G, T, ...), to be written and handed to `put`: a view where one is possible."""
+        return x[(*self, tokens)].flatten(0, 1)
+
+    def put(self, x: Tensor, part: Tensor, tokens: slice) -> None:
+        """Write a part (G, T, ...) to its place in x, unless it is a view of that place and there already."""
+        place = x[(*self, tokens)]
+        if part.data_ptr() != place.data_ptr():
+            place.copy_(part.view(place.shape))
+
+    def put_all(self, x: Tensor, part: Tensor) -> None:
+        """Write a part (G, ...) to the place of these heads in x (B, H, ...)."""
+        place = x[self]
         place.copy_(part.view(place.shape))
 
     def hidden(self, valid: Tensor, tokens: slice) -> Tensor:

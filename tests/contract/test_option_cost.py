@@ -25,6 +25,11 @@ CONFIGS = [
         mixer_config("sparse_transformer", kind=kind, stride=7, summary=3, combine=combine, summary_per_head=True)
         for kind, combine in product(("strided", "fixed"), ("merged", "local", "summary", "heads"))
     ),
+    *(mixer_config("linear", chunk=chunk) for chunk in (1, 5, 100)),
+    *(
+        mixer_config("performer", kernel=kernel, features=10, chunk=chunk, redraw=1)
+        for kernel, chunk in product(("positive", "hyperbolic", "trigonometric", "relu"), (5, 64))
+    ),
     *(
         mixer_config("logsparse", local=local, restart=restart, kernel=kernel)
         for local, restart, kernel in ((4, None, 1), (3, 16, 5), (1, 7, 2))
