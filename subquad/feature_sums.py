@@ -108,7 +108,8 @@ def feature_sum_cost(
     """The price of attention by features, projections included; a context is as long as x.
 
     Every token is mapped, written to the sums and read from them: `projected` products with directions for each of q
-    and k, and F features. The causal form adds the pairs inside chunks. Denominators are elementwise work. Autograd
+    and k, and F features. The causal form adds the pairs inside chunks and the running
+    sums over the chunks of a segment. Denominators are elementwise work. Autograd
     keeps q and k, or `keeps_features` in their place, v and the merged heads, the denominators, the references of
     exponentials, and the sums, causally those before each segment.
     """
@@ -118,6 +119,7 @@ def feature_sum_cost(
     if dims.causal:
         parts = [(tokens.stop - tokens.start, chunks) for tokens, chunks in segments(length, chunk)]
         flops += sum(2 * tokens * (tokens // chunks) * (features + width) for tokens, chunks in parts)
+        flops += sum(2 * chunks * (chunks + 1) * sums for _, chunks in parts)
         kept += len(parts) * sums + (length + 1 if exponential else 0)
     else:
         kept += sums + (1 if exponential else 0)

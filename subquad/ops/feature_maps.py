@@ -59,8 +59,16 @@ class FeatureMap(ABC):
         return prepared.values
 
     @abstractmethod
-    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
-        """Gradient of x (..., E) from that of the features, whose memory it may use."""
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
+        """Gradient of x from that of the features, whose memory it may use.
+
+        Args:
+            x: (..., E), as kept.
+            features: (..., F), of x.
+            grad: (..., F), their gradient.
+            out: (..., E), may be written to and returned.
+            keys: whether the features are those of keys.
+        """
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class Ready(FeatureMap):
         """Nothing to do."""
         return x
 
-    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
         """Nothing to do."""
         return grad
 
@@ -101,9 +109,9 @@ class EluPlusOne(FeatureMap):
         """As kept."""
         return x
 
-    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
         """Times the derivative."""
-        return grad.mul_(features.clamp_max(1))
+        return torch.mul(grad, features.clamp_max(1), out=out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +133,10 @@ class Projected(FeatureMap):
     def _half_square(self, x: Tensor) -> Tensor:
         return x.square().sum(dim=-1, keepdim=True).mul_(self.square_scale / 2)
 
-    def _from_products(self, x: Tensor, grad: Tensor, square: Tensor | None) -> Tensor:
+    def _from_products(self, x: Tensor, grad: Tensor, square: Tensor | None, out: Tensor) -> Tensor:
         """Gradient of x from that of the products, and from that of σ|x|²/2 (..., 1)."""
-        of_x = grad @ self.directions
+        rows = out.flatten(0, -2)  # a copy where no view is possible
+        of_x = torch.mm(grad.flatten(0, -2), self.directions, out=rows).view(out.shape)
         return of_x if square is None else of_x.addcmul_(square, x, value=self.square_scale)
 
 
@@ -151,10 +160,10 @@ class PositiveRandom(Projected):
         """Exponentials."""
         return prepared.values.add_(_shift(prepared, reference)).exp_()
 
-    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
         """Through the exponential, and the products."""
         grad = grad.mul_(features)
-        return self._from_products(x, grad, grad.sum(dim=-1, keepdim=True).neg_() if keys else None)
+        return self._from_products(x, grad, grad.sum(dim=-1, keepdim=True).neg_() if keys else None, out)
 
 
 class HyperbolicRandom(Projected):
@@ -181,11 +190,11 @@ class HyperbolicRandom(Projected):
         """Exponentials."""
         return _both_signs(prepared.values, _shift(prepared, reference))
 
-    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
         """Through the exponential, and the products."""
         plus, minus = grad.mul_(features).chunk(2, dim=-1)
         square = grad.sum(dim=-1, keepdim=True).neg_() if keys else None
-        return self._from_products(x, plus - minus, square)
+        return self._from_products(x, plus - minus, square, out)
 
 
 class TrigonometricRandom(Projected):
@@ -212,11 +221,11 @@ class TrigonometricRandom(Projected):
         assert reference is not None
         return prepared.values.mul_((prepared.peak - reference).exp_())
 
-    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
         """Through waves and factors, and the products."""
         square = (grad * features).sum(dim=-1, keepdim=True) if keys else None
         (cosine, sine), (of_cosine, of_sine) = features.chunk(2, dim=-1), grad.chunk(2, dim=-1)
-        return self._from_products(x, of_sine * cosine - of_cosine * sine, square)
+        return self._from_products(x, of_sine * cosine - of_cosine * sine, square, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,9 +242,9 @@ class ReluRandom(Projected):
         """Products, rectified."""
         return (x @ self.directions.mT).relu_().add_(self.epsilon)
 
-    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, *, keys: bool) -> Tensor:
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
         """Through what is above 0."""
-        return self._from_products(x, grad.mul_(features > self.epsilon), None)
+        return self._from_products(x, grad.mul_(features > self.epsilon), None, out)
 
 
 def _shift(prepared: Prepared, reference: Tensor | None) -> Tensor:

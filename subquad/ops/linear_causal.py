@@ -205,7 +205,8 @@ def _attend(
         total = scaled((part.q * before_features).sum(dim=-1, keepdim=True), read)
         total = total.add_(weights.sum(dim=-1, keepdim=True)).add_(epsilon)
         group.put(kept.total, total.view(part.groups, -1), tokens)
-        mixed.div_(total)
+        place = in_chunks(group.room(out, tokens, mixed.dtype), part.chunks)
+        mixed = torch.div(mixed, total, out=place)
     group.put(out, whole(mixed, part.groups), tokens)
     if kept.references is not None and part.references is not None:
         group.put(kept.references, part.references, tokens)
@@ -254,8 +255,9 @@ def _attend_back(
     of_q, of_k = whole(of_q, part.groups), whole(of_k, part.groups)
     if kept.valid is not None:
         of_k.masked_fill_(group.hidden(kept.valid, tokens), 0.0)
-    of_q = feature_map.gradient(part.q_rows, whole(part.q, part.groups), of_q, keys=False)
-    of_k = feature_map.gradient(part.k_rows, whole(part.k, part.groups), of_k, keys=True)
+    places = [group.room(place, tokens, of_q.dtype) for place in grads]
+    of_q = feature_map.gradient(part.q_rows, whole(part.q, part.groups), of_q, places[0], keys=False)
+    of_k = feature_map.gradient(part.k_rows, whole(part.k, part.groups), of_k, places[1], keys=True)
     for place, part_grad in zip(grads, (of_q, of_k, whole(of_v, part.groups)), strict=True):
         group.put(place, part_grad, tokens)
     return of_values, of_features

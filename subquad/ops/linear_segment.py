@@ -35,24 +35,24 @@ class Factors(NamedTuple):
         pairs: (G N or 1, C, C), lower triangular: row i from key j of the same chunk.
         read: (G N, C, 1), row i from the sums before its chunk; None for 1.
         write: (G N, C, 1), from key j to the sums after its chunk; None for 1.
-        step: (G, N, 1), the sums after a chunk from those before it; None for 1.
+        across: (G or 1, N + 1, N + 1), lower triangular: the sums before chunk n, and in the last row after all, from
+            what was carried into the segment (column 0) or written by chunk m - 1.
     """
 
     pairs: Tensor
     read: Tensor | None
     write: Tensor | None
-    step: Tensor | None
+    across: Tensor
 
 
 def _reference_factors(references: Tensor, before: Tensor, chunks: int) -> Factors:
     """Factors from the reference of each token (G, T) and that of what was carried in (G, 1)."""
     own = references.unflatten(1, (chunks, -1))  # (G, N, C)
     ends = torch.cat((before, own[..., -1]), dim=1)  # (G, N + 1)
-    pairs = (own[..., None, :] - own[..., :, None]).exp_().tril_()
+    pairs, across = ((rows[..., None, :] - rows[..., :, None]).exp_().tril_() for rows in (own, ends))
     read, write = (ends[:, :-1, None] - own).exp_(), (own - ends[:, 1:, None]).exp_()
-    step = (ends[:, :-1] - ends[:, 1:]).exp_()
     read, write = read.flatten(0, 1)[..., None], write.flatten(0, 1)[..., None]
-    return Factors(pairs.flatten(0, 1), read, write, step[..., None])
+    return Factors(pairs.flatten(0, 1), read, write, across)
 
 
 class Segment(NamedTuple):
@@ -132,23 +132,20 @@ class Segment(NamedTuple):
         return of_before, of_own[:, None]
 
     def _prefix(self, stack: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Running sums of a stack (G, N + 1, ...), in place: those before each chunk, and after the last."""
-        for index in range(self.chunks):
-            self._add_neighbour(stack[:, index + 1], stack[:, index], index)
-        stack = stack.unflatten(2, shape[1:])
-        return stack[:, :-1].flatten(0, 1), stack[:, -1]
+        """Running sums of a stack (G, N + 1, ...): those before each chunk, and after the last."""
+        across = self.factors.across.expand(self.groups, -1, -1)
+        sums = (across[:, :-1] @ stack).unflatten(2, shape[1:])
+        after = torch.addcmul(stack[:, -1], across[:, -1:, -2], sums[:, -1].flatten(1))
+        return sums.flatten(0, 1), after.unflatten(1, shape[1:])
 
     def _suffix(self, stack: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        for index in reversed(range(self.chunks)):
-            self._add_neighbour(stack[:, index], stack[:, index + 1], index)
-        stack = stack.unflatten(2, shape[1:])
-        return stack[:, 0], stack[:, 1:].flatten(0, 1)
-
-    def _add_neighbour(self, own: Tensor, neighbour: Tensor, index: int) -> None:
-        if self.factors.step is None:
-            own.add_(neighbour)
-        else:
-            own.addcmul_(neighbour, self.factors.step[:, index])
+        """Sums from the other end: of what was carried in, and of what each chunk wrote."""
+        across = self.factors.across.expand(self.groups, -1, -1).mT
+        sums = stack.new_empty(stack.shape)
+        torch.bmm(across[:, :-1], stack, out=sums[:, :-1])
+        sums[:, -1] = stack[:, -1]
+        sums = sums.unflatten(2, shape[1:])
+        return sums[:, 0], sums[:, 1:].flatten(0, 1)
 
 
 def make_segment(
@@ -167,7 +164,8 @@ def make_segment(
     mapped = mapped if hidden is None else mapped.masked_fill(hidden, 0.0)
     if references is None or before is None:
         size = mapped.shape[1] // chunks
-        factors = Factors(mapped.new_ones(1, size, size).tril_(), None, None, None)
+        pairs, across = (mapped.new_ones(1, n, n).tril_() for n in (size, chunks + 1))
+        factors = Factors(pairs, None, None, across)
     else:
         factors = _reference_factors(references, before, chunks)
     part_v, part_q = group.take(v, dtype, tokens, hidden), feature_map.queries(q_rows)

@@ -175,11 +175,13 @@ class _SumKeys(torch.autograd.Function):
                 final = None if reference is None else reference[group].reshape(-1, 1, 1)
                 for tokens in token_slices(k.shape[2]):
                     keys = _take_keys(group, tokens, (k, v, valid), ctx.feature_map, final)
-                    group.put(grad_v, keys.mapped @ of_values, tokens)
+                    place = group.room(grad_v, tokens, keys.v.dtype)
+                    group.put(grad_v, torch.bmm(keys.mapped, of_values, out=place), tokens)
                     of_mapped = (keys.v @ of_values.mT).add_(of_features)
                     if keys.hidden is not None:
                         of_mapped.masked_fill_(keys.hidden, 0.0)
-                    of_rows = ctx.feature_map.gradient(keys.rows, keys.mapped, of_mapped, keys=True)
+                    place = group.room(grad_k, tokens, keys.v.dtype)
+                    of_rows = ctx.feature_map.gradient(keys.rows, keys.mapped, of_mapped, place, keys=True)
                     group.put(grad_k, of_rows, tokens)
         return grad_k, grad_v, None, None
 
@@ -196,7 +198,7 @@ class _ReadSums(torch.autograd.Function):
                 own_values, own_features = values[group].flatten(0, 1), features[group].flatten(0, 1)[:, None]
                 for tokens in token_slices(q.shape[2]):
                     mapped = feature_map.queries(group.take(kept_q, values.dtype, tokens))
-                    read = mapped @ own_values
+                    read = torch.bmm(mapped, own_values, out=group.room(out, tokens, values.dtype))
                     if total is not None and epsilon is not None:
                         weight = (mapped * own_features).sum(dim=-1).add_(epsilon)
                         group.put(total, weight, tokens)
@@ -228,7 +230,9 @@ class _ReadSums(torch.autograd.Function):
                         of_mapped.addcmul_(of_total, own_features)
                         of_features = of_features + (mapped * of_total).sum(dim=1)
                     of_values = torch.baddbmm(of_values, mapped.mT, of_read)
-                    group.put(grad_q, ctx.feature_map.gradient(rows, mapped, of_mapped, keys=False), tokens)
+                    place = group.room(grad_q, tokens, values.dtype)
+                    of_rows = ctx.feature_map.gradient(rows, mapped, of_mapped, place, keys=False)
+                    group.put(grad_q, of_rows, tokens)
                 group.put_all(grad_values, of_values)
                 group.put_all(grad_features, of_features)
         return grad_q, grad_values, grad_features, None, None

@@ -31,9 +31,10 @@ class Heads(NamedTuple):
         part = x[(*self, tokens)].to(dtype).flatten(0, 1)
         return part if hidden is None else part.masked_fill(hidden, 0.0)
 
-    def room(self, x: Tensor, tokens: slice) -> Tensor:
-        """The place of a part of x, (G, T, ...), to be written and handed to `put`: a view where one is possible."""
-        return x[(*self, tokens)].flatten(0, 1)
+    def room(self, x: Tensor, tokens: slice, dtype: torch.dtype) -> Tensor:
+        """Where to compute a part of x, (G, T, ...), before `put`: its place itself if that is possible."""
+        place = x[(*self, tokens)]
+        return place.flatten(0, 1) if place.dtype == dtype else torch.empty_like(place.flatten(0, 1), dtype=dtype)
 
     def put(self, x: Tensor, part: Tensor, tokens: slice) -> None:
         """Write a part (G, T, ...) to its place in x, unless it is a view of that place and there already."""

@@ -100,7 +100,7 @@ def test_gradients_are_those_of_the_features(name: str, keys: bool) -> None:
         exact = exact * torch.exp(-sign * x.square().sum(dim=-1, keepdim=True) / 2)
         factor = (features / exact).detach()[:, :1]
     (expected,) = torch.autograd.grad((exact * factor * weights).sum(), x)
-    found = feature_map.gradient(kept, features.clone(), weights.clone(), keys=keys)
+    found = feature_map.gradient(kept, features.clone(), weights.clone(), torch.empty_like(x), keys=keys)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
