@@ -1,19 +1,23 @@
-"""Performer: linear attention with positive orthogonal random features (FAVOR+), which estimate the softmax kernel.
+"""Performer: linear attention with random features (FAVOR+), which estimate the softmax kernel.
 
 Choromanski et al. 2020, "Rethinking Attention with Performers", arXiv:2009.14794.
 
     φ(x) = m^(-1/2) exp(Ω x' - |x'|²/2),  x' = x / E^(1/4)        o_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)
 
-Cost O(L F D) with F = m features. The estimate is good while |q|, |k| are small; its error falls like F^(-1/2).
+Cost O(L F D) with F = m features, O(F D) state. Causal: j <= i. The estimate is good while |q|, |k| are small; its
+error falls like F^(-1/2). Two other estimators, and the generalised kernel of ReLU, are options.
 
 Departures: the signs of the orthogonal blocks are corrected; the official code leaves the bias of Householder QR in
-(mean estimate 0.71 of the true kernel at E = 16 for positive vectors). Exponents are shifted by a maximum per query,
-and per sequence for keys, as in the official code; that maximum sees the future, so this form is bidirectional. Padding
-is left out of it and of every sum. Features are drawn once, from (seed, layer), and saved with the model.
+(mean estimate 0.71 of the true kernel at E = 16 for positive vectors). Exponents are shifted by the largest one of the
+query, and of the keys that the query sees: a running maximum in the causal form, where the official code takes that of
+the whole sequence. No ε is added to the features of softmax, which would bias the estimate and, with the official
+maximum, show the future; a query whose every weight underflows gives 0. Padding is left out of every sum and maximum.
+ReLU features come from projected, scaled x as in the paper, where the official code projects nothing.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,88 +25,148 @@ import torch
 from torch import Tensor
 
 from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, projection_cost
+from subquad.feature_sums import FeatureSumMixer, feature_sum_cost
+from subquad.heads import Heads
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.ops.features import key_features, orthogonal_features, query_features
-from subquad.ops.linear import all_sums, read_sums
-from subquad.ops.precision import full_precision
+from subquad.ops.feature_maps import (
+    FeatureMap,
+    HyperbolicRandom,
+    PositiveRandom,
+    ReluRandom,
+    TrigonometricRandom,
+)
+from subquad.ops.features import random_directions
 from subquad.registry import register
 from subquad.state import State
+
+_PAIRED = ("hyperbolic", "trigonometric")
+"""Estimators with two features for each direction."""
 
 
 @register("performer")
 @dataclass(frozen=True, kw_only=True)
 class PerformerConfig(MixerConfig):
-    """Options of FAVOR+ with softmax features."""
+    """Options of FAVOR+."""
 
     family: ClassVar[str] = "factorised"
 
     features: int = 256
-    """m, random features per head; one matrix serves all heads of a layer."""
+    """F, random features per head; one matrix of directions serves all heads of a layer."""
+    kernel: Literal["positive", "hyperbolic", "trigonometric", "relu"] = "positive"
+    """Softmax by positive features, by pairs of them for ±ω, or by cos and sin, whose weights have both signs and may
+    sum to 0; or max(Ω x', 0) + ε, a kernel of its own."""
+    directions: Literal["orthogonal", "independent"] = "orthogonal"
+    """Rows of Ω orthogonal within blocks of E, which lowers the variance, or independent."""
     norms: Literal["random", "constant"] = "random"
-    """Lengths of the feature vectors: those of Gaussian vectors, or √E."""
-    epsilon: float = 1e-6
-    """Added to every feature, the official code's guard against an empty sum."""
+    """Lengths of the rows: those of Gaussian vectors, or √E."""
+    epsilon: float = 1e-3
+    """ε of kernel="relu"."""
+    redraw: int = 0
+    """Training calls after which new features are drawn; 0 for never. Not with gradient checkpointing, whose
+    recomputed calls count too. Evaluation and calls with a state keep what was drawn last."""
+    chunk: int = 64
+    """Tokens per chunk of the causal form: speed only, the result doesn't depend on it."""
     seed: int = 0
-    """Seeds the features, together with the layer."""
+    """Seeds the features, together with the layer and the number of the draw."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        if self.features < 1:
-            raise ValueError(f"performer: features must be at least 1, got {self.features}")
+        for name, least in (("features", 1), ("redraw", 0), ("chunk", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"performer: {name} must be at least {least}, got {getattr(self, name)}")
         if self.epsilon < 0:
             raise ValueError(f"performer: epsilon must not be negative, got {self.epsilon}")
-        if self.seed < 0:
-            raise ValueError(f"performer: seed must not be negative, got {self.seed}")
+        if self.kernel in _PAIRED and self.features % 2:
+            raise ValueError(
+                f"performer: kernel={self.kernel!r} has two features for each direction, so features must be even; "
+                f"got {self.features}, use {self.features - 1} or {self.features + 1}"
+            )
 
     @property
     def traits(self) -> Traits:
-        """Not causal: the stabiliser of the keys looks at the whole sequence."""
-        return Traits(bidirectional=True, cross=True, padding=True, approximates_softmax=True)
+        """Sums over all keys can't tell documents apart, hence no segments."""
+        return Traits(
+            bidirectional=True,
+            causal=True,
+            cross=True,
+            padding=True,
+            state=True,
+            constant_state=True,
+            approximates_softmax=self.kernel != "relu",
+        )
+
+    @property
+    def num_directions(self) -> int:
+        """m, rows of Ω."""
+        return self.features // 2 if self.kernel in _PAIRED else self.features
 
     def build(self, dims: Dims) -> Performer:
         """The module."""
         return Performer(self, dims)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """Random projections of q and k, one product to write and one to read the sums, and the denominator.
-
-        Autograd keeps, besides the projections, φ of q and k before and after ε, the scaled k, v, the sums, and the
-        fraction. A context is as long as x.
-        """
-        mapped, sums = length * self.features * dims.num_heads, self.features * (dims.inner_dim + dims.num_heads)
-        kept = 4 * mapped + length * (3 * dims.inner_dim + dims.num_heads) + sums
-        return projection_cost(dims, length, dtype_bytes, kept=0) + Cost(
-            flops=2 * mapped * (4 * dims.head_dim + 1), activation_bytes=max(4, dtype_bytes) * kept
+        """F features from m products."""
+        return feature_sum_cost(
+            dims,
+            length,
+            dtype_bytes,
+            features=self.features,
+            projected=self.num_directions,
+            exponential=self.kernel != "relu",
+            keeps_features=False,
+            chunk=self.chunk,
         )
 
 
-class Performer(HeadMixer):
-    """FAVOR+, bidirectional."""
+class Performer(FeatureSumMixer):
+    """FAVOR+."""
 
     config: PerformerConfig
     directions: Tensor
+    training_calls: Tensor
 
     def __init__(self, config: PerformerConfig, dims: Dims) -> None:
         super().__init__(config, dims)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + dims.layer)
-        directions = orthogonal_features(config.features, dims.head_dim, norms=config.norms, generator=generator)
-        self.register_buffer("directions", directions.to(self.project_query.weight.dtype))
+        self.chunk = config.chunk
+        self.register_buffer("directions", self._draw(0).to(self.project_query.weight.dtype))
+        self.register_buffer("training_calls", torch.zeros((), dtype=torch.int64))
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
-        """Map queries and keys to features, then attend linearly; never narrowed by autocast."""
-        with full_precision(heads.q.device):
-            return self._attend_wide(heads), None
+        """Draw anew where that is due, then attend."""
+        if self.config.redraw and self.training and state is None:
+            self._count_call()
+        return super().attend(heads, state)
 
-    def _attend_wide(self, heads: Heads) -> Tensor:
-        assert heads.k is not None
-        assert heads.v is not None
-        wide = torch.promote_types(heads.q.dtype, torch.float32)
-        scale = self.dims.head_dim**-0.25
-        directions, epsilon = self.directions.to(wide), self.config.epsilon
-        q = query_features(heads.q.to(wide) * scale, directions, epsilon=epsilon)
-        k = key_features(heads.k.to(wide) * scale, directions, epsilon=epsilon, valid=heads.key_mask.valid)
-        # Makes 0 of 0 / 0 in an example without valid keys, with finite gradients, and changes nothing else.
-        smallest = torch.finfo(wide).tiny ** 0.5
-        return read_sums(q, all_sums(k, heads.v.to(wide)), epsilon=smallest)
+    def feature_map(self, dtype: torch.dtype) -> FeatureMap:
+        """The kernel's, with the directions drawn last."""
+        directions = self.directions.to(dtype) * self.dims.head_dim**-0.25
+        square_scale = self.dims.head_dim**-0.5
+        if self.config.kernel == "relu":
+            return ReluRandom(directions, square_scale, self.config.epsilon)
+        maps = {"positive": PositiveRandom, "hyperbolic": HyperbolicRandom, "trigonometric": TrigonometricRandom}
+        return maps[self.config.kernel](directions, square_scale)
+
+    def denominator_epsilon(self, dtype: torch.dtype) -> float:
+        """Makes 0 of 0 / 0 in a row without keys, with finite gradients, and changes nothing else."""
+        return math.sqrt(torch.finfo(dtype).tiny)
+
+    def _count_call(self) -> None:
+        """New directions after every `redraw` calls; out of place, since an earlier graph may still need the old."""
+        draw, calls_since = divmod(int(self.training_calls), self.config.redraw)
+        if draw and not calls_since:
+            self.directions = self._draw(draw).to(self.directions)
+        self.training_calls = self.training_calls + 1
+
+    def _draw(self, draw: int) -> Tensor:
+        """The directions of this draw, float64 (m, E): a function of (seed, layer, draw)."""
+        config, seed = self.config, 0
+        for number in (self.config.seed, self.dims.layer, draw):
+            seed = (1_000_003 * seed + number) % 2**63
+        return random_directions(
+            config.num_directions,
+            self.dims.head_dim,
+            orthogonal=config.directions == "orthogonal",
+            norms=config.norms,
+            generator=torch.Generator().manual_seed(seed),
+        )

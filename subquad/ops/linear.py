@@ -2,37 +2,21 @@
 
     o_i = Σ_j (φ(q_i)·φ(k_j)) v_j / (Σ_j φ(q_i)·φ(k_j) + ε)        j over all keys, or over j <= i
 
-Features are applied by the caller, so every function here is plain multilinear algebra. Sums are kept in float32 or
-wider: a bfloat16 running sum stops growing after 256 terms. Not here: feature maps, decay, gating.
+Here the features are ready. Sums are kept in float32 or wider: a bfloat16 running sum stops growing after 256 terms.
+`linear_sums.py` has the form over all keys, `linear_causal.py` the causal one, both for any feature map.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops.precision import full_precision
+from subquad.ops.feature_maps import Ready
+from subquad.ops.linear_causal import CHUNK, Settings, causal_sums
+from subquad.ops.linear_sums import read_sums, sum_keys
 
 DENOMINATOR_EPSILON = 1e-6
 """Added to every denominator, so that a row without keys gives 0 (the value of the official Linear Transformer)."""
-
-CHUNK = 64
-"""Tokens per chunk of the causal form; the result doesn't depend on it."""
-
-
-class Sums(NamedTuple):
-    """What linear attention remembers of the past.
-
-    Attributes:
-        values: (B, H, F, Ev), Σ φ(k) vᵀ.
-        features: (B, H, F), Σ φ(k).
-    """
-
-    values: Tensor
-    features: Tensor
 
 
 def linear_attention_by_pairs(
@@ -45,6 +29,7 @@ def linear_attention_by_pairs(
         weights = weights.tril(diagonal=k.shape[2] - q.shape[2])
     if valid is not None:
         weights = weights.masked_fill(~valid[:, None, None, :], 0.0)
+        v = v.masked_fill(~valid[:, None, :, None], 0.0)
     mixed = weights @ v.to(wide)
     if normalize:
         mixed = mixed / (weights.sum(dim=-1, keepdim=True) + DENOMINATOR_EPSILON)
@@ -71,76 +56,10 @@ def linear_attention(
         ValueError: shapes that don't fit together.
     """
     _check_shapes(q, k, v, causal, valid)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    k_wide = zero_keys(k.to(wide), valid)
-    with full_precision(q.device):
-        if causal:
-            return causal_sums(q.to(wide), k_wide, v.to(wide), None, normalize=normalize)[0].to(q.dtype)
-        return read_sums(q.to(wide), all_sums(k_wide, v.to(wide)), normalize=normalize).to(q.dtype)
-
-
-def zero_keys(k: Tensor, valid: Tensor | None) -> Tensor:
-    """Features k (B, H, S, F) with those of invalid keys (valid: bool (B, S)) set to 0."""
-    return k if valid is None else k.masked_fill(~valid[:, None, :, None], 0.0)
-
-
-def all_sums(k: Tensor, v: Tensor) -> Sums:
-    """Sums over all keys of k (B, H, S, F), v (B, H, S, Ev)."""
-    return Sums(k.mT @ v, k.sum(dim=2))
-
-
-def read_sums(q: Tensor, sums: Sums, *, normalize: bool = True, epsilon: float = DENOMINATOR_EPSILON) -> Tensor:
-    """What queries q (B, H, L, F) read from the sums: (B, H, L, Ev); `epsilon` is added to the denominator."""
-    mixed = q @ sums.values
-    if not normalize:
-        return mixed
-    return mixed / (q @ sums.features[..., None] + epsilon)
-
-
-def causal_sums(
-    q: Tensor, k: Tensor, v: Tensor, before: Sums | None, *, normalize: bool = True, chunk: int = CHUNK
-) -> tuple[Tensor, Sums]:
-    """Causal linear attention, chunk by chunk, continuing from the sums of earlier tokens.
-
-    Inside a chunk pairs are summed directly; what lies before it is read from the running sums, so the cost is
-    O(L (chunk + F) Ev). Exact for every chunk.
-
-    Args:
-        q: (B, H, L, F), float32 or wider, as all others.
-        k: (B, H, L, F), zero at invalid keys.
-        v: (B, H, L, Ev).
-        before: the sums over all earlier tokens, None for none.
-        normalize: divide by the sum of the weights.
-        chunk: tokens per chunk.
-
-    Returns:
-        The result (B, H, L, Ev) and the sums over everything seen so far.
-    """
-    length = q.shape[2]
-    chunk = max(1, min(chunk, length))
-    q, k, v = (_in_chunks(tensor, chunk) for tensor in (q, k, v))  # (B, H, N, chunk, ·)
-    weights = (q @ k.mT).tril()
-    value_sums = _running(k.mT @ v, None if before is None else before.values)
-    feature_sums = _running(k.sum(dim=3), None if before is None else before.features)
-    mixed = weights @ v + q @ value_sums[:, :, :-1]
-    if normalize:
-        total = weights.sum(dim=-1, keepdim=True) + q @ feature_sums[:, :, :-1, :, None]
-        mixed = mixed / (total + DENOMINATOR_EPSILON)
-    after = Sums(value_sums[:, :, -1], feature_sums[:, :, -1])
-    return mixed.flatten(2, 3)[:, :, :length], after
-
-
-def _in_chunks(x: Tensor, chunk: int) -> Tensor:
-    """(B, H, L, E) -> (B, H, N, chunk, E), zeros behind the end; contiguous, so that no product copies it again."""
-    missing = -x.shape[2] % chunk
-    padded = F.pad(x, (0, 0, 0, missing)) if missing else x
-    return padded.contiguous().unflatten(2, (-1, chunk))
-
-
-def _running(per_chunk: Tensor, before: Tensor | None) -> Tensor:
-    """Sums before each of the N chunks and after the last: (B, H, N, ...) -> (B, H, N + 1, ...)."""
-    first = torch.zeros_like(per_chunk[:, :, :1]) if before is None else before[:, :, None]
-    return torch.cat((first, per_chunk), dim=2).cumsum(dim=2)
+    epsilon = DENOMINATOR_EPSILON if normalize else None
+    if causal:
+        return causal_sums(q, k, v, None, Settings(Ready(), epsilon, CHUNK), valid)[0]
+    return read_sums(q, sum_keys(k, v, Ready(), valid), Ready(), epsilon=epsilon)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool, valid: Tensor | None) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from subquad import Mask
 from subquad.build import build_mixer
+from subquad.feature_sums import FeatureSums
 from subquad.heads import HeadMixer
-from subquad.mechanisms.linear import LinearState
 from subquad.ops.linear import DENOMINATOR_EPSILON
 
 LENGTHS = st.sampled_from([1, 2, 3, 4, 5, 9, 13])
@@ -84,7 +84,7 @@ def test_causal_attention_is_a_recurrent_network() -> None:
         feature = F.elu(k[0, i]) + 1
         s = s + feature[..., None] * v[0, i][:, None, :]
         z = z + feature
-        assert isinstance(state, LinearState)
+        assert isinstance(state, FeatureSums)
         torch.testing.assert_close(state.values[0], s)
         torch.testing.assert_close(state.features[0], z)
         read = F.elu(q[0, i]) + 1

@@ -1,8 +1,10 @@
-"""FAVOR+: unbiased positive orthogonal features, and linear attention with them."""
+"""FAVOR+: attention by random features in all forms, causally without any sight of the future."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import copy
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -21,55 +23,89 @@ from torch import Tensor
 
 from subquad import Mask
 from subquad.build import build_mixer
+from subquad.feature_sums import FeatureSums
 from subquad.mechanisms.performer import Performer
-from subquad.ops.features import orthogonal_features, positive_features
+from subquad.ops.features import (
+    hyperbolic_features,
+    positive_features,
+    relu_features,
+    trigonometric_features,
+)
 
-WIDTH = 4
-DRAWS = 4000
+KERNELS = ("positive", "hyperbolic", "trigonometric", "relu")
 
 
-def performer(**options: Any) -> Performer:
-    mixer = build_mixer("performer", embed_dim=4, num_heads=2, **{"features": 6, **options})
+def performer(*, causal: bool = False, cross: bool = False, layer: int = 0, **options: Any) -> Performer:
+    mixer = build_mixer(
+        "performer",
+        embed_dim=4,
+        num_heads=2,
+        causal=causal,
+        cross=cross,
+        layer=layer,
+        **{"features": 6, "chunk": 4, **options},
+    )
     assert isinstance(mixer, Performer)
     disturbed(mixer)
     return mixer
 
 
+def features_of(mixer: Performer, x: Tensor) -> Tensor:
+    """φ of x (..., E) as the paper writes it, not stabilised."""
+    x, directions = x * mixer.dims.head_dim**-0.25, mixer.directions
+    if mixer.config.kernel == "relu":
+        return relu_features(x, directions, mixer.config.epsilon)
+    estimators = {
+        "positive": positive_features,
+        "hyperbolic": hyperbolic_features,
+        "trigonometric": trigonometric_features,
+    }
+    return estimators[mixer.config.kernel](x, directions)
+
+
 def definition(mixer: Performer, x: Tensor, source: Tensor, mask: Mask | None, source_mask: Mask | None) -> Tensor:
-    """Stabilisers are constants to the gradient; ε is added to every feature of a real token."""
-    q, k, v = (tensor * mixer.dims.head_dim**-0.25 for tensor in qkv(mixer, x, source))
-    v = v * mixer.dims.head_dim**0.25
-    directions, epsilon = mixer.directions, mixer.config.epsilon
+    q, k, v = qkv(mixer, x, source)
+    q, k = features_of(mixer, q), features_of(mixer, k)
     out = []
     for b in range(x.shape[0]):
-        keys = [j for j in range(source.shape[1]) if is_valid(source_mask, b, j)]
-        exponents = k[b, keys] @ directions.T - k[b, keys].square().sum(-1, keepdim=True) / 2
         for i in range(x.shape[1]):
-            if not keys:
-                out.append(torch.zeros_like(v[b, 0]))
-                continue
-            projected = q[b, i] @ directions.T
-            of_query = (projected - projected.detach().amax(-1, keepdim=True)).exp() + epsilon
-            of_keys = (exponents - exponents.detach().amax((0, 2), keepdim=True)).exp() + epsilon
-            weights = torch.einsum("hm,nhm->nh", of_query, of_keys)
-            out.append(torch.einsum("nh,nhe->he", weights / weights.sum(0), v[b, keys]))
+            keys = [
+                j for j in range(source.shape[1]) if is_valid(source_mask, b, j) and (j <= i or not mixer.dims.causal)
+            ]
+            weights = torch.einsum("hm,nhm->nh", q[b, i], k[b, keys])
+            mixed = torch.einsum("nh,nhe->he", weights / weights.sum(0), v[b, keys])
+            out.append(mixed if keys else torch.zeros_like(v[b, 0]))
     return finish(mixer, torch.stack(out).unflatten(0, x.shape[:2]), mask)
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 1e-6, 1e-2])
-@given(length=st.sampled_from([1, 2, 5, 9]), data=st.data())
-def test_it_equals_the_definition(epsilon: float, length: int, data: st.DataObject) -> None:
-    mixer, mask = performer(epsilon=epsilon), data.draw(masks(2, length, segments=False))
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("causal", [False, True])
+@given(length=st.sampled_from([1, 2, 5, 9, 13]), data=st.data())
+def test_it_equals_the_definition(causal: bool, kernel: str, length: int, data: st.DataObject) -> None:
+    mixer, mask = performer(causal=causal, kernel=kernel), data.draw(masks(2, length, segments=False))
     x = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
+    if kernel == "trigonometric":  # whose weights may nearly cancel, where no two ways of adding agree
+        x = (0.3 * x).detach().requires_grad_()
     assert_same_values_and_gradients(
         mixer, lambda: mixer(x, mask=mask).y, lambda: definition(mixer, x, x, mask, mask), [x]
     )
 
 
+@pytest.mark.parametrize("kernel", ["positive", "relu"])
 @given(length=st.sampled_from([1, 6]), source_length=st.sampled_from([1, 5]), data=st.data())
-def test_cross_attention_equals_the_definition(length: int, source_length: int, data: st.DataObject) -> None:
-    mixer = performer(cross=True)
+def test_cross_attention_equals_the_definition(
+    kernel: str, length: int, source_length: int, data: st.DataObject
+) -> None:
+    mixer = performer(cross=True, kernel=kernel)
     assert_cross_equals_definition(mixer, definition, length, source_length, data)
+
+
+@given(chunk=st.integers(1, 20), length=st.integers(1, 17))
+def test_the_chunk_changes_nothing_but_speed(chunk: int, length: int) -> None:
+    one, other = performer(causal=True, chunk=1), performer(causal=True, chunk=chunk)
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(2, length, 4, dtype=torch.float64)
+    torch.testing.assert_close(one(x).y, other(x).y, rtol=1e-10, atol=1e-10)
 
 
 def test_an_empty_context_gives_finite_gradients() -> None:
@@ -81,106 +117,148 @@ def test_an_empty_context_gives_finite_gradients() -> None:
     assert bool(x.grad.isfinite().all())
 
 
-def orthant(signs: tuple[int, ...]) -> Tensor:
-    """A vector of length about 0.9 in the orthant of these signs."""
-    return torch.tensor(signs, dtype=torch.float64) * torch.tensor([0.5, 0.3, 0.6, 0.4], dtype=torch.float64)
+class TestCausality:
+    """What the official causal form gets wrong: its maximum and its ε see the whole sequence."""
 
+    def test_a_huge_key_in_the_future_changes_not_one_bit_of_what_came_before(self) -> None:
+        """In float32, where a shift by the future maximum leaves 0 / 0; the key stands in the same chunk."""
+        mixer, x = performer(causal=True, chunk=16).float(), torch.randn(2, 11, 4)
+        y = mixer(x).y
+        for size in (1e2, 1e4, 1e8):
+            changed = torch.cat((x[:, :-1], size * x[:, -1:].sign()), dim=1)
+            torch.testing.assert_close(mixer(changed).y[:, :-1], y[:, :-1], rtol=0, atol=0)
 
-ORTHANTS = [(1, 1, 1, 1), (-1, -1, -1, -1), (1, -1, 1, -1), (-1, 1, 1, -1)]
+    def test_the_first_token_attends_to_itself_alone_however_large_it_is(self) -> None:
+        mixer = performer(causal=True).float()
+        for size in (1e-3, 1.0, 30.0):
+            x = torch.cat((torch.randn(1, 1, 4), size * torch.randn(1, 8, 4)), dim=1)
+            expected = mixer.project_out(mixer.project_value(x[:, 0]))
+            torch.testing.assert_close(mixer(x).y[:, 0], expected, rtol=1e-4, atol=1e-5)
 
+    def test_no_weight_leaks_through_an_epsilon(self) -> None:
+        """Equal values give back that value, to the last digits: weights sum to 1 in every row."""
+        mixer = performer(causal=True)
+        x = torch.randn(1, 40, 4, dtype=torch.float64)
+        with torch.no_grad():
+            mixer.project_value.weight.zero_()
+        expected = mixer.project_out(mixer.project_value(x))
+        torch.testing.assert_close(mixer(x).y, expected, rtol=1e-12, atol=1e-12)
 
-def mean_estimate(signs: tuple[int, ...], draw: Any) -> tuple[float, float]:
-    """Mean over many draws of φ(x)·φ(y) / exp(x·y), and its standard error."""
-    x, y = orthant(signs), orthant(signs) * 0.9
-    generator = torch.Generator().manual_seed(7)
-    estimates = []
-    for _ in range(DRAWS):
-        directions = draw(generator)
-        estimates.append(positive_features(x, directions) @ positive_features(y, directions))
-    ratios = torch.stack(estimates) / (x @ y).exp()
-    return float(ratios.mean()), float(ratios.std() / DRAWS**0.5)
+    def test_the_last_row_is_that_of_the_bidirectional_form(self) -> None:
+        causal, both = performer(causal=True), performer()
+        both.load_state_dict(causal.state_dict())
+        x = 3 * torch.randn(2, 30, 4, dtype=torch.float64)
+        torch.testing.assert_close(causal(x).y[:, -1], both(x).y[:, -1], rtol=1e-10, atol=1e-10)
 
-
-@pytest.mark.parametrize("signs", ORTHANTS, ids=str)
-def test_the_kernel_estimate_is_unbiased_in_every_orthant(signs: tuple[int, ...]) -> None:
-    mean, error = mean_estimate(signs, lambda g: orthogonal_features(WIDTH, WIDTH, norms="random", generator=g))
-    assert abs(mean - 1) < 4 * error
-
-
-def test_without_the_signs_of_r_the_estimate_is_biased() -> None:
-    """What is left out by the official code: the test above would see it."""
-
-    def biased(generator: torch.Generator) -> Tensor:
-        gaussian = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
-        lengths = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64).norm(dim=1)
-        return torch.linalg.qr(gaussian)[0].T * lengths[:, None]
-
-    means = [mean_estimate(signs, biased) for signs in ORTHANTS[:2]]
-    assert any(abs(mean - 1) > 8 * error for mean, error in means)
-
-
-@pytest.mark.parametrize(("count", "width"), [(4, 4), (3, 8), (10, 4), (64, 16)])
-@pytest.mark.parametrize("norms", ["random", "constant"])
-def test_directions_are_orthogonal_within_blocks(count: int, width: int, norms: Literal["random", "constant"]) -> None:
-    directions = orthogonal_features(count, width, norms=norms, generator=torch.Generator().manual_seed(0))
-    assert directions.shape == (count, width)
-    for start in range(0, count, width):
-        gram = directions[start : start + width] @ directions[start : start + width].T
-        torch.testing.assert_close(gram, gram.diagonal().diag(), rtol=0, atol=1e-10)
-    if norms == "constant":
-        torch.testing.assert_close(directions.norm(dim=1), torch.full((count,), width**0.5, dtype=torch.float64))
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_sums_rise_and_are_carried_over_calls_without_overflow(self, dtype: torch.dtype) -> None:
+        """Keys that grow a thousandfold: references rise in every chunk, and the state hands them on."""
+        mixer = performer(causal=True).to(dtype)
+        growth = torch.logspace(-2, 1, 50, dtype=dtype)[:, None]
+        x = growth * torch.randn(2, 50, 4, dtype=dtype)
+        y, state, pieces = mixer(x).y, mixer.init_state(2), []
+        for part in x.split([7, 1, 20, 22], dim=1):
+            piece, state, _ = mixer(part, state=state)
+            pieces.append(piece)
+        assert isinstance(state, FeatureSums)
+        assert bool(y.isfinite().all())
+        tolerance = 1e-10 if dtype == torch.float64 else 1e-3
+        torch.testing.assert_close(torch.cat(pieces, dim=1), y, rtol=tolerance, atol=tolerance)
+        assert bool((state.values.isfinite() & (state.values.abs() < 1e4)).all())
 
 
 @torch.no_grad()
-def error_against_softmax(features: int) -> float:
+def error_against_softmax(features: int, kernel: str = "positive", *, causal: bool = False) -> float:
     """Relative error of the output, mean over 20 layers' features, at small inputs."""
     torch.manual_seed(0)
-    dense = build_mixer("full", embed_dim=16, num_heads=2).double()
+    dense = build_mixer("full", embed_dim=16, num_heads=2, causal=causal).double()
     x = 0.25 * torch.randn(1, 64, 16, dtype=torch.float64)
     expected, errors = dense(x).y, []
     for layer in range(20):
-        mixer = build_mixer("performer", embed_dim=16, num_heads=2, features=features, layer=layer).double()
-        mixer.load_state_dict(dense.state_dict() | {"directions": mixer.state_dict()["directions"]})
+        options: dict[str, Any] = {"features": features, "kernel": kernel, "causal": causal, "layer": layer}
+        mixer = build_mixer("performer", embed_dim=16, num_heads=2, **options).double()
+        mixer.load_state_dict(mixer.state_dict() | dense.state_dict())
         errors.append(float((mixer(x).y - expected).norm() / expected.norm()))
     return sum(errors) / len(errors)
 
 
-def test_the_error_falls_like_the_root_of_the_number_of_features() -> None:
-    few, many = error_against_softmax(32), error_against_softmax(512)
+@pytest.mark.parametrize("kernel", ["positive", "hyperbolic", "trigonometric"])
+def test_the_error_falls_like_the_root_of_the_number_of_features(kernel: str) -> None:
+    few, many = error_against_softmax(32, kernel), error_against_softmax(512, kernel)
     assert 2.5 < few / many < 6.5  # the root of 16 is 4
     assert many < 0.1
 
 
-def test_features_are_drawn_once_from_seed_and_layer_and_saved() -> None:
-    assert torch.equal(performer().directions, performer().directions)
-    assert not torch.equal(performer().directions, performer(layer=1).directions)
-    assert not torch.equal(performer().directions, performer(seed=1).directions)
-    assert "directions" in performer().state_dict()
+def test_causal_attention_approximates_causal_softmax() -> None:
+    assert error_against_softmax(512, causal=True) < 0.1
 
 
-def test_building_does_not_touch_the_global_generator_for_its_features() -> None:
-    before = torch.get_rng_state()
-    orthogonal_features(8, 4, norms="random", generator=torch.Generator().manual_seed(0))
-    assert torch.equal(torch.get_rng_state(), before)
+class TestDraws:
+    """Directions are a function of (seed, layer, draw), and new draws happen in training alone."""
 
+    def test_features_are_drawn_from_seed_and_layer_and_saved(self) -> None:
+        assert torch.equal(performer().directions, performer().directions)
+        assert not torch.equal(performer().directions, performer(layer=1).directions)
+        assert not torch.equal(performer().directions, performer(seed=1).directions)
+        assert performer().state_dict().keys() >= {"directions", "training_calls"}
 
-def test_the_stabilisers_cancel_without_epsilon() -> None:
-    mixer, x = performer(epsilon=0.0), torch.randn(2, 7, 4, dtype=torch.float64)
-    q, k, v = (tensor.transpose(1, 2) for tensor in qkv(mixer, x))
-    scale = mixer.dims.head_dim**-0.25
-    of_query, of_keys = (positive_features(scale * tensor, mixer.directions) for tensor in (q, k))
-    weights = of_query @ of_keys.mT
-    out = (weights / weights.sum(-1, keepdim=True)) @ v
-    torch.testing.assert_close(mixer(x).y, finish(mixer, out.transpose(1, 2), None), rtol=1e-10, atol=1e-10)
+    def test_they_are_drawn_anew_after_every_so_many_training_calls(self) -> None:
+        mixer, other = performer(redraw=3).train(), performer(redraw=3).train()
+        x, seen = torch.randn(1, 5, 4, dtype=torch.float64), []
+        for _ in range(7):
+            mixer(x)
+            seen.append(mixer.directions)
+        changes = [not torch.equal(one, next_one) for one, next_one in pairwise(seen)]
+        assert changes == [False, False, True, False, False, True]
+        for _ in range(7):
+            other(x)
+        assert torch.equal(other.directions, mixer.directions)
+
+    def test_a_saved_model_goes_on_where_it_was(self) -> None:
+        mixer, x = performer(redraw=2).train(), torch.randn(1, 5, 4, dtype=torch.float64)
+        for _ in range(3):
+            mixer(x)
+        loaded = performer(redraw=2)
+        loaded.load_state_dict(mixer.state_dict())
+        for _ in range(4):
+            torch.testing.assert_close(loaded.train()(x).y, mixer(x).y, rtol=0, atol=0)
+        assert torch.equal(loaded.directions, mixer.directions)
+
+    def test_evaluation_and_generation_keep_them(self) -> None:
+        mixer, x = performer(redraw=1, causal=True), torch.randn(1, 5, 4, dtype=torch.float64)
+        before = copy.deepcopy(mixer.state_dict())
+        for _ in range(3):
+            mixer.eval()(x)
+            mixer.train()(x, state=mixer.init_state(1))
+        assert all(torch.equal(value, before[name]) for name, value in mixer.state_dict().items())
+
+    def test_a_new_draw_leaves_an_earlier_graph_alone(self) -> None:
+        mixer, x = performer(redraw=1).train(), torch.randn(1, 5, 4, dtype=torch.float64, requires_grad=True)
+        expected = torch.autograd.grad(mixer(x).y.sum(), x)[0]
+        mixer.training_calls.zero_()
+        mixer.directions = performer().directions
+        y = mixer(x).y
+        for _ in range(2):
+            mixer(x)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("directions", ["orthogonal", "independent"])
+    def test_directions_are_as_asked(self, directions: str) -> None:
+        drawn = performer(directions=directions, features=2, norms="constant").directions
+        assert abs(float(drawn[0] @ drawn[1])) < 1e-10 or directions == "independent"
+        torch.testing.assert_close(drawn.norm(dim=1), torch.full((2,), 2**0.5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"features": 0}, "performer: features must be at least 1, got 0"),
+        ({"chunk": 0}, "performer: chunk must be at least 1, got 0"),
+        ({"redraw": -1}, "performer: redraw must be at least 0, got -1"),
         ({"epsilon": -1.0}, "performer: epsilon must not be negative, got -1.0"),
-        ({"seed": -1}, "performer: seed must not be negative, got -1"),
+        ({"seed": -1}, "performer: seed must be at least 0, got -1"),
         ({"norms": "unit"}, "option 'norms' must be one of 'random', 'constant', got 'unit'"),
+        ({"kernel": "hyperbolic", "features": 7}, "so features must be even; got 7, use 6 or 8"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import subquad
-from subquad.ops.linear import Sums, causal_sums, linear_attention, linear_attention_by_pairs
+from subquad.benchmark.memory import saved_bytes
+from subquad.ops.feature_maps import FeatureMap, PositiveRandom, Ready
+from subquad.ops.features import attention_by_features, positive_features
+from subquad.ops.linear import linear_attention, linear_attention_by_pairs
+from subquad.ops.linear_causal import Settings, causal_sums, segments
+from subquad.ops.linear_sums import Sums, read_sums, sum_keys
 
 
 def features(length: int, *, key_length: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,19 +43,93 @@ def test_sums_equal_the_definition(length: int, causal: bool, normalize: bool, s
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-@given(length=st.integers(1, 20), cut=st.integers(0, 20), chunk=st.integers(1, 25))
-def test_sums_go_on_from_earlier_tokens(length: int, cut: int, chunk: int) -> None:
-    q, k, v = features(length)
+DIRECTIONS = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+FEATURE_MAPS: list[FeatureMap] = [Ready(), PositiveRandom(DIRECTIONS, 1.0)]
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS, ids=["ready", "positive"])
+@given(length=st.integers(1, 20), cut=st.integers(0, 20), chunk=st.integers(1, 25), padded=st.booleans())
+def test_sums_go_on_from_earlier_tokens_with_their_gradients(
+    feature_map: FeatureMap, length: int, cut: int, chunk: int, padded: bool
+) -> None:
+    inputs, settings = features(length), Settings(feature_map, 1e-6, chunk)
+    valid = torch.rand(2, length) < 0.7 if padded else torch.ones(2, length, dtype=torch.bool)
     cut = min(cut, length - 1)
-    whole, after = causal_sums(q, k, v, None, chunk=chunk)
-    before = None
-    if cut:
-        _, before = causal_sums(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut], None, chunk=3)
-    rest, end = causal_sums(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], before, chunk=chunk)
-    torch.testing.assert_close(rest, whole[:, :, cut:], rtol=1e-10, atol=1e-10)
-    for one, other in zip(end, after, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-    assert isinstance(end, Sums)
+    whole, after = causal_sums(*inputs, None, settings, valid)
+    before, pieces = None, []
+    for part in (slice(0, cut), slice(cut, length)):
+        if part.stop > part.start:
+            q, k, v = (tensor[:, :, part] for tensor in inputs)
+            out, before = causal_sums(q, k, v, before, settings, valid[:, part])
+            pieces.append(out)
+    assert isinstance(before, Sums)
+    results = [(whole, *after[:2]), (torch.cat(pieces, dim=2), *before[:2])]
+    weights = [torch.randn_like(tensor) for tensor in results[0]]
+    losses = [torch.stack([(y * w).sum() for y, w in zip(result, weights, strict=True)]).sum() for result in results]
+    one, other = ((*result, *torch.autograd.grad(loss, inputs)) for result, loss in zip(results, losses, strict=True))
+    for tensor, expected in zip(one, other, strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=1e-10, atol=1e-10)
+
+
+@given(length=st.sampled_from([1, 5, 64, 200]), causal=st.booleans(), scale=st.sampled_from([0.5, 3.0]))
+def test_sums_of_exponentials_equal_the_definition(length: int, causal: bool, scale: float) -> None:
+    q, k, v = (scale * torch.randn(2, 3, length, 4, dtype=torch.float64) for _ in range(3))
+    q, k, v = (tensor.requires_grad_() for tensor in (q, k, v))
+    feature_map = PositiveRandom(DIRECTIONS, 1.0)
+    if causal:
+        out = causal_sums(q, k, v, None, Settings(feature_map, 0.0, 16))[0]
+    else:
+        out = read_sums(q, sum_keys(k, v, feature_map), feature_map, epsilon=0.0)
+    expected = attention_by_features(q, k, v, lambda x: positive_features(x, DIRECTIONS), causal=causal, epsilon=0.0)
+    torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-8)
+    weights = torch.randn_like(out)
+    pairs = (torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (out, expected))
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_many_heads_in_slices_of_tokens_equal_the_definition(causal: bool) -> None:
+    """Longer than a slice and than a segment, and with the strides of split heads."""
+    q, k, v = (torch.rand(2, 2500, 3, 4, dtype=torch.float64).transpose(1, 2).requires_grad_() for _ in range(3))
+    out = linear_attention(q, k, v, causal=causal)
+    expected = linear_attention_by_pairs(q, k, v, causal=causal)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    assert out.stride() == q.stride()
+    weights = torch.randn_like(out)
+    pairs = (torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (out, expected))
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@given(length=st.integers(1, 300), chunk=st.integers(1, 9))
+def test_segments_cover_every_token_once_in_whole_chunks(length: int, chunk: int) -> None:
+    covered = []
+    for tokens, chunks in segments(length, chunk):
+        covered += range(tokens.start, tokens.stop)
+        assert (tokens.stop - tokens.start) == chunks * chunk or (chunks == 1 and tokens.stop == length)
+    assert covered == list(range(length))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1024, 4096])
+def test_little_more_is_kept_than_queries_keys_values_and_result(causal: bool, length: int) -> None:
+    q, k, v = (torch.rand(1, 4, length, 64).requires_grad_() for _ in range(3))
+    kept = saved_bytes(lambda: linear_attention(q, k, v, causal=causal), [])
+    assert kept <= 1.1 * 4 * q.nbytes
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_may_hold_anything(causal: bool) -> None:
+    q, k, v = (torch.rand(2, 3, 9, 4, dtype=torch.float64) for _ in range(3))
+    valid = torch.rand(2, 9) < 0.6
+    expected = linear_attention(q, k, v, causal=causal, valid=valid)
+    k[~valid[:, None, :].expand(2, 3, 9)] = v[~valid[:, None, :].expand(2, 3, 9)] = float("nan")
+    k, v = k.requires_grad_(), v.requires_grad_()
+    out = linear_attention(q, k, v, causal=causal, valid=valid)
+    assert torch.equal(out, expected)
+    for gradient in torch.autograd.grad(out.sum(), (k, v)):
+        assert not gradient[~valid[:, None, :].expand(2, 3, 9)].any()
 
 
 def test_a_row_without_keys_gives_zero() -> None:

@@ -1,0 +1,143 @@
+"""Attention by features: what the mechanisms share that sum φ(k) vᵀ over keys and read the sums with φ(q).
+
+    o_i = φ(q_i)ᵀ S / (φ(q_i)ᵀ z + ε)        S = Σ_j φ(k_j) v_jᵀ, z = Σ_j φ(k_j)        causal: j <= i
+
+A mechanism derived from `FeatureSumMixer` names its feature map.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from subquad.costs import Cost
+from subquad.heads import HeadMixer, Heads, projection_cost
+from subquad.interface import Dims
+from subquad.ops.feature_maps import FeatureMap
+from subquad.ops.linear_causal import Settings, causal_sums, segments
+from subquad.ops.linear_sums import Sums, lowest, read_sums, sum_keys
+from subquad.state import State, state_dataclass
+
+
+@state_dataclass
+class FeatureSums(State):
+    """The sums over everything seen.
+
+    Attributes:
+        length: int64 (B,), valid tokens of x so far.
+        filled: bool (B,), cross-attention: whether the context has been summed.
+        values: (B, H, F, E), S exp(-c).
+        features: (B, H, F), z exp(-c).
+        reference: (B, H), c, the largest exponent of the features so far; without use where φ is no exponential.
+    """
+
+    filled: Tensor
+    values: Tensor
+    features: Tensor
+    reference: Tensor
+
+
+class FeatureSumMixer(HeadMixer):
+    """Attention by features, in all its forms."""
+
+    chunk: int
+    """Tokens per chunk of the causal form."""
+
+    @abstractmethod
+    def feature_map(self, dtype: torch.dtype) -> FeatureMap:
+        """φ, computed in this dtype."""
+
+    @abstractmethod
+    def denominator_epsilon(self, dtype: torch.dtype) -> float:
+        """ε."""
+
+    def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> FeatureSums:
+        """All sums 0."""
+        heads, width = self.dims.num_heads, self.dims.head_dim
+        length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        values = torch.zeros(batch_size, heads, self.feature_map(dtype).count(width), width, device=device, dtype=dtype)
+        features = values[..., 0].clone()
+        return FeatureSums(length, length > 0, values, features, torch.full_like(features[..., 0], lowest(dtype)))
+
+    def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
+        """Sum keys and values, read with the queries."""
+        dtype = torch.promote_types(heads.q.dtype, torch.float32)
+        feature_map, epsilon = self.feature_map(dtype), self.denominator_epsilon(dtype)
+        before = None
+        if isinstance(state, FeatureSums):
+            reference = state.reference.to(dtype) if feature_map.exponential else None
+            before = Sums(state.values.to(dtype), state.features.to(dtype), reference)
+        if self.dims.causal:
+            assert heads.k is not None
+            assert heads.v is not None
+            settings = Settings(feature_map, epsilon, self.chunk)
+            out, after = causal_sums(heads.q, heads.k, heads.v, before, settings, heads.mask.valid)
+        else:
+            after = self._sum_context(heads, before, state, feature_map)
+            out = read_sums(heads.q, after, feature_map, epsilon=epsilon)
+        return out, _advance(state, heads, after) if isinstance(state, FeatureSums) else None
+
+    def _sum_context(self, heads: Heads, before: Sums | None, state: State | None, feature_map: FeatureMap) -> Sums:
+        """The sums over all keys, or those that the state of cross-attention holds."""
+        filled = isinstance(state, FeatureSums) and state.filled.numel() > 0 and bool(state.filled.all())
+        if heads.k is None or heads.v is None:
+            if not filled or before is None:
+                name = self.config.name
+                raise ValueError(f"{name}: the state holds no context yet; pass context (B, S, D) in the first call")
+            return before
+        if filled:
+            raise ValueError(
+                f"{self.config.name}: the state holds a context already; pass context=None, or begin with a new state"
+            )
+        return sum_keys(heads.k, heads.v, feature_map, heads.key_mask.valid)
+
+
+def feature_sum_cost(
+    dims: Dims,
+    length: int,
+    dtype_bytes: int,
+    *,
+    features: int,
+    projected: int,
+    exponential: bool,
+    keeps_features: bool,
+    chunk: int,
+) -> Cost:
+    """The price of attention by features, projections included; a context is as long as x.
+
+    Every token is mapped, written to the sums and read from them: `projected` products with directions for each of q
+    and k, and F features. The causal form adds the pairs inside chunks and the running
+    sums over the chunks of a segment. Denominators are elementwise work. Autograd
+    keeps q and k, or `keeps_features` in their place, v and the merged heads, the denominators, the references of
+    exponentials, and the sums, causally those before each segment.
+    """
+    heads, width, wide_bytes = dims.num_heads, dims.head_dim, max(4, dtype_bytes)
+    sums = features * (width + 1)
+    flops, kept = length * (2 * 2 * projected * width + 2 * 2 * features * width), length
+    if dims.causal:
+        parts = [(tokens.stop - tokens.start, chunks) for tokens, chunks in segments(length, chunk)]
+        flops += sum(2 * tokens * (tokens // chunks) * (features + width) for tokens, chunks in parts)
+        flops += sum(2 * chunks * (chunks + 1) * sums for _, chunks in parts)
+        kept += len(parts) * sums + (length + 1 if exponential else 0)
+    else:
+        kept += sums + (1 if exponential else 0)
+    state = sums + 1 if dims.causal or dims.cross else 0
+    kept += 2 * length * width if keeps_features else 0
+    return projection_cost(dims, length, dtype_bytes, kept=1 if keeps_features else 3) + Cost(
+        flops=heads * flops,
+        activation_bytes=wide_bytes * heads * kept if length else 0,
+        state_bytes=wide_bytes * heads * state,
+    )
+
+
+def _advance(state: FeatureSums, heads: Heads, sums: Sums) -> FeatureSums:
+    length, valid, dtype = heads.q.shape[2], heads.mask.valid, state.values.dtype
+    return FeatureSums(
+        state.length + (length if valid is None else valid.sum(dim=1)),
+        torch.ones_like(state.filled),
+        sums.values.to(dtype),
+        sums.features.to(dtype),
+        state.reference if sums.reference is None else sums.reference.to(dtype),
+    )
