@@ -21,9 +21,10 @@ token attends to all: a query's weights sum to 1 over everything it may see. A r
 Departures: the paper's bidirectional logsparse and grid plans stand in an appendix; here they are its regions without
 the restriction to the past. The official code drops a level of logsparse where L - 1 is a power of two, counts the own
 segment twice in its bidirectional form, takes running sums where the paper has maxima, needs whole segments and
-ignores padding. A plan called axial there is rowmajor here. Learned regions are not offered. No dropout inside
-summaries. Segments and rows count valid tokens: an invalid token takes no position. A token missing at the end of the
-last row asks, in bidirectional rowmajor, with a query and key of 0.
+ignores padding. A plan called axial there is rowmajor here. The neighbour of logsparse is a region of one token in the
+paper, which is the same without an activation. Learned regions and decoding from a state are not offered, nor dropout
+inside summaries. Segments and rows count valid tokens: an invalid token takes no position. A token missing at the end
+of the last row asks, in bidirectional rowmajor, with a query and key of 0.
 """
 
 from __future__ import annotations

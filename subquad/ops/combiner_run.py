@@ -21,7 +21,7 @@ from subquad.ops.rectangles import SUMMARIES, TOKENS, Queries, Source
 from subquad.ops.region_pooling import MAXIMUM, SUM
 from subquad.ops.weighted_rows import average_both, average_both_backward
 
-GROUP_BYTES = 2**20
+GROUP_BYTES = 2**21
 """Queries of the heads that run together: few enough that they stay in the cache."""
 
 
@@ -119,7 +119,7 @@ class _Run(NamedTuple):
         lse.masked_fill_(lse == -torch.inf, 0.0)
 
     def backward(self, grad: Tensor, out: Tensor, lse: Tensor, grads: Inputs) -> None:
-        """Write the gradients of q, k, v (G, padded, E) and given summaries to `grads`; add those of the weights."""
+        """Write the gradients of q, k, v (G, padded, E) to `grads`; add those of weights and given summaries."""
         queries = Queries(self.q, out, lse)
         if self.given is not None:
             assert grads.summary_keys is not None

@@ -18,12 +18,14 @@ class Reduction(NamedTuple):
         along: (x, dim) -> x without dim.
         running: (x, dim) -> results of everything up to each place.
         pair: of two tensors.
+        neighbours: (G, N, 2, E) -> (G, N, E).
     """
 
     neutral: float
     along: Callable[[Tensor, int], Tensor]
     running: Callable[[Tensor, int], Tensor]
     pair: Callable[[Tensor, Tensor], Tensor]
+    neighbours: Callable[[Tensor], Tensor]
 
 
 class _Largest(torch.autograd.Function):
@@ -46,25 +48,41 @@ class _Largest(torch.autograd.Function):
         return torch.zeros_like(x).scatter_(ctx.dim, places, grad.unsqueeze(ctx.dim)), None
 
 
-class _Larger(torch.autograd.Function):
-    """The larger of two, the first where they are equal, which also gets the gradient."""
+class _LargerOfPairs(torch.autograd.Function):
+    """The larger of two neighbours along dimension 2, whose gradient goes to it, the first where they are equal."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(x, y)
-        return torch.maximum(x, y)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.maximum(x[:, :, 0], x[:, :, 1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride] - as above
-        x, y = ctx.saved_tensors
-        of_x = torch.where(x >= y, grad, 0.0)
-        return of_x, grad - of_x
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] - as above
+        (x,) = ctx.saved_tensors
+        found = torch.empty_like(x)
+        # one pass: the gradient where the second is larger
+        of_second = torch.ops.aten.threshold_backward(grad, x[:, :, 1] - x[:, :, 0], 0.0)
+        found[:, :, 1] = of_second
+        torch.sub(grad, of_second, out=found[:, :, 0])
+        return found
 
 
-MAXIMUM = Reduction(-torch.inf, _Largest.apply, lambda x, dim: x.cummax(dim=dim).values, _Larger.apply)  # pyright: ignore[reportArgumentType] - apply has no types
+MAXIMUM = Reduction(
+    -torch.inf,
+    _Largest.apply,  # pyright: ignore[reportArgumentType] - apply has no types
+    lambda x, dim: x.cummax(dim=dim).values,
+    torch.maximum,
+    _LargerOfPairs.apply,  # pyright: ignore[reportArgumentType] - as above
+)
 
-SUM = Reduction(0.0, lambda x, dim: x.sum(dim=dim), lambda x, dim: x.cumsum(dim=dim), torch.add)
+SUM = Reduction(
+    0.0,
+    lambda x, dim: x.sum(dim=dim),
+    lambda x, dim: x.cumsum(dim=dim),
+    torch.add,
+    lambda x: x[:, :, 0] + x[:, :, 1],
+)
 
 Pool = Callable[[Tensor, Reduction], Tensor]
 """Tokens (G, L, E) to regions (G, R, E)."""
@@ -92,5 +110,4 @@ def halve(x: Tensor, reduction: Reduction) -> Tensor:
     if x.shape[1] % 2:
         last = torch.full_like(x[:, :1], reduction.neutral)
         x = torch.cat((x, last), dim=1)
-    pairs = x.unflatten(1, (-1, 2))
-    return reduction.pair(pairs[:, :, 0], pairs[:, :, 1])
+    return reduction.neighbours(x.unflatten(1, (-1, 2)))

@@ -51,7 +51,7 @@ def average_both_backward(
         rows, columns = some.part.rows, some.part.keys[0].rows
         upstream = torch.cat((rows.of(grad.v), rows.of(grad.k)), dim=-1)
         of_weights = upstream @ some.both.mT
-        of_scores = torch._softmax_backward_data(of_weights, some.weights, -1, of_weights.dtype).mul_(scale)
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, some.weights, -1, of_weights.dtype).mul_(scale)
         rows.add(grad_q, of_scores @ some.k)
         of_values, of_keys = (some.weights.mT @ upstream).chunk(2, dim=-1)
         columns.add(grads.v, of_values)
