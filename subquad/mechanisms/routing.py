@@ -38,7 +38,7 @@ from subquad.ops.clusters import Centroids, commitment, members, moved, nearest,
 from subquad.ops.member_attention import member_attention
 from subquad.ops.packing import has_gaps, put_back, take, token_counts, valid_first
 from subquad.ops.precision import full_precision
-from subquad.ops.recompute import is_recomputing
+from subquad.ops.backward_pass import is_recomputing
 from subquad.ops.rotary import rotate
 from subquad.registry import register
 from subquad.state import State

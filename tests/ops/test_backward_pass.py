@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from subquad.ops.recompute import is_recomputing
+from subquad.ops.backward_pass import is_recomputing
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
