@@ -47,7 +47,8 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernels: Tensor, added: Tensor) -> Tensor:
         ctx.save_for_backward(x, kernels)
-        return _convolve(x, kernels).add_(added)
+        with full_precision(x.device):
+            return _convolve(x, kernels).add_(added)
 
     @staticmethod
     @once_differentiable
@@ -56,16 +57,16 @@ class _Convolution(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, kernels = ctx.saved_tensors
         wants_x, wants_kernels, _ = ctx.needs_input_grad
-        of_x = _convolve(grad, kernels.flip(1)) if wants_x else None
-        return of_x, _kernel_gradients(grad, x, kernels) if wants_kernels else None, grad
+        with full_precision(x.device):
+            of_x = _convolve(grad, kernels.flip(1)) if wants_x else None
+            return of_x, _kernel_gradients(grad, x, kernels) if wants_kernels else None, grad
 
 
 def _convolve(x: Tensor, kernels: Tensor) -> Tensor:
     wide, (_, heads, _, width), size = torch.promote_types(x.dtype, torch.float32), x.shape, kernels.shape[1]
     channels_last = x.to(wide).transpose(1, 2).flatten(2).mT[:, :, None]  # (B, H * E, 1, L)
     weights = kernels.to(wide).repeat_interleave(width, dim=0)[:, None, None]
-    with full_precision(x.device):
-        y = F.conv2d(channels_last, weights, padding=(0, size // 2), groups=heads * width)
+    y = F.conv2d(channels_last, weights, padding=(0, size // 2), groups=heads * width)
     return y[:, :, 0].mT.unflatten(2, (heads, width)).transpose(1, 2).to(x.dtype)
 
 
@@ -76,11 +77,12 @@ def _kernel_gradients(grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
     missing, reach = -x.shape[2] % block, block + size - 1
     together = max(1, SMALL_HEAD // (x.shape[2] * x.shape[3]))
     total = torch.zeros_like(kernels, dtype=wide)
-    for heads in torch.arange(x.shape[1]).split(together):
-        some = slice(int(heads[0]), int(heads[-1]) + 1)
+    for first in range(0, x.shape[1], together):
+        some = slice(first, first + together)
         for example, of_example in zip(x[:, some], grad[:, some], strict=True):
             rows = F.pad(of_example.to(wide), (0, 0, 0, missing)).unflatten(1, (-1, block))
             padded = F.pad(example.to(wide), (0, 0, size // 2, size // 2 + missing))
             products = (rows @ padded.unfold(1, reach, block)).sum(dim=1)
-            total[some] += products.as_strided((len(heads), block, size), (block * reach, reach + 1, 1)).sum(dim=1)
+            diagonals = products.as_strided((len(products), block, size), (block * reach, reach + 1, 1))
+            total[some] += diagonals.sum(dim=1)
     return total.to(kernels.dtype)
