@@ -110,7 +110,7 @@ def check_dims(config: MixerConfig, dims: Dims) -> None:
     """
     traits = config.traits
     if dims.causal and not traits.causal:
-        raise refuse(config.name, "causal", "causal=True")
+        raise refuse(config.name, "causal", "causal=True", config.why_not_causal)
     if not dims.causal and not dims.cross and not traits.bidirectional:
         raise refuse(config.name, "bidirectional", "causal=False")
     if dims.cross and not traits.cross:

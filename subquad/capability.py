@@ -104,7 +104,8 @@ def mixers_with(trait: str) -> list[str]:
     return names
 
 
-def refuse(name: str, trait: str, asked: str) -> ValueError:
-    """The error for a mechanism asked for what it can't do; names those that can."""
+def refuse(name: str, trait: str, asked: str, why: str = "") -> ValueError:
+    """The error for a mechanism asked for what it can't do; names those that can, and says why where that helps."""
     able = ", ".join(mixers_with(trait)) or "none"
-    return ValueError(f"{name}: {asked} is not supported; mechanisms that support it: {able}")
+    reason = f". {why}" if why else ""
+    return ValueError(f"{name}: {asked} is not supported; mechanisms that support it: {able}{reason}")

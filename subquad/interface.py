@@ -85,6 +85,8 @@ class MixerConfig(_WrittenConfig, ABC):
     """A sublayer gets the normalised stream; a block owns norm, residual and channel mixing."""
     padded_structure: ClassVar[str] = ""
     """What is laid over the padded length (blocks, landmarks), so that right padding changes the result; or nothing."""
+    why_not_causal: ClassVar[str] = ""
+    """Where options decide whether there is a causal form: why there is none, and which options give one."""
 
     @property
     def prepended_tokens(self) -> int:

@@ -13,6 +13,7 @@ from subquad.ops.combiner_grid import Vertical as Vertical
 from subquad.ops.combiner_levels import Logsparse as Logsparse
 from subquad.ops.combiner_plans import Fixed as Fixed
 from subquad.ops.linear import linear_attention as linear_attention
+from subquad.ops.lsh import lsh_attention as lsh_attention
 from subquad.ops.pattern_attention import pattern_attention as pattern_attention
 from subquad.ops.pattern_attention import pattern_attention_with_lse as pattern_attention_with_lse
 from subquad.ops.topk import topk_attention as topk_attention

@@ -15,6 +15,10 @@ from subquad.interface import MixerConfig
 
 CONFIGS = [
     *(mixer_config("ngram", n=n) for n in (1, 2)),
+    *(
+        mixer_config("reformer", chunk=chunk, rounds=rounds, buckets=buckets, dedup=rounds == 3)
+        for chunk, rounds, buckets in ((4, 1, None), (7, 2, (2, 4)), (4, 3, 8), (64, 2, 1))
+    ),
     *(mixer_config("streaming", sinks=sinks, window=5, learned_sink=True) for sinks in (0, 4)),
     *(
         mixer_config("star", steps=steps, norm=norm, boundary=boundary, start=start, share_steps=steps == 3)
