@@ -53,11 +53,16 @@ class FeatureSumMixer(HeadMixer):
     def denominator_epsilon(self, dtype: torch.dtype) -> float:
         """ε."""
 
+    @property
+    def num_features(self) -> int:
+        """F."""
+        return self.feature_map(torch.float32).count(self.dims.head_dim)
+
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> FeatureSums:
         """All sums 0."""
-        heads, width = self.dims.num_heads, self.dims.head_dim
         length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        values = torch.zeros(batch_size, heads, self.feature_map(dtype).count(width), width, device=device, dtype=dtype)
+        shape = batch_size, self.dims.num_heads, self.num_features, self.dims.head_dim
+        values = torch.zeros(shape, device=device, dtype=dtype)
         features = values[..., 0].clone()
         return FeatureSums(length, length > 0, values, features, torch.full_like(features[..., 0], lowest(dtype)))
 
@@ -124,7 +129,7 @@ def feature_sum_cost(
     else:
         kept += sums + (1 if exponential else 0)
     state = sums + 1 if dims.causal or dims.cross else 0
-    kept += 2 * length * width if keeps_features else 0
+    kept += 2 * length * features if keeps_features else 0
     return projection_cost(dims, length, dtype_bytes, kept=1 if keeps_features else 3) + Cost(
         flops=heads * flops,
         activation_bytes=wide_bytes * heads * kept if length else 0,

@@ -14,10 +14,10 @@ from subquad.mechanisms import longformer as longformer
 from subquad.mechanisms import ngram as ngram
 from subquad.mechanisms import nystromformer as nystromformer
 from subquad.mechanisms import performer as performer
+from subquad.mechanisms import reformer as reformer
 from subquad.mechanisms import retention as retention
 from subquad.mechanisms import routing as routing
 from subquad.mechanisms import sinkhorn as sinkhorn
-from subquad.mechanisms import reformer as reformer
 from subquad.mechanisms import sparse_transformer as sparse_transformer
 from subquad.mechanisms import star as star
 from subquad.mechanisms import streaming as streaming

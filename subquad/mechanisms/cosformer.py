@@ -24,13 +24,16 @@ import torch
 from torch import Tensor
 
 from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, projection_cost
+from subquad.feature_sums import FeatureSumMixer, feature_sum_cost
+from subquad.heads import Heads
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask, token_positions
-from subquad.ops.linear import CHUNK, DENOMINATOR_EPSILON, linear_attention, zero_keys
+from subquad.ops.feature_maps import FeatureMap, Ready
+from subquad.ops.linear import DENOMINATOR_EPSILON
+from subquad.ops.linear_causal import CHUNK
 from subquad.ops.precision import full_precision
 from subquad.registry import register
-from subquad.state import State, state_dataclass
+from subquad.state import State
 
 
 @register("cosformer")
@@ -69,39 +72,22 @@ class CosformerConfig(MixerConfig):
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
         """As linear attention with twice as many features as channels.
 
-        Autograd keeps, besides the projections, relu of q and k, their cosines and sines, and what `linear_attention`
-        keeps. A context is as long as x.
+        Autograd keeps relu of q and k, and cosines and sines, besides what it keeps of features.
         """
-        inner, heads, width = dims.inner_dim, dims.num_heads, dims.head_dim
-        wide_bytes, sums = max(4, dtype_bytes), 2 * inner * (width + 1)
-        if dims.causal:
-            chunk = max(1, min(CHUNK, length))
-            chunks = -(-length // chunk)
-            tokens = chunks * chunk
-            pairs = tokens * chunk
-            kept = 2 * length * (inner + 1) + tokens * (6 * inner + heads) + pairs * heads + max(2, chunks) * sums
-        else:
-            tokens, pairs = length, 0
-            kept = length * (8 * inner + heads + 2 + 2 * dims.cross) + sums
-        return projection_cost(dims, length, dtype_bytes, kept=0) + Cost(
-            flops=2 * tokens * 2 * inner * (2 * width + 1) + 2 * pairs * inner * 3,
-            activation_bytes=wide_bytes * kept,
-            state_bytes=wide_bytes * sums if dims.causal or dims.cross else 0,
+        inner, wide_bytes = dims.inner_dim, max(4, dtype_bytes)
+        price = feature_sum_cost(
+            dims,
+            length,
+            dtype_bytes,
+            features=2 * dims.head_dim,
+            projected=0,
+            exponential=False,
+            keeps_features=True,
+            chunk=CHUNK,
         )
-
-
-@state_dataclass
-class CosformerState(State):
-    """The sums over everything seen.
-
-    Attributes:
-        length: int64 (B,), valid tokens of x so far.
-        filled: bool (B,), cross-attention: whether the context has been summed.
-        sums: (B, H, 2 E, E + 1), Σ φ(k) (v, 1)ᵀ.
-    """
-
-    filled: Tensor
-    sums: Tensor
+        widened = 0 if dtype_bytes >= 4 else (2 * wide_bytes - dtype_bytes) * length * inner  # v and the result
+        tables = 4 if dims.cross else 2
+        return price + Cost(flops=0, activation_bytes=wide_bytes * length * (2 * inner + tables) + widened)
 
 
 class Cosines(NamedTuple):
@@ -111,64 +97,38 @@ class Cosines(NamedTuple):
     sine: Tensor
 
 
-class Cosformer(HeadMixer):
+class Cosformer(FeatureSumMixer):
     """Linear attention weighted by the cosine of the distance."""
 
     config: CosformerConfig
+    chunk = CHUNK
 
-    def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> CosformerState:
-        """All sums 0."""
-        length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        shape = (batch_size, self.dims.num_heads, 2 * self.dims.head_dim, self.dims.head_dim + 1)
-        return CosformerState(length, length > 0, torch.zeros(shape, device=device, dtype=dtype))
+    @property
+    def num_features(self) -> int:
+        """Two for each channel."""
+        return 2 * self.dims.head_dim
+
+    def feature_map(self, dtype: torch.dtype) -> FeatureMap:
+        """None: what is summed are features already, since they depend on positions."""
+        return Ready()
+
+    def denominator_epsilon(self, dtype: torch.dtype) -> float:
+        """That of linear attention."""
+        return DENOMINATOR_EPSILON
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Weigh by the positions, then sum; never narrowed by autocast."""
+        start, k, v = None if state is None else state.length, heads.k, heads.v
+        if start is not None:
+            added = heads.q.shape[2] if heads.mask.valid is None else heads.mask.valid.sum(dim=1)
+            self._check_length(start + added)
         with full_precision(heads.q.device):
-            if isinstance(state, CosformerState):
-                return self._continue(heads, state)
-            cosines = self._cosines(heads.q, heads.mask, None)
-            q, (k, v) = _features(heads.q, cosines), self._keys(heads, None if self.dims.cross else cosines)
-            return linear_attention(q, k, v, causal=self.dims.causal, valid=heads.key_mask.valid), None
-
-    def _continue(self, heads: Heads, state: CosformerState) -> tuple[Tensor, CosformerState]:
-        """Read the sums of the state too, or, in cross-attention, only those of the context."""
-        length = state.length + (heads.q.shape[2] if heads.mask.valid is None else heads.mask.valid.sum(dim=1))
-        self._check_length(length)
-        cosines = self._cosines(heads.q, heads.mask, state.length)
-        q = _features(heads.q, cosines)
-        sums = state.sums.to(q.dtype)
-        if self.dims.cross:
-            sums = self._context_sums(heads, state)
-            joined = q @ sums
-        else:
-            k, v = self._keys(heads, cosines)
-            valid, ones = heads.mask.valid, torch.ones_like(v[..., :1])
-            joined = linear_attention(q, k, torch.cat((v, ones), dim=-1), causal=True, normalize=False, valid=valid)
-            joined = joined + q @ sums
-            sums = sums + _sum(k, v, valid)
-        out = joined[..., :-1] / (joined[..., -1:] + DENOMINATOR_EPSILON)
-        return out, CosformerState(length, torch.ones_like(state.filled), sums.to(state.sums.dtype))
-
-    def _context_sums(self, heads: Heads, state: CosformerState) -> Tensor:
-        """Those of the context of this call, or of an earlier one."""
-        filled = bool(state.filled.all())
-        if heads.k is None:
-            if not filled:
-                raise ValueError("cosformer: the state holds no context yet; pass context (B, S, D) in the first call")
-            return state.sums.to(torch.promote_types(heads.q.dtype, torch.float32))
-        if filled and state.filled.numel():
-            raise ValueError(
-                "cosformer: the state holds a context already; pass context=None, or begin with a new state"
-            )
-        return _sum(*self._keys(heads, None), heads.key_mask.valid)
-
-    def _keys(self, heads: Heads, cosines: Cosines | None) -> tuple[Tensor, Tensor]:
-        """Features of the keys (B, H, S, 2 E), and the values; a context has positions of its own."""
-        assert heads.k is not None
-        assert heads.v is not None
-        k = _features(heads.k, self._cosines(heads.k, heads.key_mask, None) if cosines is None else cosines)
-        return k, heads.v.to(k.dtype)
+            cosines = self._cosines(heads.q, heads.mask, start)
+            q = _features(heads.q, cosines)
+            if k is not None and v is not None:
+                k = _features(k, self._cosines(k, heads.key_mask, None) if self.dims.cross else cosines)
+                v = v.to(k.dtype)
+            return super().attend(heads._replace(q=q, k=k, v=v), state)
 
     def _cosines(self, x: Tensor, mask: Mask, start: Tensor | None) -> Cosines:
         """Of the positions of the tokens of x (B, H, L, E); angles are computed in float64."""
@@ -191,8 +151,3 @@ def _features(x: Tensor, cosines: Cosines) -> Tensor:
     """(B, H, L, E) -> (B, H, L, 2 E), float32 or wider."""
     rectified = x.to(cosines.cosine.dtype).relu()
     return torch.cat((rectified * cosines.cosine, rectified * cosines.sine), dim=-1)
-
-
-def _sum(k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-    """Σ φ(k) (v, 1)ᵀ over the valid keys, (B, H, 2 E, E + 1)."""
-    return zero_keys(k, valid).mT @ torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)

@@ -28,6 +28,7 @@ from subquad.costs import Cost
 from subquad.feature_sums import FeatureSumMixer, feature_sum_cost
 from subquad.heads import Heads
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.ops.backward_pass import is_recomputing
 from subquad.ops.feature_maps import (
     FeatureMap,
     HyperbolicRandom,
@@ -62,8 +63,8 @@ class PerformerConfig(MixerConfig):
     epsilon: float = 1e-3
     """ε of kernel="relu"."""
     redraw: int = 0
-    """Training calls after which new features are drawn; 0 for never. Not with gradient checkpointing, whose
-    recomputed calls count too. Evaluation and calls with a state keep what was drawn last."""
+    """Training calls after which new features are drawn; 0 for never. A recompute inside a backward pass doesn't count;
+    evaluation and calls with a state keep what was drawn last."""
     chunk: int = 64
     """Tokens per chunk of the causal form: speed only, the result doesn't depend on it."""
     seed: int = 0
@@ -134,7 +135,7 @@ class Performer(FeatureSumMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Draw anew where that is due, then attend."""
-        if self.config.redraw and self.training and state is None:
+        if self.config.redraw and self.training and state is None and not is_recomputing():
             self._count_call()
         return super().attend(heads, state)
 

@@ -33,12 +33,12 @@ from subquad.costs import Cost, visible_pairs
 from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, Mixed, MixerConfig, Traits
 from subquad.mask import Mask
+from subquad.ops.backward_pass import is_recomputing
 from subquad.ops.cluster_window import cluster_window_attention
 from subquad.ops.clusters import Centroids, commitment, members, moved, nearest, standardise
 from subquad.ops.member_attention import member_attention
 from subquad.ops.packing import has_gaps, put_back, take, token_counts, valid_first
 from subquad.ops.precision import full_precision
-from subquad.ops.backward_pass import is_recomputing
 from subquad.ops.rotary import rotate
 from subquad.registry import register
 from subquad.state import State

@@ -91,8 +91,9 @@ def gradients_of_division(
 
 
 def result_like(q: Tensor, width: int) -> Tensor:
-    """Room for a result (B, H, L, Ev), laid out as q (B, H, L, E) where the widths agree."""
-    return torch.empty_like(q) if width == q.shape[-1] else q.new_empty(*q.shape[:3], width)
+    """Room for a result (B, H, L, Ev), laid out as q (B, H, L, E) where the widths agree, else as (B, L, H, Ev)."""
+    batch, num_heads, length, own_width = q.shape
+    return torch.empty_like(q) if width == own_width else q.new_empty(batch, length, num_heads, width).transpose(1, 2)
 
 
 class _Keys(NamedTuple):

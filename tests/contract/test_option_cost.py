@@ -34,6 +34,7 @@ CONFIGS = [
     *(
         mixer_config("sinkhorn", block=4, combine=combine, sort_cut=sort_cut)
         for combine, sort_cut in (("sum", None), ("logits", None), ("joint", 2))
+    ),
     *(mixer_config("linear", chunk=chunk) for chunk in (1, 5, 100)),
     *(
         mixer_config("performer", kernel=kernel, features=10, chunk=chunk, redraw=1)

@@ -20,6 +20,7 @@ from comparison import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from subquad import Mask
 from subquad.build import build_mixer
@@ -264,3 +265,22 @@ class TestDraws:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         performer(**options)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_recomputes_with_the_features_of_its_forward_pass(reentrant: bool) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        mixer = build_mixer("performer", embed_dim=16, num_heads=2, features=8, redraw=1).double().train()
+        x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+        for _ in range(3):
+            y = (
+                checkpoint(lambda x, mixer=mixer: mixer(x).y, x, use_reentrant=reentrant)
+                if checkpointed
+                else mixer(x).y
+            )
+            assert isinstance(y, Tensor)
+            y.square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
