@@ -1,21 +1,23 @@
 """The mechanisms that choose, compress or replace: what `mechanism_attention.py` times.
 
-Each row is what a mixer runs between its projections, in training mode.
+Most rows are what a mixer runs between its projections, in training mode; recurrences are the operation alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from attention_rows import BATCH, HEADS, WIDTH, Attention
+import torch.nn.functional as F
+from attention_rows import BATCH, HEADS, WIDTH, Attention, Method
 from torch import Tensor
 
 from subquad.build import build_mixer
 from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.mask import Mask
+from subquad.ops.recurrence import recurrence
 
 PRODUCTS = 3.0
 """Forward and backward over forward, for products of matrices: two backward for each one forward."""
@@ -78,7 +80,57 @@ class Case:
         return self.step_per_forward * BATCH * (price.flops - projections.flops)
 
 
-CASES = {
+@dataclass(frozen=True)
+class Recurrence:
+    """A linear recurrence with decay, as the operation alone; against causal dense attention.
+
+    Attributes:
+        name: as on the command line.
+        log_decay: its log-decays, for a length; they get gradients.
+        delta: by the delta rule, with unit keys and half of the difference written.
+        chunk: tokens per chunk.
+    """
+
+    name: str
+    log_decay: Callable[[int], Tensor | None]
+    delta: bool = False
+    chunk: int = 32
+    targets: Mapping[int, float] = field(default_factory=dict)
+
+    def baseline(self, length: int) -> str:
+        """Recurrences look back."""
+        return "causal dense"
+
+    def attention(self, length: int) -> Attention:
+        """The recurrence, from an empty state."""
+        log_decay = self.log_decay(length)
+        beta = torch.full((BATCH, HEADS, length), 0.5, requires_grad=True) if self.delta else None
+
+        def recur(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k = F.normalize(k, dim=-1) if self.delta else k
+            return recurrence(q, k, v, log_decay, beta=beta, chunk=self.chunk).out
+
+        return recur
+
+    def useful_flops(self, length: int) -> float:
+        """A matrix written and read, for the delta rule read once more, by each token."""
+        touched = 3 if self.delta else 2
+        return PRODUCTS * touched * 2 * BATCH * HEADS * length * WIDTH**2
+
+
+def fixed_decays(length: int) -> Tensor:
+    """RetNet's: 1 - 2^-5 for the first head, to 1 - 2^-12 for the last; (1, H, L, 1)."""
+    decays = (1 - torch.exp2(-5.0 - torch.arange(HEADS))).log()
+    return decays[:, None, None].expand(BATCH, HEADS, length, 1).clone().requires_grad_()
+
+
+def gates(length: int) -> Tensor:
+    """Gated linear attention's: a mild decay for every channel of every token; (1, H, L, E)."""
+    drawn = torch.randn(BATCH, HEADS, length, WIDTH, generator=torch.Generator().manual_seed(1))
+    return (F.logsigmoid(drawn) / 16).requires_grad_()
+
+
+CASES: dict[str, Method] = {
     case.name: case
     for case in (
         Case("linear", "linear", {4096: 42, 16384: 120}, step_per_forward=PRODUCTS),
@@ -107,5 +159,9 @@ CASES = {
             causal=True,
         ),
         Case("topk", "topk", {4096: 1.7, 16384: 2.4}, lambda _: {"top_k": 32}),
+        Recurrence("retention", fixed_decays, chunk=64),
+        Recurrence("gated-linear", gates),
+        Recurrence("delta", lambda _: None, delta=True),
+        Recurrence("gated-delta", fixed_decays, delta=True),
     )
 }

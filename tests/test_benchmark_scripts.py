@@ -25,6 +25,8 @@ SCRIPTS = (
     "pattern_scaling",
     "pattern_small",
     "pattern_attention",
+    "mechanism_cases",
+    "mechanism_attention",
     "hugging_face",
 )
 ROWS = ("window-513", "window-129", "causal-256", "bigbird", "fixed", "strided", "dilated", "ngram")
@@ -148,6 +150,19 @@ def test_the_table_holds_what_the_file_holds(
     ngram = figures["rows"][0]
     assert ngram["flops_per_second"] * ngram["seconds"]["median"] == pytest.approx(3.5 * 4 * 64 * pairs)
     assert ngram["of_sgemm"] == pytest.approx(ngram["flops_per_second"] / 1e11)
+
+
+@pytest.mark.parametrize("method", ["linear-causal", "routing", "combiner-rowmajor", "gated-delta"])
+def test_useful_operations_of_a_mechanism_are_those_of_its_core(
+    scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    monkeypatch.setattr(scripts.mechanism_attention, "prepare_torch", lambda threads: None)
+    monkeypatch.setattr(scripts.attention_rows, "sgemm_flops_per_second", lambda: 1e11)
+    scripts.mechanism_attention.main(["--lengths", "256", "--rows", method, "--samples", "1", "--warm-up", "0"])
+    assert method in capsys.readouterr().out
+    case = scripts.mechanism_cases.CASES[method]
+    assert 1.9 < case.useful_flops(512) / case.useful_flops(256) < 4
+    assert case.baseline(256) == ("dense" if method == "routing" else "causal dense")
 
 
 def test_time_per_token_and_growth_of_memory_are_taken_between_lengths(scripts: SimpleNamespace) -> None:
