@@ -86,7 +86,7 @@ def test_every_approximation_has_a_table(name: str, invoke: Invoke) -> None:
             ["local", "--error"],
             "local: an error against softmax attention is not supported; mechanisms that support it",
         ),
-        (["performer", "--error", "--causal"], "performer: causal=True is not supported"),
+        (["nystromformer:kernel=0", "--error", "--causal"], "nystromformer: causal=True is not supported"),
         (["performer", "--error", "--option", "featurs=3"], "unknown option 'featurs'; did you mean 'features'?"),
         (["performer", "--error", "--option", "features=a"], "expected whole numbers as features=64,128,256, got"),
         (["performer", "--error", "--option", "features=0"], "performer: features must be at least 1, got 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -215,13 +216,13 @@ def test_the_price_keeps_two_streams_and_one_sublayer() -> None:
 @BY_MIXER
 def test_streams_are_float32_where_the_model_is_narrower(mixer: Any) -> None:
     model, (tokens, attention) = classifier(mixer=mixer, residual="reversible").bfloat16().train(), batch()
-    output = model.model(tokens, attention_mask=attention)
+    output = copy.deepcopy(model).model(tokens, attention_mask=attention)
     assert output.pooler_output.dtype == torch.bfloat16
-    model(tokens, attention_mask=attention, labels=LABELS).loss.backward()
+    reversed_ = copy.deepcopy(model)  # a training call may change buffers
+    reversed_(tokens, attention_mask=attention, labels=LABELS).loss.backward()
     narrow = {
-        name: parameter.grad.float() for name, parameter in model.named_parameters() if parameter.grad is not None
+        name: parameter.grad.float() for name, parameter in reversed_.named_parameters() if parameter.grad is not None
     }
-    model.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reversible, "couple_reversibly", reversible.couple)
         model(tokens, attention_mask=attention, labels=LABELS).loss.backward()
