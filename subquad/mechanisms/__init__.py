@@ -1,5 +1,6 @@
 """The token mixers: one file, one mechanism. Importing this package enters all of them in the registry."""
 
+from subquad.mechanisms import aft as aft
 from subquad.mechanisms import bigbird as bigbird
 from subquad.mechanisms import combiner as combiner
 from subquad.mechanisms import cosformer as cosformer

@@ -14,6 +14,8 @@ from subquad.build import build_from_config, mixer_config
 from subquad.interface import MixerConfig
 
 CONFIGS = [
+    *(mixer_config("aft", kind=kind, window=7, rank=3) for kind in ("full", "local", "simple")),
+    *(mixer_config("aft", kind="conv", kernel=kernel, columns=columns) for kernel, columns in ((4, None), (3, 5))),
     *(mixer_config("ngram", n=n) for n in (1, 2)),
     *(
         mixer_config("reformer", chunk=chunk, rounds=rounds, buckets=buckets, dedup=rounds == 3)

@@ -1,0 +1,231 @@
+"""AFT: the Attention Free Transformer, means of values weighed by keys and learned positions, in each channel alone.
+
+Zhai et al. 2021, "An Attention Free Transformer", arXiv:2105.14103.
+
+    y_i = (σ(q_i) ⊙ Σ_j exp(k_j + w_ij) ⊙ v_j / Σ_j exp(k_j + w_ij)) W_o        causal: j <= i
+    full      w_ij = r_i · c_j, of `rank` numbers for each position
+    local     the same for |i - j| <= (W - 1) / 2, causal i - j < W; else 0, so that all tokens stay in sight
+    simple    w = 0
+    conv      w_ij = κ_(j-i) in each head, whose channels share a key; 0 beyond the kernel. On a grid, K x K kernels
+
+Cost O(L W D): that of local; conv likewise with its kernel, simple O(L D), full quadratic in L. Memory is linear in L.
+State: the mean over tokens out of reach of the positions, and the keys and values of the W - 1 in it; of full all.
+Channels are independent but for conv, so heads matter to it alone. There are no products of queries and keys.
+
+Departures: the paper's window s is W = 2 s - 1, causal W = s. Its "N(0, 1e-2)" for r and c is taken as a standard
+deviation of 0.01. Kernels are normed with the biased variance plus 1e-5. A causal conv, of distances 0..K-1 and over
+prefixes, is not in the paper; a grid is bidirectional. aft-pytorch takes exponentials as they are, which overflow, and
+others relative to the largest key of the sequence, whereby a later key erases earlier tokens; here neither happens. An
+invalid token takes no position, but a cell of a grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from subquad.costs import Cost, window_sides
+from subquad.heads import initialise_projection
+from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
+from subquad.key_positions import (
+    FactorisedPositions,
+    KernelPositions,
+    KeyMemory,
+    Positions,
+    empty_memory,
+    extended,
+    remembered,
+)
+from subquad.mask import Mask
+from subquad.ops.biased_means import Reach, biased_means
+from subquad.ops.packing import has_gaps, put_back, take, valid_first
+from subquad.ops.running_means import NOTHING
+from subquad.ops.strip_means import strips
+from subquad.position_scores import longest_input
+from subquad.registry import register
+from subquad.state import State
+
+FACTOR_STD = 0.01
+"""Standard deviation of the vectors of positions."""
+
+
+@register("aft")
+@dataclass(frozen=True, kw_only=True)
+class AftConfig(MixerConfig):
+    """Options of the Attention Free Transformer."""
+
+    family: ClassVar[str] = "attention-free"
+
+    kind: Literal["full", "local", "simple", "conv"] = "local"
+    """Which pairs have a learned number w: all, those in a window, none, or those in each head's kernel."""
+    window: int = 129
+    """W, keys of a token with a learned number, itself included; odd unless causal. For kind="local"."""
+    rank: int = 64
+    """Numbers for each position, whose products w are; for kind="full" and "local"."""
+    kernel: int = 11
+    """K, keys that a kernel reaches along the sequence or each side of a grid; odd unless causal. For kind="conv"."""
+    columns: int | None = None
+    """Tokens in a row of the grid whose rows are the sequence; None for none. For kind="conv", bidirectional."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        super().__post_init__()
+        for option in ("window", "rank", "kernel"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"aft: {option} must be at least 1, got {getattr(self, option)}")
+        if self.columns is not None and (self.columns < 1 or self.kind != "conv"):
+            raise ValueError(
+                f"aft: columns counts the tokens in a row of a grid, for kind='conv' alone; got {self.columns} with "
+                f"kind={self.kind!r}"
+            )
+
+    @property
+    def traits(self) -> Traits:
+        """Vectors of positions bind to a maximal length; only full has to remember everything."""
+        line = self.columns is None
+        return Traits(
+            bidirectional=True,
+            causal=line,
+            padding=True,
+            state=line,
+            constant_state=line and self.kind != "full",
+            fixed_length=self.kind in ("full", "local"),
+        )
+
+    def check(self, dims: Dims) -> None:
+        """Two-sided windows and kernels are symmetric; nothing is there to rotate."""
+        self.reach(causal=dims.causal)
+        if dims.positions == "rotary":
+            raise ValueError("aft: it has no products of queries and keys to rotate; pass positions='none'")
+
+    def reach(self, *, causal: bool) -> Reach:
+        """Where w may differ from 0; simple has none."""
+        if self.kind == "simple":
+            return Reach(0, 0, causal)
+        if self.kind == "full":
+            return Reach(None, 0 if causal else None, causal)
+        size = self.window if self.kind == "local" else self.kernel
+        left, right = window_sides("aft", size, causal=causal)
+        stride = 1 if self.columns is None else self.columns + 1  # rows and columns of the grid as far
+        return Reach(left * stride, right * stride, causal)
+
+    def key_width(self, dims: Dims) -> int:
+        """Numbers of the key of a token: one for each channel, or for each head."""
+        return dims.num_heads if self.kind == "conv" else dims.inner_dim
+
+    def build(self, dims: Dims) -> Aft:
+        """The module."""
+        return Aft(self, dims)
+
+    def positions(self, dims: Dims) -> Positions | None:
+        """The learned numbers."""
+        if self.kind == "simple":
+            return None
+        if self.kind == "conv":
+            left, _ = window_sides("aft", self.kernel, causal=dims.causal)
+            return KernelPositions(dims.num_heads, self._kernel_size, left, self.columns)
+        return FactorisedPositions(longest_input(dims), self.rank, FACTOR_STD)
+
+    @property
+    def _kernel_size(self) -> int:
+        return self.kernel if self.columns is None else self.kernel**2
+
+    def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
+        """Projections, and in strips of queries the products of the positions and with values and weights.
+
+        Autograd keeps x, q, k, v, the result, and, but for one mean for all tokens, each token's mean and its weight.
+        """
+        inner, keys, wide = dims.inner_dim, self.key_width(dims), max(4, dtype_bytes)
+        reach, weights = self.reach(causal=dims.causal), dims.embed_dim * (3 * dims.inner_dim + self.key_width(dims))
+        biases = 2 * inner + keys + dims.embed_dim if dims.bias else 0
+        total = Cost(
+            flops=2 * length * weights,
+            activation_bytes=dtype_bytes * length * (dims.embed_dim + 3 * inner + keys),
+            parameters=weights + biases,
+        )
+        if self.kind != "simple" or dims.causal:
+            total += Cost(activation_bytes=wide * length * (inner + keys))
+        if self.kind != "simple":
+            pairs = sum(strip.pairs for strip in strips(length, length, reach.left, reach.right))
+            total += Cost(flops=2 * pairs * (inner + keys)) + self._position_cost(dims, pairs, wide)
+        if dims.causal:
+            stored = length if self.kind == "full" else reach.left or 0
+            total += Cost(state_bytes=wide * (1 + stored) * (inner + keys))
+        return total
+
+    def _position_cost(self, dims: Dims, pairs: int, wide: int) -> Cost:
+        """Products of vectors of positions; or normed kernels, which are kept."""
+        if self.kind == "conv":
+            numbers = dims.num_heads * self._kernel_size
+            return Cost(activation_bytes=wide * numbers, parameters=numbers + 2 * dims.num_heads)
+        return Cost(flops=2 * pairs * self.rank, parameters=2 * longest_input(dims) * self.rank)
+
+
+class Aft(TokenMixer):
+    """Attention without products of queries and keys."""
+
+    config: AftConfig
+
+    def __init__(self, config: AftConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        self.project_query = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_key = nn.Linear(dims.embed_dim, config.key_width(dims), bias=dims.bias)
+        self.project_value = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_out = nn.Linear(dims.inner_dim, dims.embed_dim, bias=dims.bias)
+        for projection in (self.project_query, self.project_key, self.project_value, self.project_out):
+            initialise_projection(projection)
+        self.positions = config.positions(dims)
+        self.dropout = nn.Dropout(dims.dropout)
+        self.groups = dims.num_heads if config.kind == "conv" else 1
+
+    def initialise(self) -> None:
+        """Draw the numbers of positions."""
+        if self.positions is not None:
+            self.positions.initialise()
+
+    def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> KeyMemory:
+        """Nothing seen yet."""
+        left = self.config.reach(causal=True).left
+        widths = self.config.key_width(self.dims) // self.groups, self.dims.inner_dim // self.groups
+        return empty_memory((batch_size, self.groups), widths, left or 0, device, dtype)
+
+    def mix(
+        self, x: Tensor, context: Tensor | None, mask: Mask | None, context_mask: Mask | None, state: State | None
+    ) -> Mixed:
+        """Project, take means with the valid tokens first, project back."""
+        valid = None if mask is None else mask.valid
+        q, k, v = (self._split(layer(x)) for layer in (self.project_query, self.project_key, self.project_value))
+        if valid is not None:
+            wide = torch.promote_types(k.dtype, torch.float32)
+            k = k.to(wide).masked_fill(~valid[:, None, :, None], NOTHING)
+            v = v.masked_fill(~valid[:, None, :, None], 0.0)
+        order = valid_first(valid) if valid is not None and self.config.columns is None and has_gaps(valid) else None
+        if order is not None:
+            q, k, v = (take(tensor, order) for tensor in (q, k, v))
+        starts, new_state = None, None
+        if isinstance(state, KeyMemory):
+            starts = state.length
+            added = torch.full_like(starts, x.shape[1]) if valid is None else valid.sum(dim=1)
+            self._check_length(starts + added)
+            k, v = extended(state, k, v)
+            new_state = remembered(state, k, v, added, self.config.reach(causal=True).left)
+        stored, reach = k.shape[2] - x.shape[1], self.config.reach(causal=self.dims.causal)
+        bias = None if self.positions is None else self.positions.bias(starts, x.shape[1], stored)
+        out = biased_means(q, k, v, bias, reach)
+        out = out if order is None else put_back(out, order)
+        return Mixed(self.dropout(self.project_out(out.transpose(1, 2).flatten(2))), new_state)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, L, ·) -> (B, G, L, ·)."""
+        return x.unflatten(-1, (self.groups, -1)).transpose(1, 2)
+
+    def _check_length(self, lengths: Tensor) -> None:
+        longest = max([0, *lengths.tolist()])
+        if self.config.traits.fixed_length and longest > longest_input(self.dims):
+            raise ValueError(
+                f"aft: the stream has come to {longest} tokens but was built for max_length={self.dims.max_length}; "
+                "build it with a larger max_length"
+            )
