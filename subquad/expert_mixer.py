@@ -102,8 +102,6 @@ class ExpertMixerConfig(FeedforwardConfig):
 class ExpertMixer(ChannelMixer):
     """Experts as stacked parameters, and a router in float32."""
 
-    config: ExpertMixerConfig
-
     def __init__(self, config: ExpertMixerConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config

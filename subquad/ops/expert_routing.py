@@ -142,15 +142,15 @@ def balance_loss(probabilities: Tensor, chosen: Tensor, valid: Tensor | None = N
     Returns:
         The mean over the groups that have a token; 0 where none has.
     """
-    kept = torch.ones_like(chosen[..., 0]) if valid is None else valid.long()
-    tokens = kept.sum(dim=1, keepdim=True)
+    kept = torch.ones_like(probabilities[..., 0]) if valid is None else valid.to(probabilities.dtype)
+    tokens, top_k = kept.sum(dim=1, keepdim=True), chosen.shape[2]
     nothing = tokens.new_zeros(chosen.shape[0], probabilities.shape[2])
-    wanted = nothing.scatter_add(1, chosen.flatten(1), kept.repeat_interleave(chosen.shape[2], dim=1))
+    wanted = nothing.scatter_add(1, chosen.flatten(1), kept.repeat_interleave(top_k, dim=1))
+    share = wanted / (tokens * top_k).clamp_min(1)
     groups = (tokens > 0).sum().clamp_min(1)
-    share = wanted / (tokens * chosen.shape[2]).clamp_min(1)
     scale = probabilities.shape[2] / (tokens.clamp_min(1) * groups)
     summed = probabilities if valid is None else probabilities.masked_fill(~valid[..., None], 0.0)
-    return ((share * scale).to(probabilities.dtype) * summed.sum(dim=1)).sum()
+    return (share * scale * summed.sum(dim=1)).sum()
 
 
 def z_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -33,7 +33,7 @@ def gradients(y: Tensor, leaves: list[Tensor], upstream: Tensor) -> tuple[Tensor
 @given(
     tokens=st.sampled_from([0, 1, 2, 9, 30]),
     top_k=st.integers(1, EXPERTS),
-    capacity=st.none() | st.integers(0, 5),
+    capacity=st.none() | st.integers(1, 5),
 )
 def test_values_and_gradients_are_those_of_the_loop(
     activation: str, tokens: int, top_k: int, capacity: int | None
