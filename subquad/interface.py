@@ -225,6 +225,9 @@ class ChannelMixer(nn.Module, ABC):
     def forward(self, x: Tensor, *, mask: Mask | None = None) -> Mixed:
         """Transform each token of x (B, L, D); `state` of the result is None."""
 
+    def initialise(self) -> None:
+        """Draw anew the parameters that are this module's own; its submodules are initialised by themselves."""
+
 
 def option_names(config_class: type) -> list[str]:
     """Option names of a config class, as the command line and the docs list them."""

@@ -66,7 +66,7 @@ def muted_receipts() -> Iterator[None]:
         _open_blocks.reset(token)
 
 
-def leave_receipt(where: str, *, asked: str, ran: str, reason: str) -> None:
-    """Note that `ran` happened where `asked` was requested; costs nothing when nobody collects."""
+def leave_receipt(where: str, *, asked: str, ran: str, reason: str, count: int = 1) -> None:
+    """Note that `ran` happened, `count` times, where `asked` was requested; costs nothing when nobody collects."""
     for collected in _open_blocks.get():
-        collected.add(Receipt(where, asked, ran, reason))
+        collected.add(Receipt(where, asked, ran, reason, count))

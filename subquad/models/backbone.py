@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from subquad.costs import Cost
-from subquad.interface import FeedforwardConfig, TokenMixer
+from subquad.interface import ChannelMixer, FeedforwardConfig, TokenMixer
 from subquad.mask import Mask
 from subquad.models.axial import AxialPositions
 from subquad.models.block import Block, run_blocks
@@ -69,7 +69,7 @@ class SubquadPreTrainedModel(PreTrainedModel):
         elif isinstance(module, AxialPositions):
             for table in module.tables:
                 init.normal_(table)
-        elif isinstance(module, TokenMixer):
+        elif isinstance(module, TokenMixer | ChannelMixer):
             module.initialise()
 
 
