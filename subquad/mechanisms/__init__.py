@@ -24,3 +24,4 @@ from subquad.mechanisms import star as star
 from subquad.mechanisms import streaming as streaming
 from subquad.mechanisms import synthesizer as synthesizer
 from subquad.mechanisms import topk as topk
+from subquad.mechanisms import transformer_xl as transformer_xl

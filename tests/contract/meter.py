@@ -13,8 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from subquad.mechanisms import synthesizer
-from subquad.ops import topk
+from subquad.ops import memory_attention, topk
 from subquad.ops.key_ranges import KeyRanges
+from subquad.ops.memory_attention import Distances, Slice
 
 
 def counted_flops(forward: Callable[[], object]) -> int:
@@ -38,7 +39,19 @@ def counted_flops(forward: Callable[[], object]) -> int:
         hidden += (counter.get_total_flops() - before) * int((~visible).sum()) // visible.numel()
         return out
 
+    def attend_memory(q: Tensor, k: Tensor, v: Tensor, distances: Distances, part: Slice) -> tuple[Tensor, Tensor]:
+        nonlocal hidden
+        before = counter.get_total_flops()
+        result = with_memory(q, k, v, distances, part)
+        rows, columns, products = q.shape[2], k.shape[2], 2 * q.shape[0] * q.shape[1] * q.shape[3]
+        distance_products = rows * (rows + columns - 1)  # of which each row takes those of its visible keys
+        counted = counter.get_total_flops() - before
+        assert counted == products * (2 * rows * columns + distance_products)
+        hidden += counted - 3 * products * int(part.visible.sum()) // part.visible.shape[0]
+        return result
+
     topk_scores, synthesised, aten = topk.visible_scores, synthesizer.attend_slice, torch.ops.aten
+    with_memory = memory_attention.attend_slice
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops,
         aten._embedding_bag_forward_only: _embedding_bag_flops,
@@ -48,6 +61,7 @@ def counted_flops(forward: Callable[[], object]) -> int:
         torch.no_grad(),
         patch.object(topk, "visible_scores", visible_scores),
         patch.object(synthesizer, "attend_slice", attend_slice),
+        patch.object(memory_attention, "attend_slice", attend_memory),
         counter,
     ):
         forward()

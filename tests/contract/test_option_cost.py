@@ -65,6 +65,12 @@ CONFIGS = [
         mixer_config("combiner", plan="rowmajor", block=4, row_summary=row_summary)
         for row_summary in ("none", "wsum", "proj", "wsum_proj")
     ),
+    *(
+        mixer_config("transformer_xl", segment_length=segment, same_length=same, memory_length=7, **options)
+        for segment, same in product((None, 1, 8), (True, False))
+        for options in ({}, {"zero_memory": True}, {"clamp_length": 5})
+    ),
+    mixer_config("transformer_xl", segment_length=8, memory_length=0, eval_memory_length=30),
     mixer_config("combiner", plan="logsparse", activation="deepset", log_size_bias=True),
     mixer_config("combiner", plan="mixture", mixture="joint", block=4, pooling="mean"),
     *(
