@@ -7,6 +7,7 @@ from subquad.mechanisms import cosformer as cosformer
 from subquad.mechanisms import delta as delta
 from subquad.mechanisms import full as full
 from subquad.mechanisms import gated_linear as gated_linear
+from subquad.mechanisms import gmlp as gmlp
 from subquad.mechanisms import linear as linear
 from subquad.mechanisms import linformer as linformer
 from subquad.mechanisms import local as local

@@ -13,16 +13,18 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from subquad.mechanisms import synthesizer
-from subquad.ops import memory_attention, topk
+from subquad.ops import memory_attention, token_product, topk
 from subquad.ops.key_ranges import KeyRanges
 from subquad.ops.memory_attention import Distances, Slice
+from subquad.ops.toeplitz import transform_flops
 
 
 def counted_flops(forward: Callable[[], object]) -> int:
     """FLOPs of one forward pass.
 
-    torch's counter gives 0 to the fused attention of the CPU and to embedding bags; here the one is given its *visible*
-    pairs, read off its mask, and the other its entries. Rectangles of scores count where they are visible.
+    torch's counter gives 0 to the fused attention of the CPU, to embedding bags and to Fourier transforms; here the
+    first is given its *visible* pairs, read off its mask, the second its entries. Rectangles of scores and of weights
+    count where they are visible.
     """
     hidden = 0
 
@@ -50,11 +52,21 @@ def counted_flops(forward: Callable[[], object]) -> int:
         hidden += counted - 3 * products * int(part.visible.sum()) // part.visible.shape[0]
         return result
 
+    def visible_product(weights: Tensor, tokens: Tensor, start: int, *, causal: bool) -> Tensor:
+        nonlocal hidden
+        rows = triangular_product(weights, tokens, start, causal=causal)
+        if causal:
+            hidden += len(rows) * (len(rows) - 1) * tokens.shape[1]
+        return rows
+
     topk_scores, synthesised, aten = topk.visible_scores, synthesizer.attend_slice, torch.ops.aten
     with_memory = memory_attention.attend_slice
+    triangular_product = token_product.visible_product
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops,
         aten._embedding_bag_forward_only: _embedding_bag_flops,
+        aten._fft_r2c: _transform_flops,
+        aten._fft_c2r: _transform_flops,
     }
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with (
@@ -62,6 +74,7 @@ def counted_flops(forward: Callable[[], object]) -> int:
         patch.object(topk, "visible_scores", visible_scores),
         patch.object(synthesizer, "attend_slice", attend_slice),
         patch.object(memory_attention, "attend_slice", attend_memory),
+        patch.object(token_product, "visible_product", visible_product),
         counter,
     ):
         forward()
@@ -93,6 +106,12 @@ def _embedding_bag_flops(table: Tensor, indices: Tensor, *options: Any, out_val:
     return 2 * table.shape[1] * int(weights.count_nonzero())
 
 
+def _transform_flops(x: Tensor, *options: Any, out_val: Tensor) -> int:
+    size = max(x.shape[-1], out_val.shape[-1])  # one of the two holds the real numbers
+    return x[..., 0].numel() * transform_flops(size)
+
+
+_transform_flops._get_raw = True  # pyright: ignore[reportFunctionMemberAccess] - as below
 _embedding_bag_flops._get_raw = True  # pyright: ignore[reportFunctionMemberAccess] - as below
 _fused_attention_flops._get_raw = True  # pyright: ignore[reportFunctionMemberAccess] - how the counter is told to pass tensors
 

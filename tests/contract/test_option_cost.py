@@ -85,6 +85,10 @@ CONFIGS = [
         mixer_config("delta", gated=gated, kernel=kernel, negative_eigenvalues=turned, value_expansion=values)
         for gated, kernel, turned, values in ((True, 4, False, 2.0), (True, 0, True, 1.0), (False, 1, True, 0.5))
     ),
+    *(
+        mixer_config("gmlp", weights=weights, attention_dim=attention_dim, hidden_dim=hidden_dim)
+        for weights, attention_dim, hidden_dim in (("full", 5, 14), ("toeplitz", 0, None), ("toeplitz", 8, 20))
+    ),
 ]
 BY_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 

@@ -73,7 +73,7 @@ def test_a_state_of_another_mechanism_size_or_batch_is_refused(name: str) -> Non
                 mixer(x, state=foreign)
     with pytest.raises(ValueError, match=rf"^{name}: the state holds 3 rows but x has 2"):
         mixer(x, state=mixer.init_state(3))
-    narrow = build_from_config(mixer.config, replace(mixer.dims, embed_dim=12, head_dim=4)).init_state(2)
+    narrow = build_from_config(mixer.config, replace(mixer.dims, embed_dim=16, head_dim=4)).init_state(2)
     with pytest.raises(ValueError, match=rf"^{name}: state\.\w+ has shape \(B, .*other sizes or options"):
         mixer(x, state=narrow)
 

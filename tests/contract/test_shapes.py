@@ -87,8 +87,10 @@ def test_dropout_acts_in_training_alone(name: str, dims: Dims) -> None:
     mixer = build_from_config(small_config(name), replace(dims, dropout=0.5))
     x = torch.randn(2, 9, dims.embed_dim)
     context = x if dims.cross else None
-    dropped = (mixer.train()(x, context).y == 0).float().mean()
-    assert 0.3 < float(dropped) < 0.7
+    first, second = (mixer.train()(x, context).y for _ in range(2))
+    if mixer.config.placement == "sublayer":
+        assert 0.3 < float((first == 0).float().mean()) < 0.7
+    assert not torch.equal(first, second)  # a block may drop what it adds to the stream
     assert not (mixer.eval()(x, context).y == 0).any()
 
 
