@@ -39,7 +39,7 @@ def test_generated_files_are_up_to_date(generated):
     assert not stale, f"run python docs/generate.py; out of date: {stale}"
 
 
-@pytest.mark.parametrize(("folder", "ending"), [("mechanisms", "md"), ("pictures", "svg")])
+@pytest.mark.parametrize(("folder", "ending"), [("mechanisms", "md"), ("feedforward", "md"), ("pictures", "svg")])
 def test_nothing_is_left_of_what_is_gone(folder, ending, generated):
     expected = {path for path in generated if (ROOT / "docs" / folder) in path.parents}
     assert set((ROOT / "docs" / folder).rglob(f"*.{ending}")) == expected
