@@ -11,8 +11,9 @@ what autograd holds after the forward pass. Hugging Face's layer runs without ji
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -43,8 +44,6 @@ from subquad.records import units
 
 LEAST_RATE, MOST_ROUTING = 0.85, 0.12
 BASELINE = "mlp"
-
-Layer = Callable[[Tensor], Mixed]
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,9 @@ def measure(sizes: Sizes, *, samples: int | None, warm_up: int) -> list[Row]:
     x, upstream = (torch.randn(1, sizes.tokens, sizes.width, generator=generator) for _ in range(2))
     x.requires_grad_()
     layers = build_layers(sizes)
-    steps = {name: lambda layer=layer: step(layer, x, upstream) for name, layer in layers.items()}
+    steps = {name: partial(step, layer, x, upstream) for name, layer in layers.items()}
     routed = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertMixer)}
-    steps |= {
-        f"routing of {name}": lambda layer=layer: routing_step(layer, x, upstream) for name, layer in routed.items()
-    }
+    steps |= {f"routing of {name}": partial(routing_step, layer, x, upstream) for name, layer in routed.items()}
     taken = sample_by_turns(steps, samples=samples, warm_up=warm_up, title=f"{sizes.tokens:,} tokens")
     flops = 3 * 4 * sizes.tokens * sizes.width * sizes.hidden
     dense = flops / Spread.of(taken[BASELINE]).median
@@ -138,7 +135,7 @@ def measure(sizes: Sizes, *, samples: int | None, warm_up: int) -> list[Row]:
         own = Spread.of(taken[name])
         choices = layer.config.choices if isinstance(layer, ExpertMixer) else 1
         routing = Spread.of(taken[f"routing of {name}"]).median / own.median if name in routed else None
-        kept = saved_bytes(lambda layer=layer: layer(x), layer.parameters())
+        kept = saved_bytes(partial(layer, x), layer.parameters())
         rate = choices * flops / own.median
         rows.append(Row(name, own, rate, rate / dense, routing, kept))
     return rows

@@ -103,11 +103,11 @@ def test_the_auxiliary_loss_is_hugging_faces_for_one_layer() -> None:
     torch.testing.assert_close(module(x).aux_loss, torch.as_tensor(expected))
 
 
-def test_equal_routing_costs_exactly_its_weight_in_training_alone() -> None:
+def test_equal_routing_costs_its_weight_in_training_alone() -> None:
     module, x = switch(experts=4, balance_weight=0.25), torch.zeros(1, 8, 6)
-    x[0, torch.arange(8), torch.arange(8) % 4] = 1e-30  # decides, but changes no probability
+    x[0, torch.arange(8), torch.arange(8) % 4] = 1e-7  # decides, and hardly changes probabilities
     with torch.no_grad():
-        module.router.copy_(1e30 * torch.eye(6)[:4] * 1e-7)
+        module.router.copy_(torch.eye(6)[:4])
     loss = module(x).aux_loss
     assert (loss.dtype, loss.shape) == (torch.float32, ())
     assert float(loss.detach()) == pytest.approx(0.25, rel=1e-6)
