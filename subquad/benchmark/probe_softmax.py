@@ -7,9 +7,10 @@ uniform averaging over the same keys:
 
     error = |y - y_softmax| / |y_softmax - y_uniform|        approximates: error <= 0.5
 
-Averaging uniformly scores 1. Windows, blocks and the like are small, so that none holds the whole sequence; but a
-mechanism that says True is judged with the sizes of its approximation (rank, features, landmarks) as asked, and no
-smaller than their defaults: they set the error, which the trait doesn't promise to be small at any size.
+Averaging uniformly scores 1. Windows, blocks and the like are small, so that none holds the whole sequence, and so are
+memories where the trait is False; but a mechanism that says True is judged with the sizes of its approximation (rank,
+features, landmarks) as asked, and no smaller than their defaults: they set the error, which the trait doesn't promise
+to be small at any size.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from subquad.benchmark.probe_subject import Finding, Subject, call
+from subquad.benchmark.probe_subject import Finding, Subject, call, miniature
 from subquad.build import build_from_config, mixer_config
 from subquad.interface import MixerConfig, TokenMixer
 
@@ -31,7 +32,8 @@ _DENSE = "full"  # the definition that the trait speaks of
 def approximates_softmax(subject: Subject) -> Finding:
     """The trait against the criterion above."""
     claimed = subject.config.traits.approximates_softmax
-    judged = replace(subject, config=_as_good_as_asked(subject)) if claimed else subject
+    config = _as_good_as_asked(subject) if claimed else miniature(subject.config, memories=True)
+    judged = replace(subject, config=config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(subject.seed)
         mixer = build_from_config(judged.config, judged.dims).double().eval()

@@ -31,7 +31,7 @@ MAX_LENGTH = 96
 
 _SMALL = {"block": 4, "chunk": 4, "stride": 4, "summary": 2, "landmarks": 4, "rank": 6, "features": 8, "top_k": 3}
 _SMALL |= {"num_random": 1, "num_global": 3}
-_MEMORIES = {"memory_length": 8, "compressed_length": 4}
+_MEMORIES = {"memory_length": 8, "eval_memory_length": 8, "compressed_length": 4, "segment_length": 4}
 
 
 class Finding(NamedTuple):
@@ -118,7 +118,7 @@ def miniature(config: MixerConfig, *, memories: bool = False) -> MixerConfig:
 
     Args:
         config: the options to shrink.
-        memories: shrink the lengths of memories too, which otherwise hold a whole probe.
+        memories: shrink memories and segments too, of which one otherwise holds a whole probe.
     """
     limits = _SMALL | (_MEMORIES if memories else {})
     changes = {}

@@ -28,10 +28,11 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, initialise_projection, projection_cost
+from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.ops.memory_attention import Distances, Memory, Reach, memory_attention, project_memory
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
@@ -39,8 +40,8 @@ from subquad.ops.sinusoids import distance_sinusoids
 from subquad.registry import register
 from subquad.state import State, state_dataclass
 
-BIAS_DEVIATION = 0.02
-"""Standard deviation of new u and w."""
+DEVIATION = 0.02
+"""Of new u, w and W_r, as in the official code."""
 
 
 @register("transformer_xl")
@@ -61,7 +62,8 @@ class TransformerXLConfig(MixerConfig):
     clamp_length: int | None = None
     """Largest distance with an encoding of its own; larger ones share it. None for no limit."""
     zero_memory: bool = False
-    """The stream begins with a memory of zeros that are attended, instead of an empty one."""
+    """The stream begins with a memory of zeros that are attended, instead of an empty one; without
+    `segment_length` it then matters how a stream is cut into calls."""
     share_biases: bool = True
     """u and w are the same in all layers."""
 
@@ -81,8 +83,12 @@ class TransformerXLConfig(MixerConfig):
 
     @property
     def traits(self) -> Traits:
-        """Causal alone: the memory is of the past. It is that of one stream, hence no segments."""
-        return Traits(causal=True, padding=True, state=True, constant_state=True)
+        """Causal alone: the memory is of the past. It is that of one stream, hence no segments.
+
+        A call that is one segment is softmax attention with positions, which are near 0 at first.
+        """
+        dense = self.segment_length is None and not (self.same_length or self.zero_memory)
+        return Traits(causal=True, padding=True, state=True, constant_state=True, approximates_softmax=dense)
 
     @property
     def stored(self) -> int:
@@ -173,16 +179,15 @@ class TransformerXL(HeadMixer):
 
     def __init__(self, config: TransformerXLConfig, dims: Dims) -> None:
         super().__init__(config, dims)
-        self.project_distance = nn.Linear(dims.embed_dim, dims.inner_dim, bias=False)
+        self.project_distance = nn.Parameter(torch.empty(dims.inner_dim, dims.embed_dim))
         self.content_bias = nn.Parameter(torch.empty(dims.num_heads, dims.head_dim))
         self.position_bias = nn.Parameter(torch.empty(dims.num_heads, dims.head_dim))
-        initialise_projection(self.project_distance)
         self.initialise()
 
     def initialise(self) -> None:
-        """Draw u and w."""
-        for bias in (self.content_bias, self.position_bias):
-            nn.init.normal_(bias, std=BIAS_DEVIATION)
+        """Draw u, w and W_r."""
+        for parameter in (self.content_bias, self.position_bias, self.project_distance):
+            nn.init.normal_(parameter, std=DEVIATION)
 
     def shared_parameters(self) -> tuple[str, ...]:
         """The u and w of all layers."""
@@ -238,7 +243,7 @@ class TransformerXL(HeadMixer):
             if stream.hidden.shape[1]:
                 parts.insert(0, (stream.hidden, self.split(layer(stream.hidden))))
             joined.append(torch.cat([heads for _, heads in parts], dim=2) if len(parts) > 1 else new)
-            if self.config.segment_length is not None:
+            if self.config.segment_length is not None and torch.is_grad_enabled():
                 again = [
                     self.split(project_memory(heads.transpose(1, 2).flatten(2), x, layer.weight, layer.bias))
                     for x, heads in parts
@@ -268,7 +273,7 @@ class TransformerXL(HeadMixer):
         farthest = int((columns - reach.first).max())
         count = 1 + (farthest if self.config.clamp_length is None else min(farthest, self.config.clamp_length))
         encodings = distance_sinusoids(count, x.shape[2], device=x.device, dtype=x.dtype)
-        vectors = self.project_distance(encodings).unflatten(-1, (self.dims.num_heads, -1)).transpose(0, 1)
+        vectors = F.linear(encodings, self.project_distance).unflatten(-1, (self.dims.num_heads, -1)).transpose(0, 1)
         return Distances(vectors, self.content_bias, self.position_bias)
 
     def _store(self, before: RecentInputs, x: Tensor, added: Tensor) -> RecentInputs:

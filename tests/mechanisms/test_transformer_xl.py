@@ -51,7 +51,7 @@ def read(mixer: TransformerXL, inputs: list[Tensor], own: int) -> Tensor:
     q = split_heads(mixer, mixer.project_query, inputs[-1])
     k, v = (split_heads(mixer, layer, source)[0] for layer in (mixer.project_key, mixer.project_value))
     table = torch.stack([encoding(distance, mixer) for distance in range(len(inputs) - 1, -1, -1)])
-    r = split_heads(mixer, mixer.project_distance, table)
+    r = (table @ mixer.project_distance.T).unflatten(-1, (mixer.dims.num_heads, -1))
     scores = torch.einsum("he,jhe->hj", q + mixer.content_bias, k)
     scores = scores + torch.einsum("he,jhe->hj", q + mixer.position_bias, r)
     return torch.einsum("hj,jhe->he", (scores / q.shape[-1] ** 0.5).softmax(dim=1), v)
@@ -125,12 +125,12 @@ def test_it_equals_the_attention_of_xlnet(segments: tuple[int, ...]) -> None:
         for layer in (mixer.project_query, mixer.project_key, mixer.project_value, mixer.project_out):
             layer.bias.zero_()
         for weight, projection in (
-            (peer.q, mixer.project_query),
-            (peer.k, mixer.project_key),
-            (peer.v, mixer.project_value),
+            (peer.q, mixer.project_query.weight),
+            (peer.k, mixer.project_key.weight),
+            (peer.v, mixer.project_value.weight),
             (peer.r, mixer.project_distance),
         ):
-            weight.copy_(projection.weight.T.unflatten(1, (2, 2)))
+            weight.copy_(projection.T.unflatten(1, (2, 2)))
         peer.o.copy_(mixer.project_out.weight.unflatten(1, (2, 2)))
         peer.r_w_bias.copy_(mixer.content_bias)
         peer.r_r_bias.copy_(mixer.position_bias)
@@ -153,7 +153,7 @@ def test_it_equals_the_attention_of_xlnet(segments: tuple[int, ...]) -> None:
 def test_without_biases_and_distances_it_is_dense_attention() -> None:
     mixer = transformer_xl(memory_length=3)
     with torch.no_grad():
-        for parameter in (mixer.content_bias, mixer.position_bias, mixer.project_distance.weight):
+        for parameter in (mixer.content_bias, mixer.position_bias, mixer.project_distance):
             parameter.zero_()
     dense = build_mixer("full", embed_dim=4, num_heads=2, causal=True).double()
     own = mixer.state_dict()
