@@ -72,6 +72,7 @@ CONFIGS = [
         mixer_config("gmlp", weights=weights, attention_dim=attention_dim, hidden_dim=hidden_dim)
         for weights, attention_dim, hidden_dim in (("full", 5, 14), ("toeplitz", 0, None), ("toeplitz", 8, 20))
     ),
+    mixer_config("mlp_mixer", token_hidden_dim=5, hidden_dim=7),
 ]
 BY_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 
