@@ -89,6 +89,11 @@ CONFIGS = [
         mixer_config("gmlp", weights=weights, attention_dim=attention_dim, hidden_dim=hidden_dim)
         for weights, attention_dim, hidden_dim in (("full", 5, 14), ("toeplitz", 0, None), ("toeplitz", 8, 20))
     ),
+    mixer_config("mlp_mixer", token_hidden_dim=5, hidden_dim=7),
+    *(
+        mixer_config("r_transformer", cell=cell, window=window, local_layers=layers, hidden_dim=7)
+        for cell, window, layers in (("rnn", 1, 2), ("lstm", 4, 2), ("gru", 40, 1), ("gru", 7, 0))
+    ),
 ]
 BY_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 
