@@ -17,8 +17,8 @@ from subquad.mechanisms import mlp_mixer as mlp_mixer
 from subquad.mechanisms import ngram as ngram
 from subquad.mechanisms import nystromformer as nystromformer
 from subquad.mechanisms import performer as performer
-from subquad.mechanisms import reformer as reformer
 from subquad.mechanisms import r_transformer as r_transformer
+from subquad.mechanisms import reformer as reformer
 from subquad.mechanisms import retention as retention
 from subquad.mechanisms import routing as routing
 from subquad.mechanisms import sinkhorn as sinkhorn
