@@ -159,7 +159,8 @@ def _gradients(
     if reach.left is not None and start + length > reach.left + 1:
         _add((of_k, of_v), earlier_gradients(k, v, start - reach.left - 1, inverse, grad, of_weights))
     if reach.right is not None and not reach.causal and length > reach.right + 1:
-        found = earlier_gradients(*_flip(k, v), -reach.right - 1, *_flip(inverse, grad, of_weights))
+        last_k, last_v, of_last, grad, of_weights = _flip(k, v, inverse, grad, of_weights)
+        found = earlier_gradients(last_k, last_v, -reach.right - 1, of_last, grad, of_weights)
         _add((of_k, of_v), _flip(*found))
     return of_k, of_v, *of_bias
 
@@ -174,7 +175,8 @@ def _flip(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _later_means(k: Tensor, v: Tensor, right: int, length: int) -> Means:
     """For each query the mean over the columns more than `right` after it; there are as many columns as queries."""
-    means = earlier_means(*_flip(k, v), -right - 1, length)
+    last_k, last_v = _flip(k, v)
+    means = earlier_means(last_k, last_v, -right - 1, length)
     return Means(means.total.flip(2), _flip(*means.of))
 
 

@@ -69,9 +69,9 @@ class _LocalRecurrence(torch.autograd.Function):
         ctx.save_for_backward(given, weights, biases)
         ctx.step, ctx.window = step, window
         wide = torch.promote_types(given.dtype, torch.float32)
-        matrices = [None if tensor is None else tensor.to(wide) for tensor in (weights, biases)]
+        weights, biases = weights.to(wide), None if biases is None else biases.to(wide)
         with full_precision(given.device):
-            parts = [_run(step, tokens, *matrices) for _, tokens in _slices(given, window, wide)]
+            parts = [_run(step, tokens, weights, biases) for _, tokens in _slices(given, window, wide)]
         return torch.cat(parts, dim=1).to(given.dtype)
 
     @staticmethod
@@ -80,6 +80,7 @@ class _LocalRecurrence(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         given, *saved = ctx.saved_tensors
+        assert saved[0] is not None
         wide = torch.promote_types(given.dtype, torch.float32)
         matrices = [None if tensor is None else tensor.detach().to(wide).requires_grad_() for tensor in saved]
         learned = [tensor for tensor in matrices if tensor is not None]

@@ -92,7 +92,8 @@ class KernelBias:
 
     def of(self, *tensors: Tensor) -> KernelBias:
         """Of other kernels."""
-        return KernelBias(*tensors, self.left, self.width)
+        (kernels,) = tensors
+        return KernelBias(kernels, self.left, self.width)
 
     def scores(self, queries: slice, columns: slice, offset: int) -> Tensor:
         """(1, G, R, S)."""
