@@ -124,7 +124,7 @@ def feature_sum_cost(
     if dims.causal:
         parts = [(tokens.stop - tokens.start, chunks) for tokens, chunks in segments(length, chunk)]
         flops += sum(2 * tokens * (tokens // chunks) * (features + width) for tokens, chunks in parts)
-        flops += sum(2 * chunks * (chunks + 1) * sums for _, chunks in parts)
+        flops += sum(2 * chunks**2 * sums for _, chunks in parts)
         kept += len(parts) * sums + (length + 1 if exponential else 0)
     else:
         kept += sums + (1 if exponential else 0)

@@ -30,7 +30,7 @@ from subquad.ops.slices import Heads, head_groups
 CHUNK = 64
 """Tokens per chunk; the result doesn't depend on it."""
 
-SEGMENT_CHUNKS = 32
+SEGMENT_CHUNKS = 16
 """Chunks that run at a time."""
 
 

@@ -96,15 +96,11 @@ class Segment(NamedTuple):
 
     def prefix_values(self, before: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of values before each chunk (G N, F, Ev), and after the last (G, F, Ev)."""
-        stack = before.new_empty(self.groups, self.chunks + 1, *before.shape[1:])
-        stack[:, 0] = before
-        product_into(self.k.mT, written, stack[:, 1:])
-        return self._prefix(stack.flatten(2), before.shape)
+        return self._prefix(before, self.k.mT @ written)
 
     def prefix_features(self, before: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of features before each chunk (G N, 1, F), and after the last (G, F)."""
-        own = scaled(self.k, self.factors.write).sum(dim=1).unflatten(0, (self.groups, -1))
-        before_chunks, after = self._prefix(torch.cat((before[:, None], own), dim=1), before.shape)
+        before_chunks, after = self._prefix(before, scaled(self.k, self.factors.write).sum(dim=1))
         return before_chunks[:, None], after
 
     def suffix_values(self, of_read: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,35 +113,29 @@ class Segment(NamedTuple):
         Returns:
             Gradients of the sums carried in (G, F, Ev) and of what each chunk wrote (G N, F, Ev).
         """
-        stack = after.new_empty(self.groups, self.chunks + 1, *after.shape[1:])
-        stack[:, -1] = after
-        product_into(self.q.mT, of_read, stack[:, :-1])
-        return self._suffix(stack.flatten(2), after.shape)
+        return self._suffix(self.q.mT @ of_read, after)
 
     def suffix_features(self, of_total: Tensor | None, after: Tensor) -> tuple[Tensor, Tensor]:
         """The way back of `prefix_features`, (G, F) and (G N, 1, F), from the gradient of denominators (G N, C, 1)."""
-        if of_total is None:
-            own = after.new_zeros(self.groups, self.chunks, after.shape[1])
-        else:
-            own = (self.q * of_total).sum(dim=1).unflatten(0, (self.groups, -1))
-        of_before, of_own = self._suffix(torch.cat((own, after[:, None]), dim=1), after.shape)
+        own = self.q.new_zeros(self.q.shape[0], 1, after.shape[1]) if of_total is None else of_total.mT @ self.q
+        of_before, of_own = self._suffix(own[:, 0], after)
         return of_before, of_own[:, None]
 
-    def _prefix(self, stack: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Running sums of a stack (G, N + 1, ...): those before each chunk, and after the last."""
-        across = self.factors.across.expand(self.groups, -1, -1)
-        sums = (across[:, :-1] @ stack).unflatten(2, shape[1:])
-        after = torch.addcmul(stack[:, -1], across[:, -1:, -2], sums[:, -1].flatten(1))
-        return sums.flatten(0, 1), after.unflatten(1, shape[1:])
+    def _prefix(self, before: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Running sums of what was carried in (G, ...) and of the chunks (G N, ...): before each, and after all."""
+        across, shape = self.factors.across.expand(self.groups, -1, -1), own.shape
+        carried, own = before.flatten(1), own.view(self.groups, self.chunks, -1)
+        sums = (across[:, :-1, 1:] @ own).addcmul_(across[:, :-1, :1], carried[:, None])
+        after = torch.addcmul(own[:, -1], across[:, -1:, -2], sums[:, -1])
+        return sums.view(shape), after.view(before.shape)
 
-    def _suffix(self, stack: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    def _suffix(self, own: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         """Sums from the other end: of what was carried in, and of what each chunk wrote."""
-        across = self.factors.across.expand(self.groups, -1, -1).mT
-        sums = stack.new_empty(stack.shape)
-        torch.bmm(across[:, :-1], stack, out=sums[:, :-1])
-        sums[:, -1] = stack[:, -1]
-        sums = sums.unflatten(2, shape[1:])
-        return sums[:, 0], sums[:, 1:].flatten(0, 1)
+        across, shape = self.factors.across.expand(self.groups, -1, -1).mT, own.shape
+        carried, own = after.flatten(1), own.view(self.groups, self.chunks, -1)
+        sums = (across[:, 1:, :-1] @ own).addcmul_(across[:, 1:, -1:], carried[:, None])
+        before = torch.addcmul(own[:, 0], across[:, :1, 1], sums[:, 0])
+        return before.view(after.shape), sums.view(shape)
 
 
 def make_segment(
@@ -181,14 +171,6 @@ def in_chunks(x: Tensor, chunks: int) -> Tensor:
 def whole(x: Tensor, groups: int) -> Tensor:
     """(G N, C, E) -> (G, N C, E)."""
     return x.reshape(groups, -1, x.shape[-1])
-
-
-def product_into(a: Tensor, b: Tensor, place: Tensor) -> None:
-    """Write a @ b (G N, ...) to (G, N, ...)."""
-    out = place.flatten(0, 1)
-    torch.bmm(a, b, out=out)
-    if out.data_ptr() != place.data_ptr():  # no view is possible
-        place.copy_(out.view(place.shape))
 
 
 def scaled(x: Tensor, factor: Tensor | None) -> Tensor:

@@ -220,7 +220,7 @@ class _ReadSums(torch.autograd.Function):
         with full_precision(q.device):
             for group in head_groups(q):
                 own_values, own_features = values[group].flatten(0, 1), features[group].flatten(0, 1)[:, None]
-                of_values, of_features = torch.zeros_like(own_values), torch.zeros_like(own_features[:, 0])
+                of_values, of_features = torch.zeros_like(own_values), torch.zeros_like(own_features)
                 for tokens in token_slices(q.shape[2]):
                     rows, of_total = group.take(q, values.dtype, tokens), None
                     mapped, of_read = ctx.feature_map.queries(rows), group.take(grad, values.dtype, tokens)
@@ -229,7 +229,7 @@ class _ReadSums(torch.autograd.Function):
                     of_mapped = of_read @ own_values.mT
                     if of_total is not None:
                         of_mapped.addcmul_(of_total, own_features)
-                        of_features = of_features + (mapped * of_total).sum(dim=1)
+                        of_features = torch.baddbmm(of_features, of_total.mT, mapped)
                     of_values = torch.baddbmm(of_values, mapped.mT, of_read)
                     place = group.room(grad_q, tokens, values.dtype)
                     of_rows = ctx.feature_map.gradient(rows, mapped, of_mapped, place, keys=False)

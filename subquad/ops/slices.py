@@ -1,4 +1,7 @@
-"""Slices of heads and tokens: enough at a time for large matrix products, and little enough to stay in the cache."""
+"""Slices of heads and tokens: enough at a time for large matrix products, and little enough to stay in the cache.
+
+Several heads go together, so that each thread has products of its own: a sum over tokens is slow to share.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from torch import Tensor
 
 SLICE_TOKENS = 2048
 """Tokens of all heads in a slice, about."""
+
+SLICE_HEADS = 2
+"""Heads in a slice of a long sequence."""
 
 
 class Heads(NamedTuple):
@@ -54,9 +60,9 @@ class Heads(NamedTuple):
 
 
 def head_groups(x: Tensor) -> Iterator[Heads]:
-    """The heads of x (B, H, L, ...), those of about `SLICE_TOKENS` tokens together, or one by one if L is larger."""
+    """The heads of x (B, H, L, ...), of about `SLICE_TOKENS` tokens together, or `SLICE_HEADS` if more."""
     batch, num_heads, length = x.shape[:3]
-    size = max(1, SLICE_TOKENS // max(1, length))
+    size = max(SLICE_HEADS, SLICE_TOKENS // max(1, length))
     examples, heads = max(1, size // num_heads), min(size, num_heads)
     for first in range(0, batch, examples):
         for head in range(0, num_heads, heads):
@@ -64,6 +70,7 @@ def head_groups(x: Tensor) -> Iterator[Heads]:
 
 
 def token_slices(length: int) -> Iterator[slice]:
-    """The tokens of a sequence, `SLICE_TOKENS` at a time."""
-    for start in range(0, length, SLICE_TOKENS):
-        yield slice(start, min(start + SLICE_TOKENS, length))
+    """The tokens of a sequence, those of a slice at a time."""
+    step = SLICE_TOKENS // SLICE_HEADS
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
