@@ -80,24 +80,23 @@ class _LocalRecurrence(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         given, *saved = ctx.saved_tensors
-        assert saved[0] is not None
         wide = torch.promote_types(given.dtype, torch.float32)
-        matrices = [None if tensor is None else tensor.detach().to(wide).requires_grad_() for tensor in saved]
-        learned = [tensor for tensor in matrices if tensor is not None]
+        learned = [tensor.detach().to(wide).requires_grad_() for tensor in saved if tensor is not None]
+        weights, biases = learned[0], learned[1] if len(learned) > 1 else None
         of_given, totals = torch.zeros_like(given, dtype=wide), [torch.zeros_like(tensor) for tensor in learned]
         for start, tokens in _slices(given, ctx.window, wide):
             leaves = [token.detach().requires_grad_() for token in tokens]
             count = leaves[0].shape[1]
             with torch.enable_grad(), full_precision(given.device):
-                out = _run(ctx.step, leaves, *matrices)
+                out = _run(ctx.step, leaves, weights, biases)
             wanted = grad[:, start : start + count].to(wide)
             found = torch.autograd.grad(out, [*leaves, *learned], wanted, allow_unused=True, materialize_grads=True)
             for shift, of_tokens in enumerate(found[: ctx.window]):
                 of_given[:, start + shift : start + shift + count] += of_tokens
             for total, part in zip(totals, found[ctx.window :], strict=True):
                 total += part
-        of_learned = [total.to(tensor.dtype) for total, tensor in zip(totals, saved, strict=False)]
-        return of_given.to(given.dtype), of_learned[0], of_learned[1] if len(of_learned) > 1 else None, None, None
+        of_biases = totals[1].to(saved[1].dtype) if biases is not None else None
+        return of_given.to(given.dtype), totals[0].to(saved[0].dtype), of_biases, None, None
 
 
 def _slices(given: Tensor, window: int, dtype: torch.dtype) -> list[tuple[int, list[Tensor]]]:

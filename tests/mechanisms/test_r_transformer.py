@@ -13,7 +13,7 @@ from subquad import Mask
 from subquad.build import build_mixer, cost, make_dims
 from subquad.mechanisms.r_transformer import LocalNetwork, RTransformer, RTransformerConfig
 
-NETWORKS: dict[str, type[nn.RNNBase]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+NETWORKS: dict[str, type[nn.RNN | nn.GRU | nn.LSTM]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 CONFIGS = st.builds(
     RTransformerConfig,
     cell=st.sampled_from(["rnn", "gru", "lstm"]),
@@ -39,7 +39,7 @@ def networks(mixer: RTransformer) -> list[LocalNetwork]:
 
 def last_state(config: RTransformerConfig, network: LocalNetwork, tokens: Tensor) -> Tensor:
     """What torch's network ends with after the tokens (M, D)."""
-    layer = NETWORKS[config.cell](4, 4, batch_first=True).double()
+    layer = NETWORKS[config.cell](input_size=4, hidden_size=4, batch_first=True).double()
     written = {
         "weight_ih_l0": network.project_input.weight,
         "weight_hh_l0": network.weights,

@@ -14,7 +14,7 @@ from small_models import MIXERS, batch, blocks_of, classifier, small
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from subquad import receipts
+from subquad import receipts, traits
 from subquad.benchmark.memory import allocated_peak_bytes, saved_bytes
 from subquad.interface import Mixed
 from subquad.models import SubquadForSequenceClassification, reversible
@@ -292,7 +292,13 @@ def test_the_trainer_trains_it_as_the_definition(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name, place in PLACEMENTS.items() if place == "block"])
 def test_a_mixer_that_owns_its_residual_is_refused_when_the_model_is_built(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}: owns its residual, so residual='reversible' .* or one of .*full"):
-        classifier(mixer=["full", small(name)], feedforward=["mlp", None], residual="reversible")
+        classifier(
+            mixer=["full", small(name)],
+            feedforward=["mlp", None],
+            residual="reversible",
+            causal=not traits(name).bidirectional,
+            pooling="mean",
+        )
 
 
 def test_a_norm_behind_the_sum_is_refused() -> None:

@@ -49,11 +49,11 @@ def test_slices_equal_the_definition(
 
 
 @pytest.mark.parametrize(("cell", "network"), [("rnn", nn.RNN), ("gru", nn.GRU), ("lstm", nn.LSTM)])
-def test_cells_are_those_of_torch(cell: Cell, network: type[nn.RNNBase]) -> None:
+def test_cells_are_those_of_torch(cell: Cell, network: type[nn.RNN | nn.GRU | nn.LSTM]) -> None:
     layer = network(2, WIDTH, batch_first=True).double()
     x = torch.randn(2, 9, 2, dtype=torch.float64)
-    tokens = nn.functional.linear(x, layer.weight_ih_l0, layer.bias_ih_l0)
-    y = local_recurrence(tokens, layer.weight_hh_l0, layer.bias_hh_l0, cell=cell, window=4)
+    inputs, weights, of_inputs, biases = layer.all_weights[0]
+    y = local_recurrence(nn.functional.linear(x, inputs, of_inputs), weights, biases, cell=cell, window=4)
     expected = torch.stack([layer(x[:, end - 4 : end])[0][:, -1] for end in range(4, 10)], dim=1)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
 
