@@ -24,6 +24,9 @@ PRODUCTS = 3.0
 SOFTMAX = 3.5
 """The same for softmax attention, whose scores are made again."""
 
+SCORES_ALONE = 1.0
+"""The same where the backward pass touches few of the pairs that the forward pass scores."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -158,7 +161,7 @@ CASES: dict[str, Method] = {
             lambda _: {"plan": "rowmajor", "row_summary": "wsum", "block": 128},
             causal=True,
         ),
-        Case("topk", "topk", {4096: 1.7, 16384: 2.4}, lambda _: {"top_k": 32}),
+        Case("topk", "topk", {4096: 1.7, 16384: 2.4}, lambda _: {"top_k": 32}, step_per_forward=SCORES_ALONE),
         Recurrence("retention", fixed_decays, chunk=64),
         Recurrence("gated-linear", gates),
         Recurrence("delta", lambda _: None, delta=True),
