@@ -355,3 +355,11 @@ def test_nothing_gives_nothing() -> None:
     for shape in ((0, 2, 5, 3), (2, 0, 5, 3), (2, 2, 0, 3)):
         x = torch.zeros(shape)
         assert combiner_attention(x, x, x, Fixed(2), causal=True).shape == shape
+
+
+def test_the_gradient_of_softmax_that_is_private_to_torch_is_what_it_was() -> None:
+    scores = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    weights, grad = scores.softmax(dim=-1), torch.randn(3, 5, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(weights, scores, grad)
+    found = torch.ops.aten._softmax_backward_data(grad, weights.detach(), -1, grad.dtype)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -211,3 +211,12 @@ def test_drawing_does_not_touch_the_global_generator() -> None:
     before = torch.get_rng_state()
     random_directions(8, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_gradient_of_elu_that_torch_hides_is_what_it_was() -> None:
+    x, grad = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True), torch.randn(7, dtype=torch.float64)
+    y = torch.nn.functional.elu(x)
+    (expected,) = torch.autograd.grad(y, x, grad)
+    found = torch.empty_like(grad)
+    torch.ops.aten.elu_backward.grad_input(grad, 1, 1, 1, True, y.detach(), grad_input=found)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
