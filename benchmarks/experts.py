@@ -10,7 +10,6 @@ what autograd holds after the forward pass. Hugging Face's layer runs without ji
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,11 +21,11 @@ from rich.text import Text
 from sampling import (
     Spread,
     describe_machine,
-    machine_facts,
     prepare_torch,
     result_console,
     sample_by_turns,
     sampling_options,
+    write_figures,
 )
 from torch import Tensor, nn
 from transformers import SwitchTransformersConfig
@@ -178,9 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = Sizes(options.tokens, options.width, options.hidden, options.experts)
     rows = measure(sizes, samples=options.samples, warm_up=options.warm_up)
     print_rows(console, rows)
-    if options.json:
-        written = {"machine": machine_facts(), "sizes": asdict(sizes), "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    write_figures(options.json, {"sizes": asdict(sizes), "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

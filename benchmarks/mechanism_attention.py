@@ -11,12 +11,11 @@ definitions.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 
 from attention_rows import measure_table
 from mechanism_cases import CASES
-from sampling import describe_machine, machine_facts, prepare_torch, result_console, sampling_options
+from sampling import describe_machine, prepare_torch, result_console, sampling_options, write_figures
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -33,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare_torch(options.threads)
     describe_machine(console)
     figures = measure_table(console, [CASES[name] for name in options.rows or CASES], options)
-    if options.json is not None:
-        document = {"environment": machine_facts(), **figures}
-        options.json.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ definition. Useful are visible pairs only: 4 E a pair forward and 3.5 times that
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -20,7 +19,7 @@ from attention_rows import measure_table
 from pattern_cases import CASES, check_against_definition
 from pattern_scaling import measure_scaling, print_scaling
 from pattern_small import measure_small, print_small
-from sampling import describe_machine, machine_facts, prepare_torch, result_console, sampling_options
+from sampling import describe_machine, prepare_torch, result_console, sampling_options, write_figures
 
 from subquad.cli.console import waiting
 
@@ -57,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures = {"small": [asdict(point) for point in points]}
     else:
         figures = measure_table(console, cases, options)
-    if options.json is not None:
-        document = {"environment": machine_facts(), **figures}
-        options.json.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_figures(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ blocks are drawn differently), and BigBird with and without its matrix of probab
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,11 +24,11 @@ from sampling import (
     Spread,
     against_target,
     describe_machine,
-    machine_facts,
     prepare_torch,
     result_console,
     sample_by_turns,
     sampling_options,
+    write_figures,
 )
 from torch import Tensor, nn
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention
@@ -213,9 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_rows(console, rows)
     if len(contests) == 1:
         console.print("\nbigbird is not among the registered mixers, so its peers were not timed.")
-    if options.json is not None:
-        document = {"environment": machine_facts(), "length": options.length, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_figures(options.json, {"length": options.length, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

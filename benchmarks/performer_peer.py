@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,11 +25,11 @@ from sampling import (
     Spread,
     against_target,
     describe_machine,
-    machine_facts,
     prepare_torch,
     result_console,
     sample_by_turns,
     sampling_options,
+    write_figures,
 )
 from torch import nn
 
@@ -156,9 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     full = subquad.build_mixer("full", embed_dim=WIDTH, num_heads=HEADS, causal=True)
     rows = measure({"full": full, "performer": ours, PEER: theirs}, options)
     print_rows(console, rows)
-    if options.json is not None:
-        document = {"environment": machine_facts(), "length": options.length, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_figures(options.json, {"length": options.length, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

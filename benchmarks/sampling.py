@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,13 @@ def against_target(speed_up: SpeedUp, target: float | None) -> Text:
 def machine_facts() -> dict[str, Any]:
     """The environment, as a JSON file keeps it."""
     return this_environment().model_dump(mode="json")
+
+
+def write_figures(path: Path | None, figures: Mapping[str, object]) -> None:
+    """Write figures to a JSON file, if one is asked for, with the machine that they depend on."""
+    if path is not None:
+        document = {"environment": machine_facts(), **figures}
+        path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def describe_machine(console: Console) -> None:

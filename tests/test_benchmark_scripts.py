@@ -153,7 +153,7 @@ def test_the_table_holds_what_the_file_holds(
 
 
 @pytest.mark.parametrize("method", ["linear-causal", "routing", "combiner-rowmajor", "gated-delta"])
-def test_useful_operations_of_a_mechanism_are_those_of_its_core(
+def test_a_mechanism_runs_beside_its_baseline_and_its_operations_grow_with_the_length(
     scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
     monkeypatch.setattr(scripts.mechanism_attention, "prepare_torch", lambda threads: None)

@@ -244,7 +244,7 @@ def project_memory(projected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | 
         weight: (F, D).
         bias: (F,), or None.
     """
-    return _ProjectMemory.apply(projected.detach(), x.detach(), weight, bias)  # pyright: ignore[reportReturnType]
+    return _ProjectMemory.apply(projected.detach(), x.detach(), weight, bias)  # pyright: ignore[reportReturnType] - untyped
 
 
 class _ProjectMemory(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """Dense attention in slices of queries: what runs where a pattern saves nothing.
 
-All examples and heads run together, each slice against the keys that the pattern's distances allow. A slice's mask is
-made again in the backward pass; nothing is kept but q, k, v, the result and its log-sum-exp.
+All examples and heads run together, each slice against the keys that the pattern's distances allow. Small masks
+are remembered from call to call, others made again in the backward pass; autograd keeps nothing but q, k, v, the result
+and its log-sum-exp.
 """
 
 from __future__ import annotations
