@@ -161,6 +161,9 @@ def test_a_point_is_on_the_front_unless_another_is_better(points: list[tuple[flo
         (units.count(131402), "131,402"),
         (units.times(0.734), "0.73×"),
         (units.percent_with_error(0.613, 0.005), "61.3 ± 0.5 %"),
+        (units.score(0.613, "accuracy"), "61.3 %"),
+        (units.score(2.1036, "bits_per_byte"), "2.104 bits a byte"),
+        (units.score(4.0, "bits_per_dimension"), "4.000 bits a dimension"),
     ],
 )
 def test_quantities_are_written_for_a_reader(written: str, expected: str) -> None:
