@@ -3,12 +3,13 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic
 
 import numpy as np
 
+from subquad.config import Config, make_config
 from subquad.tasks.splits import Split, SplitT
 
 Progress = Callable[[int, int], None]
@@ -110,7 +111,7 @@ class DataPreset:
         validation: number of examples.
         test: number of examples.
         max_length: longest example that the model has to take, in tokens.
-        generator: the task's own parameters; the task checks them.
+        generator: the task's own parameters; the task checks them. A task that has none needs no such key.
     """
 
     name: str
@@ -120,7 +121,7 @@ class DataPreset:
     validation: int
     test: int
     max_length: int
-    generator: Mapping[str, int]
+    generator: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_table(cls, name: str, table: Mapping[str, Any]) -> "DataPreset":
@@ -131,18 +132,36 @@ class DataPreset:
         """
         kinds = {"title": str, "is_lra": bool, "generator": dict}
         kinds |= dict.fromkeys(("train", "validation", "test", "max_length"), int)
-        if table.keys() != kinds.keys():
-            missing, unknown = sorted(kinds.keys() - table.keys()), sorted(table.keys() - kinds.keys())
+        missing, unknown = sorted(kinds.keys() - table.keys() - {"generator"}), sorted(table.keys() - kinds.keys())
+        if missing or unknown:
             raise ValueError(
                 f"[data] of preset {name!r}: expected the keys {', '.join(kinds)}; "
                 f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
             )
-        for key, kind in kinds.items():
-            if type(table[key]) is not kind:
-                raise ValueError(f"[data] of preset {name!r}: {key} must be {kind.__name__}, got {table[key]!r}")
-            if kind is int and table[key] < 1:
-                raise ValueError(f"[data] of preset {name!r}: {key} must be at least 1, got {table[key]}")
+        for key, value in table.items():
+            if type(value) is not kinds[key]:
+                raise ValueError(f"[data] of preset {name!r}: {key} must be {kinds[key].__name__}, got {value!r}")
+            if kinds[key] is int and value < 1:
+                raise ValueError(f"[data] of preset {name!r}: {key} must be at least 1, got {value}")
         return cls(name=name, **table)
+
+    def options(self, config_class: type[Config]) -> Config:
+        """The task's own parameters, as its config dataclass, which checks its values.
+
+        Raises:
+            ValueError: for an unknown or missing parameter, or what the dataclass refuses.
+        """
+        return make_config(config_class, f"{self.where}, generator", self.generator)
+
+    @property
+    def where(self) -> str:
+        """The table, as error messages call it."""
+        return f"[data] of preset {self.name!r}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of examples by split."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
 class Task(ABC):
@@ -154,10 +173,13 @@ class Task(ABC):
     def prepare(
         self, directory: Path, preset: DataPreset, *, seed: int = 0, workers: int = 1, progress: Progress | None = None
     ) -> TaskData[Any]:
-        """Examples of a preset, from `directory` if it holds exactly these, else generated there first.
+        """Examples of a preset that need no files of the user's.
+
+        A task whose examples take time to make keeps them in `directory` and makes them only if it doesn't hold exactly
+        these; the others leave it alone.
 
         Args:
-            directory: created if absent.
+            directory: created if it is used and absent.
             preset: which examples, and how many.
             seed: of the generator; the same seed gives the same files whatever the number of workers.
             workers: processes; 1 stays in this one.
@@ -168,9 +190,13 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def read(self, directory: Path, preset: DataPreset) -> TaskData[Any]:
-        """Examples from files in the published layout that the user has; nothing is generated.
+    def read(self, path: Path, preset: DataPreset) -> TaskData[Any]:
+        """Examples from files that the user has, in the layouts that the task's module names; nothing is generated.
+
+        Args:
+            path: a folder, or a file where the task takes one.
+            preset: gives sizes and limits; the number of examples is whatever the files hold.
 
         Raises:
-            ValueError: if a file is missing or malformed; names file and line.
+            ValueError: if a file is missing or malformed, naming it, or the task has no files.
         """

@@ -46,9 +46,9 @@ class ListopsTask(Task):
             generate(directory, preset, seed=seed, workers=workers, progress=progress)
         return self.read(directory, preset)
 
-    def read(self, directory: Path, preset: DataPreset) -> ClassificationData:
+    def read(self, path: Path, preset: DataPreset) -> ClassificationData:
         """As in `Task`; the number of examples is whatever the files hold."""
-        return read_listops(directory, preset.max_length, preset=preset.name, title=preset.title, is_lra=preset.is_lra)
+        return read_listops(path, preset.max_length, preset=preset.name, title=preset.title, is_lra=preset.is_lra)
 
 
 def _refuse_foreign_files(directory: Path) -> None:

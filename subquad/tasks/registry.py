@@ -4,9 +4,15 @@ import difflib
 from types import MappingProxyType
 
 from subquad.tasks.base import Task
+from subquad.tasks.copy import CopyTask
+from subquad.tasks.duplicate import DuplicateTask
 from subquad.tasks.listops import ListopsTask
+from subquad.tasks.mqar import MqarTask
+from subquad.tasks.reverse import ReverseTask
 
-_TASKS = MappingProxyType({task.name: task for task in (ListopsTask,)})
+_TASKS = MappingProxyType(
+    {task.name: task for task in (ListopsTask, CopyTask, ReverseTask, DuplicateTask, MqarTask)}
+)
 
 
 def list_tasks() -> list[str]:
