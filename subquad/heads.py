@@ -16,7 +16,11 @@ from subquad.costs import Cost
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
 from subquad.mask import Mask, token_positions
 from subquad.ops.rotary import rotate
+from subquad.parting import Parting
 from subquad.state import State
+
+BY_HEADS = Parting(("project_query", "project_key", "project_value"), ("project_out",))
+"""The parting of a `HeadMixer` whose heads are all the same function of their own q, k and v."""
 
 
 class Heads(NamedTuple):
