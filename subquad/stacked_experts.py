@@ -30,7 +30,7 @@ class StackedExperts(nn.Module):
         self, count: int, embed_dim: int, hidden_dim: int, *, activation: Literal["gelu", "relu"], dropout: float
     ) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation: Literal["gelu", "relu"] = activation
         self.dropout = dropout
         self.expand = nn.Parameter(torch.empty(count, hidden_dim, embed_dim))
         self.expand_bias = nn.Parameter(torch.empty(count, hidden_dim))

@@ -142,9 +142,9 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> It
 def _gathered(tensors: Iterator[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
     whole = {}
     for name, tensor in tensors:
-        full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
-            whole[name] = full.cpu().clone(memory_format=torch.contiguous_format)
+            whole[name] = full.detach().cpu().clone(memory_format=torch.contiguous_format)
     return whole
 
 

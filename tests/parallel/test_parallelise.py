@@ -70,7 +70,7 @@ def model_of(case: Case) -> SubquadForSequenceClassification:
             parameter += 0.1 * torch.randn_like(parameter)
     if case.checkpoint_activations:
         model.activation_checkpointing_enable()
-    return model.to(case.dtype).train()
+    return model.to(dtype=case.dtype).train()
 
 
 def batch() -> dict[str, Tensor]:
