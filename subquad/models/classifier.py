@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from subquad.models.backbone import SubquadModel, SubquadPreTrainedModel
+from subquad.models.backbone import SubquadModel
 from subquad.models.configuration import SubquadConfig
+from subquad.models.pretrained import SubquadPreTrainedModel
 
 
 @dataclass

@@ -1,0 +1,58 @@
+"""The base of all models: initialisation, loading and saving."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from subquad.interface import ChannelMixer, TokenMixer
+from subquad.models.axial import AxialPositions
+from subquad.models.configuration import SubquadConfig
+from subquad.models.embedding import Embedding
+
+
+class SubquadPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving, shared by all models."""
+
+    config_class = SubquadConfig
+    config: SubquadConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 - transformers declares it without ClassVar
+
+    def __init__(self, config: SubquadConfig) -> None:
+        super().__init__(config)
+        self.supports_gradient_checkpointing = config.residual == "standard"  # the other computes again by itself
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Names of tied parameters and of those they are tied to.
+
+        What layers share stays shared whether or not the word embeddings are tied, so the names are taken as they
+        stand; each model names the head's weight where its config ties it.
+        """
+        return super().get_expanded_tied_weights_keys(True) if all_submodels else dict(self._tied_weights_keys or {})
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, Embedding):
+            init.normal_(module.tokens.weight)
+            if isinstance(module.positions, nn.Embedding):
+                init.normal_(module.positions.weight, std=0.02)
+            if module.cls is not None:
+                init.zeros_(module.cls)
+            if module.stream is not None:
+                init.normal_(module.stream)
+        elif isinstance(module, AxialPositions):
+            for table in module.tables:
+                init.normal_(table)
+        elif isinstance(module, TokenMixer | ChannelMixer):
+            module.initialise()
