@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import nn
 
 from subquad.expert_mixer import ExpertMixer
@@ -37,22 +35,22 @@ def check_model(model: nn.Module, grid: Grid) -> None:
         )
     _check_sharing(blocks)
     for block in blocks:
-        for mixer in _experts_of(block):
+        for mixer in experts_of(block):
             _check_experts(mixer, grid)
         if grid.model > 1:
-            for name, mixer in _mixers_of(block):
-                _check_parting(name, mixer, grid.model)
+            for mixer in dense_mixers_of(block):
+                _check_parting(mixer, grid.model)
 
 
-def _mixers_of(block: Block) -> Iterator[tuple[str, TokenMixer | ChannelMixer]]:
-    yield block.mixer.config.name, block.mixer
-    if block.feedforward is not None and not isinstance(block.feedforward, ExpertMixer):
-        yield type(block.feedforward).__name__.lower(), block.feedforward
+def dense_mixers_of(block: Block) -> list[TokenMixer | ChannelMixer]:
+    """What of a layer the processes of a row share by its `parting`: all mixers but those with experts."""
+    mixers = (block.mixer, block.cross_mixer, block.feedforward)
+    return [mixer for mixer in mixers if mixer is not None and not isinstance(mixer, ExpertMixer)]
 
 
-def _experts_of(block: Block) -> Iterator[ExpertMixer]:
-    if isinstance(block.feedforward, ExpertMixer):
-        yield block.feedforward
+def experts_of(block: Block) -> list[ExpertMixer]:
+    """What of a layer has experts."""
+    return [block.feedforward] if isinstance(block.feedforward, ExpertMixer) else []
 
 
 def _check_sharing(blocks: list[Block]) -> None:
@@ -82,15 +80,16 @@ def _check_experts(mixer: ExpertMixer, grid: Grid) -> None:
         )
 
 
-def _check_parting(name: str, mixer: TokenMixer | ChannelMixer, parts: int) -> None:
+def _check_parting(mixer: TokenMixer | ChannelMixer, parts: int) -> None:
+    name = mixer.config.name if isinstance(mixer, TokenMixer) else type(mixer).__name__.lower()
     if mixer.parting is None:
         raise ValueError(
             f"{name}: can't be shared out among the {parts} processes of a row, because it isn't known to be a sum of "
             "parts that are alike (its class has no `parting`); use rows of 1"
         )
     layers = (*mixer.parting.columns, *mixer.parting.rows)
-    own = [name for name, _ in mixer.named_parameters() if name.rpartition(".")[0] not in layers]
-    own += [name for name, _ in mixer.named_buffers()]
+    own = [found for found, _ in mixer.named_parameters() if found.rpartition(".")[0] not in layers]
+    own += [found for found, _ in mixer.named_buffers()]
     if own:
         raise ValueError(
             f"{name}: can't be shared out among the {parts} processes of a row with these options, because of "

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import PreTrainedModel
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "training.json"
@@ -119,6 +119,35 @@ def load_checkpoint(
     return state
 
 
+def gather(tensor: Tensor) -> Tensor:
+    """All of a tensor, wherever its parts lie; every process that has one must call this.
+
+    One dimension of the mesh after the other, in the order opposite to that in which they were cut.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    for dim in range(tensor.device_mesh.ndim):
+        kept = tensor.placements[dim + 1 :]
+        tensor = tensor.redistribute(placements=[Replicate()] * (dim + 1) + list(kept))
+    return tensor.to_local()
+
+
+def check_agreement(step: int, device: torch.device) -> None:
+    """Check that all processes have read the same checkpoint, which every machine must see.
+
+    Raises:
+        CheckpointError: they have not.
+    """
+    ends = torch.tensor([step, -step], device=device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    latest, earliest = int(ends[0]), -int(ends[1])
+    if latest != earliest:
+        raise CheckpointError(
+            f"the processes go on from different steps, {earliest} to {latest}: put the output folder where all "
+            "machines see it, or copy the newest checkpoint to each"
+        )
+
+
 def remove_older(output: Path, *, keep: int) -> None:
     """Delete all but the newest checkpoints, and what an interrupted one has left."""
     found = sorted(path for path in output.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
@@ -142,9 +171,9 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> It
 def _gathered(tensors: Iterator[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
     whole = {}
     for name, tensor in tensors:
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = gather(tensor.detach())
         if keep:
-            whole[name] = full.detach().cpu().clone(memory_format=torch.contiguous_format)
+            whole[name] = full.cpu().clone(memory_format=torch.contiguous_format)
     return whole
 
 

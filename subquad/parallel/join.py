@@ -58,8 +58,8 @@ def joined(grid: Grid, here: Place, *, device_type: str, timeout_seconds: float)
     if device_type == "cuda":
         if here.local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"process {here.local_rank} of this machine has no GPU, of which there are {torch.cuda.device_count()}; "
-                "start as many processes as GPUs, or choose --device cpu"
+                f"there is no GPU {here.local_rank} on this machine, which has {torch.cuda.device_count()}; start as "
+                "many processes as GPUs, or choose --device cpu"
             )
         device = torch.device("cuda", here.local_rank)
         torch.cuda.set_device(device)

@@ -16,8 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from subquad.expert_mixer import ExpertMixer
-from subquad.parallel.check import blocks_of, check_model
+from subquad.parallel.check import blocks_of, check_model, dense_mixers_of, experts_of
 from subquad.parallel.expert_exchange import ShardedExperts
 from subquad.parallel.grid import DATA, MODEL, grid_of
 from subquad.parallel.tensor_parallel import part_mixer
@@ -39,11 +38,10 @@ def parallelise(model: nn.Module, mesh: DeviceMesh) -> None:
     blocks = blocks_of(model)
     for block in blocks:
         if mesh[MODEL].size() > 1:
-            for mixer in (block.mixer, block.feedforward):
-                if mixer is not None and mixer.parting is not None:
-                    part_mixer(mixer, mixer.parting, mesh[MODEL])
-        if isinstance(block.feedforward, ExpertMixer):
-            block.feedforward.experts = ShardedExperts(block.feedforward.experts, mesh)
-            experts.update(block.feedforward.experts.parameters())
+            for mixer in dense_mixers_of(block):
+                part_mixer(mixer, mesh[MODEL])
+        for mixer in experts_of(block):
+            mixer.experts = ShardedExperts(mixer.experts, mesh)
+            experts.update(mixer.experts.parameters())
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh[DATA], ignored_params=experts)

@@ -65,9 +65,8 @@ class Settings:
 
     def fixed(self) -> dict[str, Any]:
         """What a run that goes on must be told again, JSON-ready."""
-        return {
-            name: value for name, value in json.loads(json.dumps(asdict(self))).items() if name not in FREE_TO_CHANGE
-        }
+        written = json.loads(json.dumps(asdict(self)))
+        return {name: value for name, value in written.items() if name not in FREE_TO_CHANGE}
 
     def check_continues(self, before: dict[str, Any]) -> None:
         """Check that these settings go on with a run.

@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from subquad.interface import ChannelMixer, TokenMixer
 from subquad.parallel.collectives import enter_parts, sum_parts
 from subquad.parallel.randomness import ApartDropout
-from subquad.parting import Parting
 
 
 class ColumnLinear(nn.Module):
@@ -64,14 +63,15 @@ class RowLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def part_mixer(mixer: TokenMixer | ChannelMixer, parting: Parting, mesh: DeviceMesh) -> None:
+def part_mixer(mixer: TokenMixer | ChannelMixer, mesh: DeviceMesh) -> None:
     """Keep this process's part of a mixer.
 
     Args:
-        mixer: equal on all processes; changed in place.
-        parting: its own.
+        mixer: with a `parting`, equal on all processes; changed in place.
         mesh: one dimension, of the processes that share the mixer.
     """
+    parting = mixer.parting
+    assert parting is not None
     for name in parting.columns:
         setattr(mixer, name, ColumnLinear(_linear(mixer, name), mesh))
     for name in parting.rows:
@@ -83,8 +83,7 @@ def part_mixer(mixer: TokenMixer | ChannelMixer, parting: Parting, mesh: DeviceM
     group = mesh.get_group()
 
     def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *others = inputs
-        return enter_parts(x, group), *others
+        return tuple(enter_parts(given, group) if isinstance(given, Tensor) else given for given in inputs)
 
     mixer.register_forward_pre_hook(enter)
     if isinstance(mixer, TokenMixer):

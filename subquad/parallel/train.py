@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from subquad.models import SubquadConfig, SubquadForCausalLM, SubquadForMaskedLM
 from subquad.parallel.byte_text import CAUSAL_VOCABULARY, MASKED_VOCABULARY, ByteText, standard_library
 from subquad.parallel.check import check_model
-from subquad.parallel.checkpoint import last_checkpoint, load_checkpoint, read_state
+from subquad.parallel.checkpoint import check_agreement, last_checkpoint, load_checkpoint, read_state
 from subquad.parallel.grid import Grid, make_mesh
 from subquad.parallel.join import LostProcessError, Place, joined, place
 from subquad.parallel.loop import Loop, Progress
@@ -52,15 +54,33 @@ def build_model(settings: Settings) -> PreTrainedModel:
     return (SubquadForCausalLM if causal else SubquadForMaskedLM)(config).train()
 
 
-def train(settings: Settings, here: Place) -> None:
-    """The part of this process in a run.
+@dataclass(frozen=True)
+class Run:
+    """What every process has made for itself before they talk.
+
+    Attributes:
+        settings: of the run.
+        grid: of the processes.
+        model: whole.
+        text: whole.
+        before: the checkpoint to go on from, or None.
+    """
+
+    settings: Settings
+    grid: Grid
+    model: PreTrainedModel
+    text: ByteText
+    before: Path | None
+
+
+def prepare(settings: Settings, world_size: int) -> Run:
+    """Make what a process needs; it doesn't talk to others.
 
     Raises:
-        ValueError: a model or batch that doesn't fit the processes, told before they talk; text or a checkpoint that
-            can't be read.
-        LostProcessError: another process ended.
+        ValueError: a model or a batch that doesn't fit the processes, text that can't be read, a run that is there
+            already, or that these settings don't go on with.
     """
-    grid = Grid.of_world(here.world_size, model=settings.model_parallel)
+    grid = Grid.of_world(world_size, model=settings.model_parallel)
     if settings.batch % grid.data:
         raise ValueError(
             f"--batch {settings.batch} can't be shared out evenly among {grid.data} data-parallel processes (world "
@@ -74,20 +94,30 @@ def train(settings: Settings, here: Place) -> None:
         if not settings.resume:
             raise ValueError(f"{settings.output} has a run in it already: give --resume to go on, or another --output")
         settings.check_continues(read_state(before)["settings"])
-    with joined(grid, here, device_type=settings.device, timeout_seconds=settings.timeout_seconds) as device:
-        mesh = make_mesh(grid, settings.device)
-        model.to(device=device)
+    return Run(settings, grid, model, text, before)
+
+
+def train(run: Run, here: Place) -> None:
+    """The part of this process in a run.
+
+    Raises:
+        LostProcessError: another process ended.
+        CheckpointError: the checkpoint can't be read, or a new one written.
+    """
+    settings, model = run.settings, run.model
+    with joined(run.grid, here, device_type=settings.device, timeout_seconds=settings.timeout_seconds) as device:
+        mesh = make_mesh(run.grid, settings.device)
+        nn.Module.to(model, device)
         parallelise(model, mesh)
-        loop, start = Loop(model, text, settings, mesh, device), 0
-        if before is not None:
-            start = load_checkpoint(before, model, loop.optimizer)["step"]
-        tell = _printed if here.rank == 0 else lambda _: None
+        loop = Loop(model, run.text, settings, mesh, device)
+        start = 0 if run.before is None else load_checkpoint(run.before, model, loop.optimizer)["step"]
+        check_agreement(start, device)
         if here.rank == 0:
-            print(f"{grid.data} x {grid.model} processes, from step {start} to {settings.steps}", flush=True)
-        loop.run(start, tell)
+            print(f"{run.grid.data} x {run.grid.model} processes, steps {start} to {settings.steps}", flush=True)
+        loop.run(start, _print if here.rank == 0 else _say_nothing)
 
 
-def _printed(progress: Progress) -> None:
+def _print(progress: Progress) -> None:
     print(
         f"step {progress.step}  loss {progress.loss:.4f}  gradient {progress.gradient_norm:.3f}  "
         f"{progress.bytes_per_second:,.0f} bytes/s",
@@ -95,18 +125,27 @@ def _printed(progress: Progress) -> None:
     )
 
 
+def _say_nothing(progress: Progress) -> None:
+    """The first process speaks for all."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     try:
-        settings = parse(arguments)
-        train(settings, place())
+        settings, here = parse(arguments), place()
+        run = prepare(settings, here.world_size)
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":  # all processes say the same
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return REFUSED
+    try:
+        train(run, here)
     except LostProcessError as error:
         print(f"{error}. Start again with --resume to go on from the last checkpoint.", file=sys.stderr, flush=True)
         return FAILED
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return REFUSED
+        print(f"error, process {here.rank}: {error}", file=sys.stderr, flush=True)
+        return FAILED
     return 0
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_on
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from subquad.models import SubquadConfig, SubquadForSequenceClassification
@@ -70,7 +70,8 @@ def model_of(case: Case) -> SubquadForSequenceClassification:
             parameter += 0.1 * torch.randn_like(parameter)
     if case.checkpoint_activations:
         model.activation_checkpointing_enable()
-    return model.to(dtype=case.dtype).train()
+    nn.Module.to(model, case.dtype)
+    return model.train()
 
 
 def batch() -> dict[str, Tensor]:
