@@ -43,8 +43,7 @@ def checkpoint_folder(output: Path, step: int) -> Path:
 
 def last_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint under `output`, or None."""
-    found = [path for path in output.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    return next(reversed(_all_checkpoints(output)), None)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -150,9 +149,14 @@ def check_agreement(step: int, device: torch.device) -> None:
 
 def remove_older(output: Path, *, keep: int) -> None:
     """Delete all but the newest checkpoints, and what an interrupted one has left."""
-    found = sorted(path for path in output.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-    for path in [*found[:-keep], *output.glob(".step-*")]:
+    for path in [*_all_checkpoints(output)[:-keep], *output.glob(".step-*")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _all_checkpoints(output: Path) -> list[Path]:
+    """The oldest first."""
+    found = [path for path in output.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

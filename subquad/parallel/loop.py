@@ -89,7 +89,7 @@ class Loop:
             loss, norm = self.step(step)
             done = step + 1
             if done % settings.report_every == 0 or done == settings.steps:
-                mean = self._mean(loss)
+                mean = self.mean(loss)
                 now, count = time.perf_counter(), (done - since) * settings.batch * settings.length
                 report(Progress(done, mean, float(norm), count / (now - seconds)))
                 since, seconds = done, now
@@ -119,7 +119,8 @@ class Loop:
         if dist.get_rank() == 0:
             remove_older(output, keep=self.settings.keep)
 
-    def _mean(self, loss: Tensor) -> float:
+    def mean(self, loss: Tensor) -> float:
+        """The mean over the rows of what `step` returns; every process must call this."""
         total = loss.double()
         dist.all_reduce(total, group=self.mesh.get_group(DATA))
         return float(total) / self.mesh[DATA].size()
