@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from subquad.parallel.buffers import take_buffers_of_first_row
 from subquad.parallel.byte_text import IGNORED, ByteText, masked
 from subquad.parallel.checkpoint import remove_older, save_checkpoint
 from subquad.parallel.gradients import clip_gradients
@@ -110,6 +111,7 @@ class Loop:
         norm = clip_gradients(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        take_buffers_of_first_row(self.model, self.mesh)
         return loss.detach(), norm
 
     def save(self, step: int) -> None:

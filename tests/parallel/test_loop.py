@@ -96,6 +96,19 @@ def test_with_noise_the_processes_of_a_row_agree_and_rows_differ(dtype: str) -> 
     assert all(4 < loss < 8 for loss in (*first, *other))
 
 
+def moved_buffers() -> dict[str, Tensor]:
+    loop = loop_on(Grid(2), settings(mixer={"name": "routing", "clusters": 2, "window": 4}))
+    before = {name: buffer.clone() for name, buffer in loop.model.named_buffers()}
+    loop.step(0)
+    return {name: buffer for name, buffer in loop.model.named_buffers() if not torch.equal(buffer, before[name])}
+
+
+def test_buffers_that_training_moves_are_the_same_everywhere() -> None:
+    first, second = run_on(2, moved_buffers)
+    assert first
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 def test_the_learning_rate_rises_and_falls() -> None:
     given = settings(learning_rate=1.0, warm_up=4)
     assert [learning_rate(step, given) for step in (0, 1, 3, 15)] == [0.25, 0.5, 1.0, 0.5]
