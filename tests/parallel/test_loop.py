@@ -85,6 +85,7 @@ def noisy_losses(grid: Grid, dtype: str) -> tuple[list[float], int]:
     experts = {"name": "switch", "experts": 4, "jitter": 0.1, "expert_dropout": 0.2}
     given = settings(feedforward=["mlp", experts], dropout=0.1, dtype=dtype)
     loop = loop_on(grid, given)
+    loop.text.bytes.fill_(65)  # all rows have the same examples
     return [float(loop.step(step)[0]) for step in range(2)], loop.mesh.get_local_rank(DATA)
 
 
@@ -93,7 +94,7 @@ def test_with_noise_the_processes_of_a_row_agree_and_rows_differ(dtype: str) -> 
     (first, _), (again, _), (other, _), (other_again, row) = run_on(4, noisy_losses, Grid(2, 2), dtype)
     assert row == 1
     assert first == again != other == other_again
-    assert all(4 < loss < 8 for loss in (*first, *other))
+    assert all(0 < loss < 10 for loss in (*first, *other))
 
 
 def moved_buffers() -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from subquad.models import (
     SubquadForSequenceClassification,
 )
 from subquad.parallel.checkpoint import gather
-from subquad.parallel.gradients import clip_gradients
+from subquad.parallel.gradients import clip_gradients, local_part
 from subquad.parallel.grid import DATA, Grid, make_mesh
 from subquad.parallel.parallelise import parallelise
 
@@ -161,6 +161,26 @@ def assert_equals_one_process(names: list[str], grid: Grid) -> None:
                 atol=tolerance,
                 msg=lambda message, name=name: f"{name}: {message}",
             )
+
+
+def shares(grid: Grid) -> dict[str, float]:
+    """How much of some parameters lies on this process."""
+    model = model_of(CASES["experts in every second layer"])
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    parallelise(model, make_mesh(grid))
+    return {
+        name.removeprefix("model.blocks."): local_part(parameter.detach()).numel() / sizes[name]
+        for name, parameter in model.named_parameters()
+    }
+
+
+def test_a_process_keeps_its_share_of_the_parameters() -> None:
+    for found in run_on(4, shares, Grid(2, 2)):
+        assert len(found) == len(dict(model_of(CASES["experts in every second layer"]).named_parameters()))
+        assert {found[f"1.feedforward.experts.{name}"] for name in ("expand", "expand_bias", "contract")} == {1 / 4}
+        assert {found[f"0.mixer.project_{name}.weight"] for name in ("query", "key", "value", "out")} == {1 / 4}
+        assert {found[f"0.feedforward.{name}.weight"] for name in ("expand", "contract")} == {1 / 4}
+        assert {found[f"1.{name}"] for name in ("feedforward.router", "mixer_norm.weight")} == {1 / 2}
 
 
 def narrow_steps(grid: Grid) -> tuple[Tensor, Tensor]:
