@@ -126,6 +126,7 @@ class SubquadModel(SubquadPreTrainedModel):
                 cache where there can't be one or of another model, or what reversible residuals can't do in training:
                 a state, and the stream between blocks.
         """
+        self.refuse_foreign(kwargs)
         x = self.embedding.prepend_cls(self.embedding.vectors_of(input_ids, inputs_embeds))
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         states = self._states(past_key_values, use_cache, x.shape[0])

@@ -142,7 +142,7 @@ def open_states(blocks: nn.ModuleList, cache: object | None, batch_size: int, *,
     """The states of all blocks, of a cache or, where that is None or empty, such as have seen nothing.
 
     Raises:
-        ValueError: blocks without a state, vectors prepended to every call, or the cache of another model.
+        ValueError: blocks without a state, vectors prepended to every call, or the cache of another model or batch.
     """
     layers = layers_of(blocks)
     check_cacheable(layers, prepended=prepended)
@@ -157,6 +157,11 @@ def open_states(blocks: nn.ModuleList, cache: object | None, batch_size: int, *,
         raise ValueError(
             f"past_key_values holds the states of {len(cache.states)} layers but this model has {len(layers)}; it "
             "comes from another model"
+        )
+    if cache.batch_size != batch_size:
+        raise ValueError(
+            f"past_key_values holds {cache.batch_size} rows but the input has {batch_size}; choose rows with "
+            "batch_select_indices, or repeat them with batch_repeat_interleave"
         )
     return cache.states
 

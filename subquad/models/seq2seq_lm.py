@@ -18,9 +18,9 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from subquad.models.backbone import SubquadModel
 from subquad.models.block import Block, add_losses, layers_of
 from subquad.models.configuration import SubquadConfig
-from subquad.models.generation import StateGenerationMixin, stateless
-from subquad.models.language_head import IGNORED, LanguageHead, kept, tied_head, token_loss
-from subquad.models.pretrained import SubquadPreTrainedModel
+from subquad.models.generation import SubquadGeneratingModel
+from subquad.models.language_head import LanguageHead
+from subquad.models.pretrained import IGNORED
 
 
 @dataclass
@@ -40,7 +40,7 @@ class SubquadSeq2SeqLMOutput(Seq2SeqLMOutput):
     aux_loss: Tensor | None = None
 
 
-class SubquadForSeq2SeqLM(SubquadPreTrainedModel, StateGenerationMixin):
+class SubquadForSeq2SeqLM(SubquadGeneratingModel):
     """The next token of a target from all before it and the whole source.
 
     `config.mixer` is the decoder's, `config.encoder_mixer` the encoder's where it is another, `config.cross_mixer` the
@@ -60,12 +60,10 @@ class SubquadForSeq2SeqLM(SubquadPreTrainedModel, StateGenerationMixin):
         self.encoder = SubquadModel(config.of_encoder(), add_pooling=False)
         self.decoder = SubquadModel(config.of_decoder(), add_pooling=False, cross_mixers=config.layer_cross_mixers())
         self.lm_head = LanguageHead(config)
-        tables = ("encoder.embedding.tokens", "decoder.embedding.tokens")
-        self._tied_weights_keys = tied_head(config, "lm_head.project", *tables)
+        self.tie_to("encoder.embedding.tokens", "decoder.embedding.tokens")
         self.loss_type = "ForMaskedLM"  # cross-entropy without a shift: the decoder's input is shifted instead
         self.generation_config.decoder_start_token_id = self.config.decoder_start_token_id
-        if stateless(self.decoding_blocks()):
-            self.generation_config.use_cache = False
+        self.decide_on_cache()
         self.post_init()
 
     def decoding_blocks(self) -> Sequence[Block]:
@@ -84,15 +82,6 @@ class SubquadForSeq2SeqLM(SubquadPreTrainedModel, StateGenerationMixin):
         """Replace the token table of both stacks."""
         self.encoder.set_input_embeddings(value)
         self.decoder.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The linear layer of the head."""
-        return self.lm_head.project
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the linear layer of the head."""
-        assert isinstance(new_embeddings, nn.Linear)
-        self.lm_head.project = new_embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The target one place to the right behind the start token, (B, T); collators call it by this name."""
@@ -139,6 +128,7 @@ class SubquadForSeq2SeqLM(SubquadPreTrainedModel, StateGenerationMixin):
         Raises:
             ValueError: as `SubquadModel`; labels of another shape or outside the vocabulary.
         """
+        self.refuse_foreign(kwargs)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids, attention_mask, inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states
@@ -158,10 +148,10 @@ class SubquadForSeq2SeqLM(SubquadPreTrainedModel, StateGenerationMixin):
             encoder_hidden_states=source,
             encoder_attention_mask=attention_mask,
         )
-        logits = self.lm_head(kept(output.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(output.last_hidden_state, logits_to_keep)
         aux_loss = add_losses(getattr(encoder_outputs, "aux_loss", None), output.aux_loss)
         return SubquadSeq2SeqLMOutput(
-            loss=None if labels is None else token_loss(self, logits, labels, aux_loss, **kwargs),
+            loss=None if labels is None else self.token_loss(logits, labels, aux_loss, **kwargs),
             logits=logits,
             past_key_values=output.past_key_values,
             decoder_hidden_states=output.hidden_states,
