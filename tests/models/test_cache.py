@@ -218,4 +218,4 @@ def test_the_bases_in_transformers_are_as_this_was_written_for() -> None:
     assert not StateLayer.__abstractmethods__
     changed_by_layer = {"reset", "reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices"}
     assert changed_by_layer <= set(vars(Cache))
-    assert {"offload", "prefetch", "reset", "reorder_cache"} <= set(vars(CacheLayerMixin))
+    assert {"reset", "reorder_cache"} <= set(vars(CacheLayerMixin))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +23,7 @@ def test_probabilities_are_those_of_hugging_face(
     seed: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    tokens = torch.zeros(4, 1, dtype=torch.int64)
+    tokens: Any = torch.zeros(4, 1, dtype=torch.int64)
     scores = TemperatureLogitsWarper(temperature)(tokens, logits)
     scores = scores if top_k is None else TopKLogitsWarper(top_k)(tokens, scores)
     scores = scores if top_p is None else TopPLogitsWarper(top_p)(tokens, scores)
@@ -52,6 +54,6 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
         ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
     ],
 )
-def test_what_is_no_restriction_is_refused(options: dict[str, float], message: str) -> None:
+def test_what_is_no_restriction_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)

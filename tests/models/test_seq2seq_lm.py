@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from subquad import receipts
 from subquad.build import list_mixers
 from subquad.interface import Mixed
-from subquad.models import SubquadCache, SubquadForSeq2SeqLM
+from subquad.models import SubquadCache, SubquadForSeq2SeqLM, reversible
 
 CROSS = list_mixers(cross=True)
 ENCODERS = list_mixers(bidirectional=True)
@@ -254,3 +254,45 @@ def test_what_the_encoder_has_found_can_be_given() -> None:
     for given in (BaseModelOutput(last_hidden_state=found), (found,)):
         output = model(None, attention, decoder_input_ids=tokens, encoder_outputs=given)
         assert torch.equal(output.logits, expected.logits)
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_reversible_layers_give_the_gradients_of_plain_autograd(name: str) -> None:
+    gradients, (source, attention), labels = [], batch(), target()
+    for couple in (reversible.couple_reversibly, reversible.couple):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reversible, "couple_reversibly", couple)
+            model = seq2seq_lm(cross_mixer=small(name), residual="reversible", dropout=0.3).train()
+            torch.manual_seed(1)
+            model(source, attention, labels=labels).loss.backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters()})
+    assert bool(gradients[0]["encoder.blocks.0.mixer.project_query.weight"].any())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-11)
+
+
+def test_reversible_layers_decode_from_a_cache_in_evaluation() -> None:
+    model, (source, attention) = seq2seq_lm(residual="reversible"), batch()
+    expected = generate(model, source, attention, use_cache=False, **GREEDY)
+    assert torch.equal(generate(model, source, attention, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("name", list_mixers(cross=True, segments=True))
+def test_packed_pairs_do_not_mix(name: str) -> None:
+    model, (source, _), tokens = seq2seq_lm(cross_mixer=small(name)), batch(), target()
+    of_source, of_target = (torch.tensor([[0] * 5 + [1] * rest]).expand(3, -1) for rest in (8, 2))
+    packed = model(source, segment_ids=of_source, decoder_input_ids=tokens, decoder_segment_ids=of_target).logits
+    for part, of_part in ((slice(0, 5), slice(0, 5)), (slice(5, None), slice(5, None))):
+        alone = model(source[:, part], decoder_input_ids=tokens[:, of_part]).logits
+        torch.testing.assert_close(packed[:, of_part], alone, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="segments of queries and context go together"):
+        model(source, segment_ids=of_source, decoder_input_ids=tokens)
+
+
+def test_a_stack_without_cross_mixers_has_no_use_for_a_source_and_one_with_them_has_no_price() -> None:
+    model, (source, _) = seq2seq_lm(), batch()
+    with pytest.raises(ValueError, match="got encoder_hidden_states, but this stack has no cross mixers"):
+        model.encoder(source, encoder_hidden_states=torch.zeros(3, 13, 16))
+    with pytest.raises(ValueError, match="full: was built with cross=True and needs context"):
+        model.decoder(source)
+    with pytest.raises(ValueError, match="the price of a decoder depends on its source too"):
+        model.decoder.cost(20)
