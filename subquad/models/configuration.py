@@ -68,6 +68,7 @@ class SubquadConfig(PreTrainedConfig):
     """
 
     model_type = "subquad"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers declares it without ClassVar
 
     vocab_size: int = 257
     hidden_size: int = 512

@@ -104,6 +104,8 @@ def test_what_cannot_be_streamed_is_refused() -> None:
     model, (tokens, attention) = causal_lm(mixer="linear"), batch()
     with pytest.raises(ValueError, match="the prompt must end in real tokens; pad it on the left"):
         StreamingGenerator(model, tokens, attention_mask=attention)
+    with pytest.raises(ValueError, match=r"attention_mask must have the prompt's shape .* = \(3, 13\), got \(3, 14\)"):
+        StreamingGenerator(model, tokens, attention_mask=torch.ones(3, 14))
     with pytest.raises(ValueError, match="piece must be at least 1 token, got 0"):
         StreamingGenerator(model, tokens, piece=0)
     with pytest.raises(ValueError, match=r"prompt must have shape \(B, L\) with at least one token, got \(3, 0\)"):

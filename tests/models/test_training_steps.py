@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_models import config
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import EvalPrediction, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from subquad.models import (
     SubquadForCausalLM,
@@ -52,3 +53,21 @@ def test_the_trainer_trains_it(model_class: Any, tmp_path: Path) -> None:
     loss = trainer.train().training_loss
     assert 0 < loss < 10
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_the_trainer_of_sequences_evaluates_what_is_generated(tmp_path: Path) -> None:
+    model = SubquadForSeq2SeqLM(config())
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), predict_with_generate=True, report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    data: Any = [EXAMPLES[SubquadForSeq2SeqLM]] * 3
+    generated: list[Any] = []
+
+    def note(prediction: EvalPrediction) -> dict[str, float]:
+        generated.append(np.asarray(prediction.predictions)[:, :5].tolist())
+        return {}
+
+    trainer = Seq2SeqTrainer(model, arguments, eval_dataset=data, compute_metrics=note)
+    assert 0 < trainer.evaluate(max_new_tokens=4)["eval_loss"] < 10
+    generating: Any = model
+    assert generated == [generating.generate(TOKENS.expand(3, -1), do_sample=False, max_new_tokens=4).tolist()]
