@@ -76,13 +76,6 @@ class StateLayer(CacheLayerMixin):
             "prefix, which later calls leave as it is, and go on from that"
         )
 
-    def offload(self) -> None:
-        """Move the states to the CPU."""
-        self._change(lambda state: state.to("cpu"))
-
-    def prefetch(self) -> None:
-        """Nothing: a model moves nothing that was not asked to move."""
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row beam_idx[b] was: beam search."""
         self._change(lambda state: state.index_select(beam_idx.to(state.length.device)))
@@ -142,7 +135,7 @@ def open_states(blocks: nn.ModuleList, cache: object | None, batch_size: int, *,
     """The states of all blocks, of a cache or, where that is None or empty, such as have seen nothing.
 
     Raises:
-        ValueError: blocks without a state, vectors prepended to every call, or the cache of another model.
+        ValueError: blocks without a state, vectors prepended to every call, or the cache of another model or batch.
     """
     layers = layers_of(blocks)
     check_cacheable(layers, prepended=prepended)
@@ -157,6 +150,11 @@ def open_states(blocks: nn.ModuleList, cache: object | None, batch_size: int, *,
         raise ValueError(
             f"past_key_values holds the states of {len(cache.states)} layers but this model has {len(layers)}; it "
             "comes from another model"
+        )
+    if cache.batch_size != batch_size:
+        raise ValueError(
+            f"past_key_values holds {cache.batch_size} rows but the input has {batch_size}; choose rows with "
+            "batch_select_indices, or repeat them with batch_repeat_interleave"
         )
     return cache.states
 

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from subquad.models.backbone import SubquadModel
 from subquad.models.block import Block, layers_of
 from subquad.models.configuration import SubquadConfig
-from subquad.models.generation import StateGenerationMixin, stateless
-from subquad.models.language_head import LanguageHead, kept, tied_head, token_loss
-from subquad.models.pretrained import SubquadPreTrainedModel
+from subquad.models.generation import SubquadGeneratingModel
+from subquad.models.language_head import LanguageHead
 
 
 @dataclass
@@ -25,7 +24,7 @@ class SubquadCausalLMOutput(CausalLMOutputWithPast):
     aux_loss: Tensor | None = None
 
 
-class SubquadForCausalLM(SubquadPreTrainedModel, StateGenerationMixin):
+class SubquadForCausalLM(SubquadGeneratingModel):
     """The next token from all before it. The model is causal whatever `config.causal` says.
 
     Raises:
@@ -36,31 +35,13 @@ class SubquadForCausalLM(SubquadPreTrainedModel, StateGenerationMixin):
         super().__init__(config.with_changes(causal=True))
         self.model = SubquadModel(self.config, add_pooling=False)
         self.lm_head = LanguageHead(self.config)
-        self._tied_weights_keys = tied_head(self.config, "lm_head.project", "model.embedding.tokens")
-        if stateless(self.decoding_blocks()):
-            self.generation_config.use_cache = False
+        self.tie_to("model.embedding.tokens")
+        self.decide_on_cache()
         self.post_init()
 
     def decoding_blocks(self) -> Sequence[Block]:
         """All layers."""
         return layers_of(self.model.blocks)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token table."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token table."""
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The linear layer of the head."""
-        return self.lm_head.project
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the linear layer of the head."""
-        assert isinstance(new_embeddings, nn.Linear)
-        self.lm_head.project = new_embeddings
 
     def forward(
         self,
@@ -95,6 +76,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, StateGenerationMixin):
         Raises:
             ValueError: as `SubquadModel`; labels of another shape or outside the vocabulary.
         """
+        self.refuse_foreign(kwargs)
         output = self.model(
             input_ids,
             attention_mask,
@@ -105,9 +87,9 @@ class SubquadForCausalLM(SubquadPreTrainedModel, StateGenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
-        logits = self.lm_head(kept(output.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(output.last_hidden_state, logits_to_keep)
         return SubquadCausalLMOutput(
-            loss=None if labels is None else token_loss(self, logits, labels, output.aux_loss, **kwargs),
+            loss=None if labels is None else self.token_loss(logits, labels, output.aux_loss, **kwargs),
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,

@@ -6,6 +6,7 @@ again for every token and leaves a receipt; asked for a cache in so many words, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,17 +14,27 @@ from transformers import GenerationMixin
 
 from subquad.models.block import Block
 from subquad.models.cache import SubquadCache, check_cacheable
+from subquad.models.language_head import SubquadLanguageModel
 from subquad.receipt import leave_receipt
 
 
-class StateGenerationMixin(GenerationMixin):
-    """Generation from a `SubquadCache`; models mix it in and say which blocks decode."""
+class SubquadGeneratingModel(SubquadLanguageModel, GenerationMixin, ABC):
+    """A language model with `generate`, from a `SubquadCache`."""
 
     _is_stateful = True  # a state can't be rolled back, which rules out assisted decoding
 
+    @abstractmethod
     def decoding_blocks(self) -> Sequence[Block]:
         """The causal layers."""
-        raise NotImplementedError
+
+    def decide_on_cache(self) -> None:
+        """Let `generate` do without a cache, unless it is asked for, where a mixer has no state."""
+        if self._stateless():
+            self.generation_config.use_cache = False
+
+    def _stateless(self) -> list[str]:
+        mixers = [block.mixer.config for block in self.decoding_blocks()]
+        return sorted({mixer.name for mixer in mixers if not mixer.traits.state})
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -33,25 +44,24 @@ class StateGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Put an empty cache into `model_kwargs` where none is given and one can be kept."""
+        """Put an empty cache into `model_kwargs` where none is given and one can be kept.
+
+        Raises:
+            ValueError: another kind of cache, or mixers that can't keep one.
+        """
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} chooses a cache of keys and values, "
                 "but these models keep the states of their mixers; leave it out"
             )
-        without = stateless(self.decoding_blocks())
-        if generation_config.use_cache is False and without:
-            leave_receipt(
-                type(self).__name__,
-                asked="generate",
-                ran="the whole prefix again for every token",
-                reason=f"{', '.join(without)} has no state",
-            )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+        if generation_config.use_cache is False:
+            if self._stateless():
+                leave_receipt(
+                    type(self).__name__,
+                    asked="generate",
+                    ran="the whole prefix again for every token",
+                    reason=f"{', '.join(self._stateless())} has no state",
+                )
+        elif model_kwargs.get("past_key_values") is None:
             check_cacheable(self.decoding_blocks(), prepended=0)
             model_kwargs["past_key_values"] = SubquadCache()
-
-
-def stateless(blocks: Sequence[Block]) -> list[str]:
-    """Names of the mixers without a state."""
-    return sorted({block.mixer.config.name for block in blocks if not block.mixer.config.traits.state})

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import MaskedLMOutput
 
 from subquad.models.backbone import SubquadModel
 from subquad.models.configuration import SubquadConfig
-from subquad.models.language_head import LanguageHead, tied_head, token_loss
-from subquad.models.pretrained import SubquadPreTrainedModel
+from subquad.models.language_head import LanguageHead, SubquadLanguageModel
 
 
 @dataclass
@@ -21,7 +20,7 @@ class SubquadMaskedLMOutput(MaskedLMOutput):
     aux_loss: Tensor | None = None
 
 
-class SubquadForMaskedLM(SubquadPreTrainedModel):
+class SubquadForMaskedLM(SubquadLanguageModel):
     """Hidden tokens from those on both sides.
 
     Raises:
@@ -37,25 +36,8 @@ class SubquadForMaskedLM(SubquadPreTrainedModel):
         super().__init__(config)
         self.model = SubquadModel(config, add_pooling=False)
         self.lm_head = LanguageHead(config)
-        self._tied_weights_keys = tied_head(config, "lm_head.project", "model.embedding.tokens")
+        self.tie_to("model.embedding.tokens")
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token table."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token table."""
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The linear layer of the head."""
-        return self.lm_head.project
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the linear layer of the head."""
-        assert isinstance(new_embeddings, nn.Linear)
-        self.lm_head.project = new_embeddings
 
     def forward(
         self,
@@ -83,6 +65,7 @@ class SubquadForMaskedLM(SubquadPreTrainedModel):
         Raises:
             ValueError: as `SubquadModel`; labels of another shape or outside the vocabulary.
         """
+        self.refuse_foreign(kwargs)
         output = self.model(
             input_ids,
             attention_mask,
@@ -93,7 +76,7 @@ class SubquadForMaskedLM(SubquadPreTrainedModel):
         )
         logits = self.lm_head(output.last_hidden_state)
         return SubquadMaskedLMOutput(
-            loss=None if labels is None else token_loss(self, logits, labels, output.aux_loss, **kwargs),
+            loss=None if labels is None else self.token_loss(logits, labels, output.aux_loss, **kwargs),
             logits=logits,
             hidden_states=output.hidden_states,
             aux_loss=output.aux_loss,

@@ -18,9 +18,9 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from subquad.models.backbone import SubquadModel
 from subquad.models.block import Block, add_losses, layers_of
 from subquad.models.configuration import SubquadConfig
-from subquad.models.generation import StateGenerationMixin, stateless
-from subquad.models.language_head import IGNORED, LanguageHead, kept, tied_head, token_loss
-from subquad.models.pretrained import SubquadPreTrainedModel
+from subquad.models.generation import SubquadGeneratingModel
+from subquad.models.language_head import LanguageHead
+from subquad.models.pretrained import IGNORED
 
 
 @dataclass
@@ -40,32 +40,25 @@ class SubquadSeq2SeqLMOutput(Seq2SeqLMOutput):
     aux_loss: Tensor | None = None
 
 
-class SubquadForSeq2SeqLM(SubquadPreTrainedModel, StateGenerationMixin):
+class SubquadForSeq2SeqLM(SubquadGeneratingModel):
     """The next token of a target from all before it and the whole source.
 
     `config.mixer` is the decoder's, `config.encoder_mixer` the encoder's where it is another, `config.cross_mixer` the
     one between. Encoder and decoder share the token vectors.
 
     Raises:
-        ValueError: a mixer that can't do its part, reversible residuals, or no token for the decoder to start with.
+        ValueError: a mixer that can't do its part, or no token for the decoder to start with.
     """
 
     def __init__(self, config: SubquadConfig) -> None:
         super().__init__(config.with_changes(is_encoder_decoder=True, decoder_start_token_id=_start_token(config)))
-        if config.residual == "reversible":
-            raise ValueError(
-                "SubquadForSeq2SeqLM: a decoder's layers read the encoder's result, which reversible residuals don't "
-                "differentiate; use residual='standard'"
-            )
         self.encoder = SubquadModel(config.of_encoder(), add_pooling=False)
         self.decoder = SubquadModel(config.of_decoder(), add_pooling=False, cross_mixers=config.layer_cross_mixers())
         self.lm_head = LanguageHead(config)
-        tables = ("encoder.embedding.tokens", "decoder.embedding.tokens")
-        self._tied_weights_keys = tied_head(config, "lm_head.project", *tables)
+        self.tie_to("encoder.embedding.tokens", "decoder.embedding.tokens")
         self.loss_type = "ForMaskedLM"  # cross-entropy without a shift: the decoder's input is shifted instead
         self.generation_config.decoder_start_token_id = self.config.decoder_start_token_id
-        if stateless(self.decoding_blocks()):
-            self.generation_config.use_cache = False
+        self.decide_on_cache()
         self.post_init()
 
     def decoding_blocks(self) -> Sequence[Block]:
@@ -84,15 +77,6 @@ class SubquadForSeq2SeqLM(SubquadPreTrainedModel, StateGenerationMixin):
         """Replace the token table of both stacks."""
         self.encoder.set_input_embeddings(value)
         self.decoder.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The linear layer of the head."""
-        return self.lm_head.project
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the linear layer of the head."""
-        assert isinstance(new_embeddings, nn.Linear)
-        self.lm_head.project = new_embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The target one place to the right behind the start token, (B, T); collators call it by this name."""
@@ -113,6 +97,9 @@ class SubquadForSeq2SeqLM(SubquadPreTrainedModel, StateGenerationMixin):
         encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        segment_ids: Tensor | None = None,
+        decoder_segment_ids: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
@@ -130,6 +117,9 @@ class SubquadForSeq2SeqLM(SubquadPreTrainedModel, StateGenerationMixin):
             encoder_outputs: what the encoder returned for this source, so that it isn't run again.
             past_key_values: a `SubquadCache` to go on from; left as it is.
             use_cache: return a cache; None for whether one is given.
+            segment_ids: int (B, S), non-decreasing; packed pairs of source and target don't mix.
+            decoder_segment_ids: int (B, T), the same of the target; given together with segment_ids.
+            global_attention_mask: (B, S), nonzero for global tokens of the source.
             inputs_embeds: (B, S, D) instead of input_ids.
             decoder_inputs_embeds: (B, T, D) instead of decoder_input_ids.
             output_hidden_states: return the streams between blocks.
@@ -139,9 +129,15 @@ class SubquadForSeq2SeqLM(SubquadPreTrainedModel, StateGenerationMixin):
         Raises:
             ValueError: as `SubquadModel`; labels of another shape or outside the vocabulary.
         """
+        self.refuse_foreign(kwargs)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
-                input_ids, attention_mask, inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states
+                input_ids,
+                attention_mask,
+                segment_ids,
+                global_attention_mask,
+                inputs_embeds,
+                output_hidden_states=output_hidden_states,
             )
         assert encoder_outputs is not None
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -151,17 +147,19 @@ class SubquadForSeq2SeqLM(SubquadPreTrainedModel, StateGenerationMixin):
         output = self.decoder(
             decoder_input_ids,
             decoder_attention_mask,
+            decoder_segment_ids,
             inputs_embeds=decoder_inputs_embeds,
             output_hidden_states=output_hidden_states,
             past_key_values=past_key_values,
             use_cache=use_cache,
             encoder_hidden_states=source,
             encoder_attention_mask=attention_mask,
+            encoder_segment_ids=segment_ids,
         )
-        logits = self.lm_head(kept(output.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(output.last_hidden_state, logits_to_keep)
         aux_loss = add_losses(getattr(encoder_outputs, "aux_loss", None), output.aux_loss)
         return SubquadSeq2SeqLMOutput(
-            loss=None if labels is None else token_loss(self, logits, labels, aux_loss, **kwargs),
+            loss=None if labels is None else self.token_loss(logits, labels, aux_loss, **kwargs),
             logits=logits,
             past_key_values=output.past_key_values,
             decoder_hidden_states=output.hidden_states,
