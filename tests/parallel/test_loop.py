@@ -81,17 +81,19 @@ def test_what_a_batch_shares_is_shared_by_the_part_of_a_row() -> None:
         assert max(abs(one - other) for one, other in zip(process[0], of_whole[0], strict=True)) > 1e-4
 
 
-def noisy_losses(grid: Grid, dtype: str) -> tuple[list[float], int]:
-    experts = {"name": "switch", "experts": 4, "jitter": 0.1, "expert_dropout": 0.2}
-    given = settings(feedforward=["mlp", experts], dropout=0.1, dtype=dtype)
+NOISY: dict[str, Any] = {"name": "switch", "experts": 4, "jitter": 0.1, "expert_dropout": 0.2}
+
+
+def noisy_losses(grid: Grid, dtype: str, feedforward: Any) -> tuple[list[float], int]:
+    given = settings(feedforward=feedforward, dropout=0.1, dtype=dtype)
     loop = loop_on(grid, given)
     loop.text.bytes.fill_(65)  # all rows have the same examples
     return [float(loop.step(step)[0]) for step in range(2)], loop.mesh.get_local_rank(DATA)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_with_noise_the_processes_of_a_row_agree_and_rows_differ(dtype: str) -> None:
-    (first, _), (again, _), (other, _), (other_again, row) = run_on(4, noisy_losses, Grid(2, 2), dtype)
+@pytest.mark.parametrize(("dtype", "feedforward"), [("float32", "mlp"), ("float32", NOISY), ("bfloat16", NOISY)])
+def test_with_noise_the_processes_of_a_row_agree_and_rows_differ(dtype: str, feedforward: Any) -> None:
+    (first, _), (again, _), (other, _), (other_again, row) = run_on(4, noisy_losses, Grid(2, 2), dtype, feedforward)
     assert row == 1
     assert first == again != other == other_again
     assert all(0 < loss < 10 for loss in (*first, *other))
