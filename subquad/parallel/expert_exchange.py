@@ -65,11 +65,18 @@ def plan_exchange(counts: tuple[int, ...], group: dist.ProcessGroup, device: tor
     """
     wanted = torch.tensor(counts, dtype=torch.int64, device=device).view(group.size(), -1)
     coming = exchange_counts(wanted, group)
-    sent, received = wanted.sum(dim=1).tolist(), coming.sum(dim=1).tolist()
-    own = torch.arange(coming.shape[1], device=device).expand_as(coming)
+    return Exchange(wanted.sum(dim=1).tolist(), coming.sum(dim=1).tolist(), arrived_rows(coming))
+
+
+def arrived_rows(coming: Tensor) -> ExpertRows:
+    """Rows sorted by the process that they come from, and of each by expert, as rows of the experts.
+
+    Args:
+        coming: int64 (n, experts of this process), how many.
+    """
+    own = torch.arange(coming.shape[1], device=coming.device).expand_as(coming)
     order = own.flatten().repeat_interleave(coming.flatten()).argsort(stable=True)
-    arrived = ExpertRows(order, torch.zeros_like(order), tuple(coming.sum(dim=0).tolist()), 0)
-    return Exchange(sent, received, arrived)
+    return ExpertRows(order, torch.zeros_like(order), tuple(coming.sum(dim=0).tolist()), 0)
 
 
 class ShardedExperts(StackedExperts):

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from processes import run_on
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -15,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from subquad import Mask, receipts
 from subquad.expert_mixer import ExpertMixer
 from subquad.interface import FeedforwardConfig
-from subquad.parallel.expert_exchange import ShardedExperts
+from subquad.parallel.expert_exchange import ShardedExperts, arrived_rows
 from subquad.parallel.grid import DATA, Grid, make_mesh
 
 WIDTH, LENGTH, SEQUENCES = 6, 5, 4
@@ -169,6 +171,18 @@ def test_without_what_a_batch_shares_the_parts_are_no_matter(grid: Grid) -> None
 @pytest.mark.parametrize("grid", [Grid(2), Grid(2, 2), Grid(4)], ids=str)
 def test_processes_whose_experts_nobody_wants_take_part(grid: Grid) -> None:
     assert_equal(grid, [Comparison("dropless", one_expert=True), Comparison("both losses", one_expert=True)])
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=1, max_size=4))
+def test_rows_that_arrive_are_sorted_by_expert_and_then_by_process(coming: list[list[int]]) -> None:
+    arriving = [
+        (process, expert) for process, row in enumerate(coming) for expert in range(2) for _ in range(row[expert])
+    ]
+    rows = arrived_rows(torch.tensor(coming))
+    sorted_rows = [arriving[token] for token in rows.tokens.tolist()]
+    assert sorted_rows == sorted(arriving, key=lambda row: (row[1], row[0]))
+    assert sorted(rows.tokens.tolist()) == list(range(len(arriving)))
+    assert rows.counts == tuple(sum(row[expert] for row in coming) for expert in range(2))
 
 
 def test_the_cases_drop_tokens_and_leave_experts_alone() -> None:

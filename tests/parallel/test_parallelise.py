@@ -138,14 +138,14 @@ def on_one_process(name: str) -> Any:
     return one
 
 
-@pytest.mark.parametrize("grid", [Grid(2), Grid(1, 2), Grid(2, 2)], ids=str)
+@pytest.mark.parametrize("grid", [Grid(2), Grid(1, 2), pytest.param(Grid(2, 2), marks=pytest.mark.slow)], ids=str)
 def test_a_grid_of_processes_equals_one(grid: Grid) -> None:
     assert_equals_one_process(list(CASES), grid)
 
 
-@pytest.mark.parametrize("grid", [Grid(4), Grid(1)], ids=str)
-def test_other_grids_equal_one_process(grid: Grid) -> None:
-    assert_equals_one_process(["experts in every second layer"], grid)
+@pytest.mark.parametrize("grid", [Grid(2, 2), Grid(4), Grid(1)], ids=str)
+def test_any_grid_equals_one_process(grid: Grid) -> None:
+    assert_equals_one_process(["experts in every second layer", "causal language model", "a cut gradient"], grid)
 
 
 def assert_equals_one_process(names: list[str], grid: Grid) -> None:
