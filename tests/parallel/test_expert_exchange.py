@@ -175,9 +175,7 @@ def test_processes_whose_experts_nobody_wants_take_part(grid: Grid) -> None:
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=1, max_size=4))
 def test_rows_that_arrive_are_sorted_by_expert_and_then_by_process(coming: list[list[int]]) -> None:
-    arriving = [
-        (process, expert) for process, row in enumerate(coming) for expert in range(2) for _ in range(row[expert])
-    ]
+    arriving = [row for process, counts in enumerate(coming) for e in (0, 1) for row in [(process, e)] * counts[e]]
     rows = arrived_rows(torch.tensor(coming))
     sorted_rows = [arriving[token] for token in rows.tokens.tolist()]
     assert sorted_rows == sorted(arriving, key=lambda row: (row[1], row[0]))
