@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,10 @@ from subquad.parallel.checkpoint import remove_older, save_checkpoint
 from subquad.parallel.gradients import clip_gradients
 from subquad.parallel.grid import DATA
 from subquad.parallel.settings import Settings
+
+
+class DivergedError(ValueError):
+    """The loss is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -84,21 +89,30 @@ class Loop:
         self.optimizer = make_optimizer(model, settings)
 
     def run(self, start: int, report: Callable[[Progress], None]) -> None:
-        """Steps from `start` to the end, a checkpoint now and then and at the end."""
+        """Steps from `start` to the end, a checkpoint now and then and at the end.
+
+        Raises:
+            DivergedError: a loss that is no number, on all processes; the last checkpoint is from before.
+        """
         settings, since, seconds = self.settings, start, time.perf_counter()
         for step in range(start, settings.steps):
             loss, norm = self.step(step)
             done = step + 1
-            if done % settings.report_every == 0 or done == settings.steps:
-                mean = self.mean(loss)
+            reports, saves = self._due(done, settings.report_every), self._due(done, settings.checkpoint_every)
+            if not (reports or saves):
+                continue
+            mean = self.mean(loss)
+            if not math.isfinite(mean):
+                raise DivergedError(f"the loss of step {done} is {mean}; choose a smaller --learning-rate")
+            if reports:
                 now, count = time.perf_counter(), (done - since) * settings.batch * settings.length
                 report(Progress(done, mean, float(norm), count / (now - seconds)))
                 since, seconds = done, now
-            if done % settings.checkpoint_every == 0 or done == settings.steps:
+            if saves:
                 self.save(done)
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
-        """One step: this row's mean loss, times rows over bytes as if all rows had as many, and the gradient's norm."""
+        """One step; returns this row's loss, the mean of which over the rows is that over all bytes, and the norm."""
         rank, rows = self.mesh.get_local_rank(DATA), self.mesh[DATA].size()
         torch.manual_seed(self.settings.seed + 1_000_003 * step + 7_919 * rank)  # alike within a row
         for group in self.optimizer.param_groups:
@@ -126,6 +140,9 @@ class Loop:
         total = loss.double()
         dist.all_reduce(total, group=self.mesh.get_group(DATA))
         return float(total) / self.mesh[DATA].size()
+
+    def _due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self.settings.steps
 
     def _narrowed(self) -> AbstractContextManager[object]:
         if self.settings.dtype == "float32":
