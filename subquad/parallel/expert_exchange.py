@@ -6,9 +6,9 @@ processes in each, X experts of F hidden channels; a process has X / n experts, 
     rows sorted by expert -> counts to their processes -> rows to their processes -> sorted by expert again
     -> products -> Σ over the m processes -> rows back -> times their gates, into their tokens
 
-Cost a row: D numbers to its expert and D back, on each of the m processes, and in a row of several a sum of D numbers;
-in the backward pass the same. One wait for the counts, a layer and pass. No row is padding, and none is dropped here:
-what has no seat was left out before.
+Cost a row: D numbers to its expert and D back, on each of the m processes, and where they are several a sum of D
+numbers; in the backward pass the same. A layer waits once for the counts. No row is padding, and none is dropped here:
+what has no seat was left out before. The first of the m processes decides what goes where.
 
 A process without rows takes part in every exchange. The gradient of an expert sums those of all n parts of the batch,
 whose losses are averaged everywhere else, and is divided by n.
@@ -68,6 +68,22 @@ def plan_exchange(counts: tuple[int, ...], group: dist.ProcessGroup, device: tor
     return Exchange(wanted.sum(dim=1).tolist(), coming.sum(dim=1).tolist(), arrived_rows(coming))
 
 
+def rows_of_first(rows: ExpertRows, group: dist.ProcessGroup, device: torch.device) -> ExpertRows:
+    """The rows that the first process of the group has found, which the others take over.
+
+    All have found them from the same numbers; but where these differ by rounding, as they may on GPUs, a token could go
+    one way on one process and another way on the next, and parts of different tokens would be summed.
+    """
+    counts = torch.tensor(rows.counts, dtype=torch.int64, device=device)
+    dist.broadcast(counts, group=group, group_src=0)
+    agreed = tuple(counts.tolist())
+    places = torch.stack((rows.tokens, rows.choices))
+    if group.rank() != 0:
+        places = places.new_empty(2, sum(agreed))
+    dist.broadcast(places, group=group, group_src=0)
+    return ExpertRows(places[0], places[1], agreed, rows.dropped)
+
+
 def arrived_rows(coming: Tensor) -> ExpertRows:
     """Rows sorted by the process that they come from, and of each by expert, as rows of the experts.
 
@@ -100,6 +116,8 @@ class ShardedExperts(StackedExperts):
 
     def forward(self, x: Tensor, gates: Tensor, rows: ExpertRows) -> Tensor:
         """Tokens x (N, D) of this row of processes, to the experts of all; see `StackedExperts.forward`."""
+        if self.grid.model > 1:
+            rows = rows_of_first(rows, self.model_group, x.device)
         exchange = plan_exchange(rows.counts, self.data_group, x.device)
         leaving = x.to(autocast_dtype(x)).index_select(0, rows.tokens)
         arrived = exchange_rows(leaving, exchange.sent, exchange.received, self.data_group)

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from subquad import Mask, receipts
 from subquad.expert_mixer import ExpertMixer
 from subquad.interface import FeedforwardConfig
-from subquad.parallel.expert_exchange import ShardedExperts, arrived_rows
+from subquad.ops.expert_routing import ExpertRows
+from subquad.parallel.expert_exchange import ShardedExperts, arrived_rows, rows_of_first
 from subquad.parallel.grid import DATA, Grid, make_mesh
 
 WIDTH, LENGTH, SEQUENCES = 6, 5, 4
@@ -181,6 +182,19 @@ def test_rows_that_arrive_are_sorted_by_expert_and_then_by_process(coming: list[
     assert sorted_rows == sorted(arriving, key=lambda row: (row[1], row[0]))
     assert sorted(rows.tokens.tolist()) == list(range(len(arriving)))
     assert rows.counts == tuple(sum(row[expert] for row in coming) for expert in range(2))
+
+
+def agreed_rows() -> tuple[list[int], list[int], tuple[int, ...]]:
+    found = [ExpertRows(torch.tensor([3, 1, 0]), torch.tensor([1, 0, 0]), (2, 1), 0)]
+    found.append(ExpertRows(torch.tensor([2]), torch.tensor([1]), (0, 1), 0))
+    group = dist.group.WORLD
+    assert group is not None
+    rows = rows_of_first(found[dist.get_rank()], group, torch.device("cpu"))
+    return rows.tokens.tolist(), rows.choices.tolist(), rows.counts
+
+
+def test_the_first_process_of_a_row_decides_what_goes_where() -> None:
+    assert run_on(2, agreed_rows) == [([3, 1, 0], [1, 0, 0], (2, 1))] * 2
 
 
 def test_the_cases_drop_tokens_and_leave_experts_alone() -> None:
