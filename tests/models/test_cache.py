@@ -225,7 +225,7 @@ def test_positions_inside_segments_are_not_known_across_calls() -> None:
 @pytest.mark.parametrize("name", STATELESS)
 def test_a_mixer_without_state_has_no_cache(name: str) -> None:
     model, (tokens, _) = causal_lm(mixer=small(name)), batch()
-    with pytest.raises(ValueError, match=rf"need mixers with a state, and {name} has none; pass use_cache=False"):
+    with pytest.raises(ValueError, match=rf"need mixers with a state; without one: {name}. Pass use_cache=False"):
         model(tokens, use_cache=True)
 
 

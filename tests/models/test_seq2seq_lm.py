@@ -82,6 +82,23 @@ def test_decoding_in_pieces_is_the_full_forward_pass_whatever_stands_between(nam
     torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "axial", "rotary", "none"])
+def test_positions_of_the_target_go_on_whatever_the_source_and_the_padding_are(positions: str) -> None:
+    model, (source, attention), tokens = seq2seq_lm(positions=positions), batch(), target()
+    padded = torch.tensor([[1] * 7, [0] * 2 + [1] * 5, [0] * 6 + [1]])
+    cache, logits = SubquadCache(), []
+    for part in torch.arange(7).split([3, 1, 3]):
+        given = {"decoder_input_ids": tokens[:, part], "decoder_attention_mask": padded[:, part]}
+        output = model(source, attention, past_key_values=cache, **given)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    for row, valid in enumerate(padded.bool()):
+        alone = model(
+            source[row : row + 1], attention[row : row + 1], decoder_input_ids=tokens[row : row + 1, valid]
+        ).logits
+        torch.testing.assert_close(torch.cat(logits, dim=1)[row, valid], alone[0], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", list_mixers(cross=True, state=True))
 def test_the_source_is_projected_once(name: str) -> None:
     model, (source, attention) = seq2seq_lm(cross_mixer=small(name)), batch()
@@ -174,7 +191,9 @@ def test_without_states_the_target_is_computed_again_and_a_receipt_says_so(name:
     model, (source, attention) = decoder_of(name), batch()
     with receipts() as left:
         generated = generate(model, source, attention, **GREEDY)
-    assert [receipt.reason for receipt in left.entries if receipt.asked == "generate"] == [f"{name} has no state"]
+    assert [receipt.reason for receipt in left.entries if receipt.asked == "generate"] == [
+        f"mixers without a state: {name}"
+    ]
     logits = model(source, attention, decoder_input_ids=generated).logits
     assert torch.equal(generated[:, 1:], logits[:, :-1].argmax(dim=-1))
 
