@@ -315,3 +315,16 @@ def test_a_stack_without_cross_mixers_has_no_use_for_a_source_and_one_with_them_
         model.decoder(source)
     with pytest.raises(ValueError, match="the price of a decoder depends on its source too"):
         model.decoder.cost(20)
+
+
+def test_what_cross_mixers_share_serves_all_layers(tmp_path: Path) -> None:
+    linformer = small("linformer") | {"sharing": "layerwise"}
+    build(SubquadForSeq2SeqLM, cross_mixer=linformer, encoder_mixer=linformer).save_pretrained(tmp_path)
+    model = SubquadForSeq2SeqLM.from_pretrained(tmp_path)
+    cross = [block.cross_mixer for block in blocks_of(model.decoder)]
+    own = [block.mixer for block in blocks_of(model.encoder)]
+    (name,) = own[0].shared_parameters()
+    assert len({id(mixer.get_parameter(name)) for mixer in cross if mixer is not None}) == 1
+    assert len({id(mixer.get_parameter(name)) for mixer in own}) == 1
+    assert cross[0] is not None
+    assert cross[0].get_parameter(name) is not own[0].get_parameter(name)
