@@ -138,8 +138,8 @@ class SubquadModel(SubquadPreTrainedModel):
         if encoder_hidden_states is not None and not self.has_cross_mixers:
             raise ValueError("SubquadModel: got encoder_hidden_states, but this stack has no cross mixers to read them")
         x = self.embedding.prepend_cls(self.embedding.vectors_of(input_ids, inputs_embeds))
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         states = self._states(past_key_values, use_cache, x.shape[0])
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         given = TokenFacts(attention_mask, segment_ids, global_attention_mask)
         mask = self._mask(x, given, past, states)
         x = self.embedding(x, mask, None if states is None else states[0].own.length)

@@ -241,6 +241,8 @@ def test_caches_of_other_kinds_and_other_models_are_refused() -> None:
     model, (tokens, _) = causal_lm(), batch()
     with pytest.raises(ValueError, match=r"must be a SubquadCache, got DynamicCache; begin with SubquadCache\(\)"):
         model(tokens, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="must be a SubquadCache, got tuple"):
+        model(tokens, past_key_values=())
     cache = model(tokens, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="holds the states of 3 layers but this model has 2"):
         causal_lm(num_hidden_layers=2)(tokens, past_key_values=cache)
