@@ -20,11 +20,11 @@ from subquad.records import units
 from subquad.records.measures import Summary
 from subquad.records.queries import Comparison, Entry, comparisons
 from subquad.records.store import Records
-from subquad.report.tables import Row, cells, rows_of
+from subquad.report.tables import Row, cells, column_titles, rows_of
 
 COLUMNS = (
     ("mechanism", "Mechanism"),
-    ("best", "Test accuracy"),
+    ("best", "Test {metric}"),
     ("speed", "Speed"),
     ("step_time", "Fwd + bwd"),
     ("saved", "Kept"),
@@ -75,7 +75,8 @@ def _print_comparison(console: Console, comparison: Comparison) -> None:
 def comparison_table(rows: Sequence[Row], width: int, winner: Entry | None = None) -> Table:
     """The rows as a table of at most `width` columns of text; the least telling columns give way."""
     texts = [cells(row) | {"mechanism": f"{row.label}{' ◆' if row.on_pareto_front else ''}"} for row in rows]
-    columns = _fitting(texts, width)
+    titles = column_titles(rows[0].comparison.kind, COLUMNS)
+    columns = _fitting(titles, texts, width)
     table = plain_table()
     for key, title in columns:
         table.add_column(title, justify="left" if key in ("mechanism", "status") else "right", no_wrap=True)
@@ -92,8 +93,10 @@ def _row_style(row: Row, winner: Entry | None) -> str:
     return "none" if row.has_figures else WARNING
 
 
-def _fitting(texts: Sequence[dict[str, str]], width: int) -> list[tuple[str, str]]:
-    columns = [(key, title) for key, title in COLUMNS if key != "memory" or any(text[key] != "–" for text in texts)]
+def _fitting(titles: dict[str, str], texts: Sequence[dict[str, str]], width: int) -> list[tuple[str, str]]:
+    columns = [
+        (key, title) for key, title in titles.items() if key != "memory" or any(text[key] != "–" for text in texts)
+    ]
     for dispensable in _DISPENSABLE:
         widths = [max(len(title), *(len(text[key]) for text in texts)) for key, title in columns]
         if sum(widths) + 2 * len(widths) <= width:
@@ -103,13 +106,14 @@ def _fitting(texts: Sequence[dict[str, str]], width: int) -> list[tuple[str, str
 
 
 def _notes(rows: Sequence[Row], comparison: Comparison) -> list[str]:
-    tokens = units.count(comparison.task.max_length)
+    kind, tokens = comparison.kind, units.count(comparison.task.max_length)
     notes = [
-        f"Accuracy at the step with the best validation score, ± standard error. Speed, Fwd + bwd and Kept (for "
-        f"backward): the mechanism alone at {tokens} tokens; speed against dense fused attention."
+        f"Test {kind.title} ({kind.direction}) at the step with the best validation score, ± standard error. Speed, "
+        f"Fwd + bwd and Kept (for backward): the mechanism alone at {tokens} tokens; speed against dense fused "
+        "attention."
     ]
     if any(row.on_pareto_front for row in rows):
-        notes.append("◆ on the Pareto front: none is better in accuracy, speed and memory at once.")
+        notes.append("◆ on the Pareto front: none is better in score, speed and memory at once.")
     unequal = [row.label for row in rows if row.unequal_parameters]
     if unequal:
         notes.append(f"* parameters more than 10 % from those of the dense model: {', '.join(unequal)}.")
@@ -126,7 +130,7 @@ def recommendation_text(recommendation: Recommendation) -> Padding:
 
 
 def results_document(records: Records, page: Path) -> dict[str, Any]:
-    """The same as one JSON document, figures raw: accuracies in 0..1, seconds, bytes."""
+    """The same as one JSON document, figures raw: scores as recorded (accuracies in 0..1), seconds, bytes."""
     return {
         "page": str(page.resolve()),
         "comparisons": [_comparison_document(comparison) for comparison in comparisons(records)],
@@ -142,6 +146,7 @@ def _comparison_document(comparison: Comparison) -> dict[str, Any]:
         "title": comparison.task.title,
         "preset": comparison.protocol.preset,
         "hardware": comparison.protocol.hardware,
+        "metric": {"name": comparison.kind.name, "higher_is_better": comparison.kind.higher_is_better},
         "rows": [_row_document(row) for row in rows_of(comparison)],
         "recommendation": {
             "verdict": recommendation.verdict.value,
