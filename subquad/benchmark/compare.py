@@ -16,7 +16,7 @@ from subquad.benchmark.plan import RunPlan, Sketch, sketch, task_info
 from subquad.benchmark.profiler import profile_dims
 from subquad.benchmark.profiling import profile_mixers
 from subquad.benchmark.proving import probe_records, prove
-from subquad.benchmark.runner import discard_checkpoints, execute, majority_record, not_trained_record
+from subquad.benchmark.runner import discard_checkpoints, execute, guess_record, not_trained_record
 from subquad.benchmark.worker import Worker
 from subquad.records.mechanisms import Mechanism, Mechanisms
 from subquad.records.schema import DENSE, RunRecord, Status
@@ -29,7 +29,7 @@ from subquad.records.store import (
     write_mechanisms,
     write_run,
 )
-from subquad.tasks.base import TaskData
+from subquad.tasks.kinds import ClassificationData
 from subquad.training.presets import Preset
 
 
@@ -84,7 +84,7 @@ class PlannedRun:
         return 3.0 * flops * training.batch_size * training.steps
 
 
-def plan_runs(request: Request, data: TaskData) -> list[PlannedRun]:
+def plan_runs(request: Request, data: ClassificationData) -> list[PlannedRun]:
     """The runs of a comparison, seed by seed, so that every mechanism has one before any has two.
 
     Raises:
@@ -97,7 +97,7 @@ def plan_runs(request: Request, data: TaskData) -> list[PlannedRun]:
     return [PlannedRun(plan, sketches[mixer.text], _is_recorded(request.output, plan, data)) for mixer, plan in runs]
 
 
-def compare(request: Request, data: TaskData, observer: Observer) -> None:
+def compare(request: Request, data: ClassificationData, observer: Observer) -> None:
     """Make every record of the comparison that isn't there yet.
 
     Raises:
@@ -114,7 +114,7 @@ def compare(request: Request, data: TaskData, observer: Observer) -> None:
         profile_mixers(sound, request.preset.profile, request.output, worker, observer, force=request.force)
 
 
-def train(request: Request, data: TaskData, observer: Observer) -> list[Path]:
+def train(request: Request, data: ClassificationData, observer: Observer) -> list[Path]:
     """Prove and train alone, without profiles; returns where the records lie. Raises as `compare`."""
     runs = plan_runs(request, data)
     with Worker([mixer.text for mixer in request.mixers]) as worker:
@@ -123,7 +123,7 @@ def train(request: Request, data: TaskData, observer: Observer) -> list[Path]:
 
 
 def _prove_and_train(
-    request: Request, runs: list[PlannedRun], data: TaskData, worker: Worker, observer: Observer
+    request: Request, runs: list[PlannedRun], data: ClassificationData, worker: Worker, observer: Observer
 ) -> dict[str, Mechanism]:
     """Cards of what was proved now, by the mixer's text: all that will be trained, or has no card yet."""
     known = _known_cards(request.output)
@@ -131,7 +131,7 @@ def _prove_and_train(
     proved = [mixer for mixer in request.mixers if mixer.text in due or mixer.config.name not in known]
     cards = {mixer.text: prove(mixer, worker, observer) for mixer in proved}
     _keep_cards(request.output, known, list(cards.values()))
-    _write_majority(request, data)
+    _write_guess(request, data)
     for planned in runs:
         if planned.done and not request.force:
             observer.say(f"{_title(planned.plan)}: recorded already")
@@ -143,7 +143,9 @@ def _prove_and_train(
     return cards
 
 
-def _train(planned: PlannedRun, data: TaskData, card: Mechanism, worker: Worker, observer: Observer) -> RunRecord:
+def _train(
+    planned: PlannedRun, data: ClassificationData, card: Mechanism, worker: Worker, observer: Observer
+) -> RunRecord:
     plan, obstacle = planned.plan, planned.sketch.obstacle
     if obstacle:
         observer.say(f"{_title(plan)}: {planned.sketch.status.value}: {obstacle}")
@@ -172,7 +174,7 @@ def _can_be_profiled(mixer: NamedMixer, request: Request, observer: Observer) ->
     return True
 
 
-def _plan(request: Request, mixer: NamedMixer, seed: int, data: TaskData) -> RunPlan:
+def _plan(request: Request, mixer: NamedMixer, seed: int, data: ClassificationData) -> RunPlan:
     plan = RunPlan(request.preset, mixer, seed, request.data, request.generated, request.output)
     record = _record_path(request.output, plan, data)
     return replace(
@@ -180,7 +182,7 @@ def _plan(request: Request, mixer: NamedMixer, seed: int, data: TaskData) -> Run
     )
 
 
-def _record_path(output: Path, plan: RunPlan, data: TaskData) -> Path:
+def _record_path(output: Path, plan: RunPlan, data: ClassificationData) -> Path:
     return run_path(
         output,
         hardware=hardware_name(),
@@ -193,15 +195,15 @@ def _record_path(output: Path, plan: RunPlan, data: TaskData) -> Path:
     )
 
 
-def _is_recorded(output: Path, plan: RunPlan, data: TaskData) -> bool:
+def _is_recorded(output: Path, plan: RunPlan, data: ClassificationData) -> bool:
     path = _record_path(output, plan, data)
     if not path.exists():
         return False
     return read_run(path).status is not Status.FAILED  # a damaged record raises, with its path
 
 
-def _write_majority(request: Request, data: TaskData) -> None:
-    record = majority_record(request.preset, data, this_environment())
+def _write_guess(request: Request, data: ClassificationData) -> None:
+    record = guess_record(request.preset, data, this_environment())
     if request.force or not path_of_run(request.output, record).exists():
         write_run(request.output, record, force=request.force)
 

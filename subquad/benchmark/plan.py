@@ -13,6 +13,7 @@ from subquad.benchmark.mixers import NamedMixer
 from subquad.benchmark.profiler import cost_record
 from subquad.records.schema import Budget, CostRecord, Status, TaskInfo
 from subquad.tasks.base import TaskData
+from subquad.tasks.kinds import ClassificationData
 from subquad.tasks.registry import load_task
 from subquad.training.presets import Preset
 
@@ -82,13 +83,26 @@ class Sketch:
     obstacle: str = ""
 
 
-def read_data(preset: Preset, directory: Path, *, generated: bool) -> TaskData:
-    """The task's data, from files that are there."""
+def read_data(preset: Preset, directory: Path, *, generated: bool) -> ClassificationData:
+    """The task's data, from files that are there. Raises as `classified`."""
     task = load_task(preset.task)
-    return task.prepare(directory, preset.data) if generated else task.read(directory, preset.data)
+    return classified(task.prepare(directory, preset.data) if generated else task.read(directory, preset.data))
 
 
-def task_info(data: TaskData) -> TaskInfo:
+def classified(data: TaskData[Any]) -> ClassificationData:
+    """The same data, if mechanisms can be compared on it.
+
+    Raises:
+        ValueError: if its objective isn't classification.
+    """
+    if not isinstance(data, ClassificationData):
+        raise ValueError(
+            f"task {data.name!r}: mechanisms are compared on classification, its objective is {data.objective}"
+        )
+    return data
+
+
+def task_info(data: ClassificationData) -> TaskInfo:
     """A task's data, as records keep it."""
     return TaskInfo(
         name=data.name,
@@ -103,7 +117,7 @@ def task_info(data: TaskData) -> TaskInfo:
     )
 
 
-def sketch(plan: RunPlan, data: TaskData) -> Sketch:
+def sketch(plan: RunPlan, data: ClassificationData) -> Sketch:
     """Size and price of the run's model, or why it can't be built; nothing is allocated."""
     try:
         with torch.device("meta"):
@@ -122,7 +136,7 @@ def first_line(kind: str, message: str) -> str:
     return f"{kind}: {lines[0]}" if lines else kind
 
 
-def build_model(plan: RunPlan, data: TaskData) -> Any:
+def build_model(plan: RunPlan, data: ClassificationData) -> Any:
     """The run's classifier, freshly initialised (typed loosely: naming its class here would load transformers)."""
     from subquad.models.classifier import SubquadForSequenceClassification
     from subquad.models.configuration import SubquadConfig

@@ -21,7 +21,6 @@ from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkErro
 from subquad.receipt import Receipt, receipts
 from subquad.records.schema import (
     DENSE,
-    MAJORITY,
     Budget,
     CurvePoint,
     Environment,
@@ -33,7 +32,7 @@ from subquad.records.schema import (
     utc_now,
 )
 from subquad.records.store import OutputError
-from subquad.tasks.base import TaskData
+from subquad.tasks.kinds import ClassificationData
 from subquad.training.presets import Preset
 
 _SIGNS_OF_A_FULL_DISK = ("No space left", "Disk quota exceeded", "PytorchStreamWriter", "inline_container.cc")
@@ -53,7 +52,7 @@ class Trained:
     receipts: tuple[ReceiptRecord, ...]
 
 
-def execute(plan: RunPlan, data: TaskData, worker: Worker, progress: Progress | None) -> RunRecord:
+def execute(plan: RunPlan, data: ClassificationData, worker: Worker, progress: Progress | None) -> RunRecord:
     """Run the plan in the worker and make its record."""
     try:
         trained = worker.call(train_in_worker, plan, progress=progress)
@@ -110,18 +109,17 @@ def train_in_worker(plan: RunPlan, progress: Progress) -> Trained:
     )
 
 
-def majority_record(preset: Preset, data: TaskData, environment: Environment) -> RunRecord:
-    """The record of guessing the most frequent label: the row that every mechanism has to beat."""
-    label, accuracy = data.majority_class()
-    validation = float((data.validation.labels == label).mean())
-    score = Score(step=0, validation=validation, test=accuracy)
+def guess_record(preset: Preset, data: ClassificationData, environment: Environment) -> RunRecord:
+    """The record of the guess without a model: the row that every mechanism has to beat."""
+    guess = data.guess()
+    score = Score(step=0, validation=guess.validation, test=guess.test)
     return RunRecord(
         created=utc_now(),
         command=shlex.join(["subquad", "compare", "--task", preset.task, "--preset", preset.source]),
-        mixer={"name": MAJORITY},
+        mixer={"name": guess.name},
         environment=environment,
         status=Status.OK,
-        message=f"always answers {label}",
+        message=guess.answer,
         task=task_info(data),
         placement="none",
         model={},
@@ -138,7 +136,7 @@ def majority_record(preset: Preset, data: TaskData, environment: Environment) ->
     )
 
 
-def not_trained_record(plan: RunPlan, data: TaskData, status: Status, message: str) -> RunRecord:
+def not_trained_record(plan: RunPlan, data: ClassificationData, status: Status, message: str) -> RunRecord:
     """The record of a run that was not begun, with the reason."""
     return _record(plan, data, this_environment(), status=status, message=message)
 
@@ -183,7 +181,7 @@ def _with_note(progress: Progress) -> Callable[[int, int, float | None], None]:
 
 def _record(
     plan: RunPlan,
-    data: TaskData,
+    data: ClassificationData,
     environment: Environment,
     *,
     trained: Trained | None = None,

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from subquad.tasks.base import Split
+from subquad.tasks.splits import LabelledSplit
 
 
 class SplitDataset(Dataset[tuple[np.ndarray, int]]):
     """The examples of a split; `by_length` orders them by length, which wastes less padding in evaluation."""
 
-    def __init__(self, split: Split, *, by_length: bool = False) -> None:
+    def __init__(self, split: LabelledSplit, *, by_length: bool = False) -> None:
         self.split = split
         self.order = np.argsort(split.lengths, kind="stable") if by_length else np.arange(len(split))
 
@@ -23,7 +23,8 @@ class SplitDataset(Dataset[tuple[np.ndarray, int]]):
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self.split[int(self.order[index])]
+        example = int(self.order[index])
+        return self.split.inputs[example], int(self.split.labels[example])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from subquad.models.classifier import SubquadForSequenceClassification
-from subquad.tasks.base import TaskData
+from subquad.tasks.kinds import ClassificationData
 from subquad.training.checkpoint import (
     check_checkpoint,
     checkpoint_path,
@@ -70,7 +70,7 @@ class SubquadTrainer(Trainer):
     def __init__(
         self,
         model: SubquadForSequenceClassification,
-        data: TaskData,
+        data: ClassificationData,
         settings: TrainingSettings,
         *,
         directory: Path,

@@ -3,14 +3,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subquad.tasks.base import Split
+from subquad.tasks.splits import LabelledSplit, Ragged
 from subquad.training.dataset import Collator, SplitDataset
 
 
-def split_of(lengths: list[int]) -> Split:
+def split_of(lengths: list[int]) -> LabelledSplit:
     """Example i holds i + 1 as often as its length; label i."""
     tokens = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.uint8), lengths)
-    return Split(tokens, np.concatenate([[0], np.cumsum(lengths)]), np.arange(len(lengths)))
+    return LabelledSplit(Ragged.from_lengths(tokens, np.array(lengths)), np.arange(len(lengths)))
 
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)

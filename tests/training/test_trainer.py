@@ -17,7 +17,7 @@ from torch import Tensor
 
 from subquad.benchmark.mixers import parse_mixer
 from subquad.benchmark.plan import RunPlan, build_model
-from subquad.tasks.base import TaskData
+from subquad.tasks.kinds import ClassificationData
 from subquad.training import trainer as module
 from subquad.training.checkpoint import CheckpointError, checkpoint_path
 from subquad.training.dataset import Collator, SplitDataset
@@ -35,7 +35,7 @@ class StoppedError(Exception):
 
 
 @pytest.fixture(scope="module")
-def make(tiny: Preset, tiny_data: TaskData) -> Make:
+def make(tiny: Preset, tiny_data: ClassificationData) -> Make:
     """A trainer under the tiny preset, as the worker makes it."""
 
     def make_trainer(
@@ -248,7 +248,7 @@ def test_equal_seeds_give_equal_initial_weights(make: Make, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("mixer", ["full", "local:window=9", "linear", "longformer:window=9", "performer"])
 def test_an_evaluation_does_not_depend_on_who_is_in_the_batch(
-    make: Make, tiny_data: TaskData, tmp_path: Path, mixer: str
+    make: Make, tiny_data: ClassificationData, tmp_path: Path, mixer: str
 ) -> None:
     model = make(tmp_path, mixer=mixer).model
     assert model is not None
