@@ -28,9 +28,11 @@ from torch.autograd.function import once_differentiable
 from subquad.build import list_mixers
 from subquad.interface import Mixed
 from subquad.mask import Mask
-from subquad.models.block import Block, add_losses
+from subquad.models.block import Block, LayerStates, add_losses
 from subquad.models.replay import Replay
+from subquad.models.stack import StackInputs, StackOutput
 from subquad.registry import MIXERS
+from subquad.state import State
 
 
 class Sublayer(NamedTuple):
@@ -41,11 +43,19 @@ class Sublayer(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """The two streams (B, L, D), the one that is read next at the end, and the sum of the auxiliary losses so far."""
+    """The two streams (B, L, D), the one that is read next at the end, and what has come out beside them so far.
+
+    Attributes:
+        first: read after the next sublayer.
+        second: read by the next sublayer.
+        aux_loss: sum of the auxiliary losses.
+        states: new states of the sublayers that were given one, in their order.
+    """
 
     first: Tensor
     second: Tensor
     aux_loss: Tensor | None = None
+    states: tuple[State, ...] = ()
 
     def join(self) -> Tensor:
         """Their mean (B, L, D)."""
@@ -54,12 +64,13 @@ class Streams(NamedTuple):
 
 def couple(sublayers: Sequence[Sublayer], streams: Streams) -> Streams:
     """The definition: every sublayer reads one stream and adds to the other, which is read next."""
-    first, second, aux_loss = streams
+    first, second, aux_loss, states = streams
     for sublayer in sublayers:
         mixed = sublayer.mix(second)
         first, second = second, first + mixed.y
         aux_loss = add_losses(aux_loss, mixed.aux_loss)
-    return Streams(first, second, aux_loss)
+        states = states if mixed.state is None else (*states, mixed.state)
+    return Streams(first, second, aux_loss, states)
 
 
 def couple_reversibly(sublayers: Sequence[Sublayer], streams: Streams) -> Streams:
@@ -73,42 +84,43 @@ def couple_reversibly(sublayers: Sequence[Sublayer], streams: Streams) -> Stream
     return Streams(first, second, add_losses(streams.aux_loss, aux_loss))
 
 
-def run_reversibly(
-    blocks: nn.ModuleList, x: Tensor, mask: Mask | None, *, collect: bool
-) -> tuple[Tensor, list[Tensor], Tensor | None]:
+def run_reversibly(blocks: nn.ModuleList, x: Tensor, given: StackInputs) -> StackOutput:
     """The stream x (B, L, D) through all blocks, with reversible residuals.
 
+    States can't be gone back to: with them autograd keeps what it keeps of ordinary layers.
+
     Returns:
-        The stream at the end, the dtype of x; with `collect`, the streams before each block and at the end; and the sum
-        of the auxiliary losses.
+        The stream at the end has the dtype of x.
 
     Raises:
         ValueError: the streams between the blocks are asked for where gradients are computed.
     """
-    if collect and torch.is_grad_enabled():
+    if given.collect and torch.is_grad_enabled():
         raise ValueError(
             "output_hidden_states=True keeps the stream between all layers, which residual='reversible' is there to "
             "avoid; ask for it under torch.no_grad(), or use residual='standard'"
         )
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     streams = Streams(wide, wide)
-    if torch.is_grad_enabled():
-        sublayers = [sublayer for block in blocks for sublayer in sublayers_of(block, mask)]
+    if torch.is_grad_enabled() and given.states is None:
+        sublayers = [sublayer for block in blocks for sublayer in sublayers_of(block, given.mask)]
         streams = couple_reversibly(sublayers, streams)
-        return streams.join().to(x.dtype), [], streams.aux_loss
+        return StackOutput(streams.join().to(x.dtype), [], streams.aux_loss, [])
     collected = [x]
-    for block in blocks:
-        streams = couple(sublayers_of(block, mask), streams)
-        if collect:
+    for block, states in given.of_layers(blocks):
+        streams = couple(sublayers_of(block, given.mask, states), streams)
+        if given.collect:
             collected.append(streams.join().to(x.dtype))
-    return streams.join().to(x.dtype), collected, streams.aux_loss
+    states = [LayerStates(own) for own in streams.states]
+    return StackOutput(streams.join().to(x.dtype), collected, streams.aux_loss, states)
 
 
-def sublayers_of(block: nn.Module, mask: Mask | None) -> list[Sublayer]:
+def sublayers_of(block: nn.Module, mask: Mask | None, states: LayerStates | None = None) -> list[Sublayer]:
     """The token mixer of a block and its feed-forward, if it has one, each behind its norm."""
     assert isinstance(block, Block)
+    own = None if states is None else states.own
     mix: list[tuple[nn.LayerNorm | None, nn.Module | None, Callable[[Tensor], Mixed]]] = [
-        (block.mixer_norm, block.mixer, lambda x: block.mixer(x, mask=mask)),
+        (block.mixer_norm, block.mixer, lambda x: block.mixer(x, mask=mask, state=own)),
         (block.feedforward_norm, block.feedforward, lambda x: block.feed_forward(x, mask)),
     ]
     return [_behind_norm(norm, module, call) for norm, module, call in mix if norm is not None and module is not None]
