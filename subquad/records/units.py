@@ -4,7 +4,6 @@ Terminal, page and recommendation all write numbers with these functions, so tha
 decimal (1 MB = 1,000,000 bytes).
 """
 
-
 _SECONDS = ((1e-6, "µs"), (1e-3, "ms"), (1.0, "s"))
 _BYTES = ("B", "kB", "MB", "GB", "TB", "PB")
 _MAGNITUDES = ("", "k", "M", "G", "T", "P", "E")
@@ -65,5 +64,3 @@ def percent(value: float, digits: int = 1) -> str:
 def times(value: float) -> str:
     """Write a ratio: "1.90×"."""
     return f"{_three_digits(value)}×"
-
-

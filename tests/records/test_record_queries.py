@@ -105,9 +105,7 @@ def test_the_guess_joins_every_comparison_of_its_data(make_run: MakeRun, name: s
 
 
 def test_fewer_bits_stand_above_more(make_run: MakeRun) -> None:
-    runs = tuple(
-        make_run(name, **bits_of(bits)) for name, bits in (("full", 2.5), ("local", 2.0), ("aft", 1.5))
-    )
+    runs = tuple(make_run(name, **bits_of(bits)) for name, bits in (("full", 2.5), ("local", 2.0), ("aft", 1.5)))
     (comparison,) = comparisons(Records(runs=runs))
     assert [entry.name for entry in comparison.entries] == ["full", "aft", "local"]
     assert not comparison.kind.higher_is_better
