@@ -9,7 +9,6 @@ from typing import Any
 from subquad.benchmark.compare import PlannedRun, Request, compare, plan_runs, train
 from subquad.benchmark.data import data_directory
 from subquad.benchmark.mixers import NamedMixer, parse_mixer
-from subquad.benchmark.plan import classified
 from subquad.benchmark.profiler import profile_dims
 from subquad.benchmark.timing import matmul_flops_per_second
 from subquad.build import list_mixers
@@ -19,7 +18,7 @@ from subquad.cli.progress import Progress
 from subquad.cli.results import print_results, results_document
 from subquad.records.store import check_writable, read_all, read_run
 from subquad.report.page import write_report
-from subquad.tasks.kinds import ClassificationData
+from subquad.tasks.base import TaskData
 from subquad.tasks.registry import load_task
 from subquad.training.presets import load_preset
 
@@ -36,7 +35,7 @@ def prepare_request(
     output: Path,
     data: Path | None,
     force: bool,
-) -> tuple[Request, ClassificationData]:
+) -> tuple[Request, TaskData[Any]]:
     """Check everything that can be checked before any work, then read or generate the task's data.
 
     Args:
@@ -68,10 +67,10 @@ def prepare_request(
                 directory, settings.data, progress=lambda done, total: bar.update(done, total=total)
             )
         bar.finish(" / ".join(f"{len(split):,}" for split in task_data.splits.values()) + " examples")
-    return request, classified(task_data)
+    return request, task_data
 
 
-def show_plan(request: Request, data: ClassificationData, *, as_json: bool) -> None:
+def show_plan(request: Request, data: TaskData[Any], *, as_json: bool) -> None:
     """Print the runs, their sizes, and the minutes they will take on this machine, roughly."""
     planned, rate = plan_runs(request, data), matmul_flops_per_second()
     rows = [_plan_row(run, rate) for run in planned]
@@ -89,7 +88,7 @@ def show_plan(request: Request, data: ClassificationData, *, as_json: bool) -> N
     console.print(f"About {minutes:.1f} minutes of training on this machine; proofs and profiles come on top.")
 
 
-def run_comparison(request: Request, data: ClassificationData, *, as_json: bool) -> None:
+def run_comparison(request: Request, data: TaskData[Any], *, as_json: bool) -> None:
     """Compare, write the report, print table and recommendation."""
     with Progress(progress_console()) as bars:
         compare(request, data, BarObserver(bars))
@@ -101,7 +100,7 @@ def run_comparison(request: Request, data: ClassificationData, *, as_json: bool)
         print_results(output_console(), records, page)
 
 
-def run_once(request: Request, data: ClassificationData, *, as_json: bool) -> int:
+def run_once(request: Request, data: TaskData[Any], *, as_json: bool) -> int:
     """Train what the request names, print where the records lie, and return the exit code: 1 if no score came of it."""
     with Progress(progress_console()) as bars:
         paths = train(request, data, BarObserver(bars))

@@ -27,8 +27,8 @@ def estimate(totals: Sequence[float], asked: Sequence[int]) -> Estimate:
     """The ratio r = sum(totals) / sum(asked) over examples, and its standard error.
 
     The error is that of a ratio of sums over independent examples, sqrt(sum (total - r asked)^2) / sum(asked):
-    questions inside one example may depend on each other as they like (Cochran, Sampling Techniques, 1977, 6.3). Where each
-    example asks one question with the answer right or wrong, it is the binomial sqrt(r (1 - r) / n).
+    questions inside one example may depend on each other as they like (Cochran, Sampling Techniques, 1977, 6.3). Where
+    each example asks one question with the answer right or wrong, it is the binomial sqrt(r (1 - r) / n).
 
     Args:
         totals: of each example, the sum over its questions.

@@ -62,7 +62,7 @@ class TaskInfo(Strict):
     name: PathPart
     title: str
     is_lra: bool
-    objective: Literal["classification", "causal_lm", "masked_lm", "seq2seq"]
+    objective: PathPart
     metric: str
     data_hash: PathPart
     train_size: Count

@@ -26,8 +26,8 @@ FIGURES = ("best", "last", "speed", "step_time", "saved", "memory")
 SEEDS_COLUMN = 3
 NOTES = (
     "Scores ({direction}): mean over the seeds ± one standard error over the seeds (with a single seed that of the "
-    "test split). ◆ marks the Pareto front: no other row is at once as good, as fast and as small. * marks a model whose "
-    "parameters are more than 10 % from those of the dense model. Speed, forward + backward and what is kept for "
+    "test split). ◆ marks the Pareto front: no other row is at once as good, as fast and as small. * marks a model "
+    "whose parameters are more than 10 % from those of the dense model. Speed, forward + backward and what is kept for "
     "backward are those of one mixer layer from the speed profile at the task's length, never from the training loop. "
     "Training memory is the peak of the whole model; ≥ where only what autograd keeps was measured."
 )

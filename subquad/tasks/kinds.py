@@ -43,7 +43,7 @@ class _Counts(NamedTuple):
         validation = float(self.validation @ scores / max(self.validation.sum(), 1))
         test = float(self.test @ scores / questions)
         variance = float(self.test @ (scores - test) ** 2 / questions)
-        return Guess(name, answer, validation, test, float(np.sqrt(variance / questions)))
+        return Guess(name, answer, validation, test, float(np.sqrt(variance / questions)), questions)
 
 
 @dataclass(frozen=True, kw_only=True)

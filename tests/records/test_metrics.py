@@ -79,5 +79,5 @@ def test_what_can_not_be_a_value_is_refused() -> None:
     metric_kind("bits_per_byte").check(9.0)
     with pytest.raises(ValueError, match="bits_per_byte must be at least 0 and finite, got -1"):
         metric_kind("bits_per_byte").check(-1)
-    with pytest.raises(ValueError, match="accuracy must be at least 0 and at most 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"accuracy must be at least 0 and at most 1, got 1\.5"):
         metric_kind("accuracy").check(1.5)

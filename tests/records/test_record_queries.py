@@ -9,19 +9,19 @@ from hypothesis import strategies as st
 from subquad.records import units
 from subquad.records.measures import Summary, pareto_front, speed_at
 from subquad.records.queries import comparisons, mixer_labels, receipts_of
-from subquad.records.schema import ProfileRecord, RunRecord
+from subquad.records.schema import ProfileRecord, RunRecord, TaskInfo
 from subquad.records.store import Records
 
 MakeRun = Callable[..., RunRecord]
 MakeProfile = Callable[..., ProfileRecord]
 
 
-def bits_of(value: float) -> dict[str, Any]:
+def bits_of(task: TaskInfo, value: float) -> dict[str, Any]:
     """What makes a run one of a task measured in bits per byte."""
+    changed = {"objective": "causal_lm", "metric": "bits_per_byte", "num_labels": None}
     score = {"step": 10, "validation": value, "test": value, "test_standard_error": 0.01}
     metric = {"name": "bits_per_byte", "higher_is_better": False, "examples": 400, "asked": 40_000}
-    task = TASK | {"objective": "causal_lm", "metric": "bits_per_byte", "num_labels": None}
-    return {"task": task, "metric": {**metric, "best_validation": score, "last_step": score}}
+    return {"task": task.model_dump() | changed, "metric": {**metric, "best_validation": score, "last_step": score}}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,8 @@ def test_the_guess_joins_every_comparison_of_its_data(make_run: MakeRun, name: s
 
 
 def test_fewer_bits_stand_above_more(make_run: MakeRun) -> None:
-    runs = tuple(make_run(name, **bits_of(bits)) for name, bits in (("full", 2.5), ("local", 2.0), ("aft", 1.5)))
+    scores = {"full": 2.5, "local": 2.0, "aft": 1.5}
+    runs = tuple(make_run(name, **bits_of(make_run().task, bits)) for name, bits in scores.items())
     (comparison,) = comparisons(Records(runs=runs))
     assert [entry.name for entry in comparison.entries] == ["full", "aft", "local"]
     assert not comparison.kind.higher_is_better

@@ -14,19 +14,17 @@ from subquad.records.mechanisms import Mechanism, Mechanisms, Picture, ProbeOutc
 from subquad.records.schema import (
     Budget,
     CostRecord,
-    CurvePoint,
     Environment,
-    Metric,
     ProbeRecord,
     ProfilePoint,
     ProfileRecord,
     ReceiptRecord,
     RunRecord,
-    Score,
     Status,
     TaskInfo,
     Timing,
 )
+from subquad.records.scores import CurvePoint, Metric, Score
 from subquad.records.store import write_mechanisms, write_profile, write_run
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -51,10 +49,13 @@ TASK = TaskInfo(
     name="listops-quick",
     title="ListOps, short trees",
     is_lra=False,
+    objective="classification",
+    metric="accuracy",
     data_hash="3fa9c1d2",
     train_size=20_000,
     validation_size=2_000,
     test_size=2_000,
+    vocab_size=17,
     num_labels=10,
     max_length=1_000,
 )
@@ -116,6 +117,11 @@ def curve(spec: Spec, seed: int, *, diverges: bool) -> list[CurvePoint]:
     return points
 
 
+def scored(step: int, validation: float, test: float) -> Score:
+    error = math.sqrt(test * (1 - test) / TASK.test_size)
+    return Score(step=step, validation=validation, test=test, test_standard_error=error)
+
+
 def run(spec: Spec, seed: int, environment: Environment = ENVIRONMENT) -> RunRecord:
     diverged = spec.name == "linformer" and seed == 1
     value = accuracy(spec, seed)
@@ -123,8 +129,9 @@ def run(spec: Spec, seed: int, environment: Environment = ENVIRONMENT) -> RunRec
         name="accuracy",
         higher_is_better=True,
         examples=TASK.test_size,
-        best_validation=Score(step=1800, validation=value + 0.004, test=value),
-        last_step=Score(step=STEPS, validation=value - 0.002, test=value - 0.003),
+        asked=TASK.test_size,
+        best_validation=scored(1800, value + 0.004, value),
+        last_step=scored(STEPS, value - 0.002, value - 0.003),
     )
     red = spec.name == "reformer"
     leak = ProbeRecord(name="leak", passed=not red, detail="y[12] saw x[40]" if red else "", seconds=0.4)
@@ -155,8 +162,10 @@ def run(spec: Spec, seed: int, environment: Environment = ENVIRONMENT) -> RunRec
 
 
 def majority() -> RunRecord:
-    score = Score(step=0, validation=0.171, test=0.1735)
-    metric = Metric(name="accuracy", higher_is_better=True, examples=2_000, best_validation=score, last_step=score)
+    score = scored(0, 0.171, 0.1735)
+    metric = Metric(
+        name="accuracy", higher_is_better=True, examples=2_000, asked=2_000, best_validation=score, last_step=score
+    )
     return RunRecord(
         created="2026-11-21T10:10:00+00:00",
         command="subquad compare --task listops --preset quick --mixers majority_class --output results",
