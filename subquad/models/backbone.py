@@ -56,6 +56,7 @@ class SubquadModel(SubquadPreTrainedModel):
     ) -> None:
         super().__init__(config)
         self.add_pooling = add_pooling
+        self.has_cross_mixers = cross_mixers is not None
         prepend_cls = add_pooling and config.pooling == "cls"
         self.prepended = int(prepend_cls)
         self.global_stream = config.global_stream()
@@ -79,6 +80,11 @@ class SubquadModel(SubquadPreTrainedModel):
         )
         if config.residual == "reversible":
             check_reversible(self.blocks)
+        if config.causal and self.global_stream:
+            raise ValueError(
+                f"{config.layer_mixers()[0].name}: its global stream stands before the input and sees all of it, which "
+                "causal=True forbids; use causal=False"
+            )
         self.final_norm = nn.LayerNorm(config.hidden_size) if config.norm == "pre" else nn.Identity()
         self._tied_weights_keys = _tied_to_first_layer(self.blocks)
         self.post_init()
@@ -104,6 +110,7 @@ class SubquadModel(SubquadPreTrainedModel):
         use_cache: bool | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        encoder_segment_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> SubquadOutput:
         """Run the stack.
@@ -119,6 +126,7 @@ class SubquadModel(SubquadPreTrainedModel):
             use_cache: return a cache; None for whether one is given.
             encoder_hidden_states: (B, S, D), what the cross mixers of a decoder read.
             encoder_attention_mask: (B, S), nonzero for real tokens of it.
+            encoder_segment_ids: int (B, S), non-decreasing, which packed document each of them belongs to.
             **kwargs: what trainers pass to every model, such as `num_items_in_batch`.
 
         Raises:
@@ -127,6 +135,8 @@ class SubquadModel(SubquadPreTrainedModel):
                 a state, and the stream between blocks.
         """
         self.refuse_foreign(kwargs)
+        if encoder_hidden_states is not None and not self.has_cross_mixers:
+            raise ValueError("SubquadModel: got encoder_hidden_states, but this stack has no cross mixers to read them")
         x = self.embedding.prepend_cls(self.embedding.vectors_of(input_ids, inputs_embeds))
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         states = self._states(past_key_values, use_cache, x.shape[0])
@@ -136,7 +146,7 @@ class SubquadModel(SubquadPreTrainedModel):
         stream_mask = behind_stream(mask, self.global_stream)
         wants_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         run = run_reversibly if self.config.residual == "reversible" else run_blocks
-        facts = ContextFacts(context_mask(encoder_attention_mask), in_states=past > 0)
+        facts = ContextFacts(context_mask(encoder_attention_mask, encoder_segment_ids), in_states=past > 0)
         inputs = StackInputs(stream_mask, states, encoder_hidden_states, facts, bool(wants_hidden))
         x, collected, aux_loss, new_states = run(self.blocks, x, inputs)
         x = self.final_norm(x)
@@ -178,7 +188,12 @@ class SubquadModel(SubquadPreTrainedModel):
         A parameter that layers share counts once. With reversible residuals `activation_bytes` are the two streams and
         the sublayer that keeps most, of all those that the backward pass computes again one by one; of a feed-forward
         in chunks, its input and one chunk.
+
+        Raises:
+            ValueError: this stack has cross mixers.
         """
+        if self.has_cross_mixers:
+            raise ValueError("SubquadModel.cost: the price of a decoder depends on its source too and isn't offered")
         prepended = self.global_stream + self.prepended
         tokens, width = length + prepended, self.config.hidden_size
         prices = []

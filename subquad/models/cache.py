@@ -76,13 +76,6 @@ class StateLayer(CacheLayerMixin):
             "prefix, which later calls leave as it is, and go on from that"
         )
 
-    def offload(self) -> None:
-        """Move the states to the CPU."""
-        self._change(lambda state: state.to("cpu"))
-
-    def prefetch(self) -> None:
-        """Nothing: a model moves nothing that was not asked to move."""
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row beam_idx[b] was: beam search."""
         self._change(lambda state: state.index_select(beam_idx.to(state.length.device)))

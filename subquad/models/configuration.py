@@ -42,6 +42,7 @@ class SubquadConfig(PreTrainedConfig):
         encoder_layers: depth of the encoder in encoder-decoder models; None for `num_hidden_layers`.
         encoder_mixer: the token mixer of the encoder in encoder-decoder models, in the same forms, where `mixer` is the
             decoder's; None for the same.
+        encoder_feedforward: the channel mixer of that encoder, in the same forms; None for the same, `[None]` for none.
         positions: sinusoidal, learned or axial vectors added to the embeddings, rotary queries and keys, or none.
         axial_pos_shape: sides of the grid of axial positions, whose product is the number of positions; None for the
             smallest that is nearly square and holds all.
@@ -67,6 +68,7 @@ class SubquadConfig(PreTrainedConfig):
     """
 
     model_type = "subquad"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers declares it without ClassVar
 
     vocab_size: int = 257
     hidden_size: int = 512
@@ -79,6 +81,7 @@ class SubquadConfig(PreTrainedConfig):
     cross_mixer: str | dict | list = "full"
     encoder_layers: int | None = None
     encoder_mixer: str | dict | list | None = None
+    encoder_feedforward: str | dict | list | None = None
     positions: Literal["sinusoidal", "learned", "axial", "rotary", "none"] = "sinusoidal"
     axial_pos_shape: list[int] | None = None
     axial_pos_embds_dim: list[int] | None = None
@@ -150,9 +153,13 @@ class SubquadConfig(PreTrainedConfig):
         Raises:
             ValueError: a mixer that sees the past only.
         """
-        own = self.mixer if self.encoder_mixer is None else self.encoder_mixer
-        depth = self.num_hidden_layers if self.encoder_layers is None else self.encoder_layers
-        config = self.with_changes(mixer=own, num_hidden_layers=depth, causal=False, is_encoder_decoder=False)
+        config = self.with_changes(
+            mixer=self.mixer if self.encoder_mixer is None else self.encoder_mixer,
+            feedforward=self.feedforward if self.encoder_feedforward is None else self.encoder_feedforward,
+            num_hidden_layers=self.num_hidden_layers if self.encoder_layers is None else self.encoder_layers,
+            causal=False,
+            is_encoder_decoder=False,
+        )
         unable = sorted({mixer.name for mixer in config.layer_mixers() if not mixer.traits.bidirectional})
         if unable:
             raise ValueError(

@@ -47,16 +47,11 @@ class SubquadForSeq2SeqLM(SubquadGeneratingModel):
     one between. Encoder and decoder share the token vectors.
 
     Raises:
-        ValueError: a mixer that can't do its part, reversible residuals, or no token for the decoder to start with.
+        ValueError: a mixer that can't do its part, or no token for the decoder to start with.
     """
 
     def __init__(self, config: SubquadConfig) -> None:
         super().__init__(config.with_changes(is_encoder_decoder=True, decoder_start_token_id=_start_token(config)))
-        if config.residual == "reversible":
-            raise ValueError(
-                "SubquadForSeq2SeqLM: a decoder's layers read the encoder's result, which reversible residuals don't "
-                "differentiate; use residual='standard'"
-            )
         self.encoder = SubquadModel(config.of_encoder(), add_pooling=False)
         self.decoder = SubquadModel(config.of_decoder(), add_pooling=False, cross_mixers=config.layer_cross_mixers())
         self.lm_head = LanguageHead(config)
@@ -102,6 +97,9 @@ class SubquadForSeq2SeqLM(SubquadGeneratingModel):
         encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        segment_ids: Tensor | None = None,
+        decoder_segment_ids: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
@@ -119,6 +117,9 @@ class SubquadForSeq2SeqLM(SubquadGeneratingModel):
             encoder_outputs: what the encoder returned for this source, so that it isn't run again.
             past_key_values: a `SubquadCache` to go on from; left as it is.
             use_cache: return a cache; None for whether one is given.
+            segment_ids: int (B, S), non-decreasing; packed pairs of source and target don't mix.
+            decoder_segment_ids: int (B, T), the same of the target; given together with segment_ids.
+            global_attention_mask: (B, S), nonzero for global tokens of the source.
             inputs_embeds: (B, S, D) instead of input_ids.
             decoder_inputs_embeds: (B, T, D) instead of decoder_input_ids.
             output_hidden_states: return the streams between blocks.
@@ -131,7 +132,12 @@ class SubquadForSeq2SeqLM(SubquadGeneratingModel):
         self.refuse_foreign(kwargs)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
-                input_ids, attention_mask, inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states
+                input_ids,
+                attention_mask,
+                segment_ids,
+                global_attention_mask,
+                inputs_embeds,
+                output_hidden_states=output_hidden_states,
             )
         assert encoder_outputs is not None
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -141,12 +147,14 @@ class SubquadForSeq2SeqLM(SubquadGeneratingModel):
         output = self.decoder(
             decoder_input_ids,
             decoder_attention_mask,
+            decoder_segment_ids,
             inputs_embeds=decoder_inputs_embeds,
             output_hidden_states=output_hidden_states,
             past_key_values=past_key_values,
             use_cache=use_cache,
             encoder_hidden_states=source,
             encoder_attention_mask=attention_mask,
+            encoder_segment_ids=segment_ids,
         )
         logits = self.lm_head(output.last_hidden_state, logits_to_keep)
         aux_loss = add_losses(getattr(encoder_outputs, "aux_loss", None), output.aux_loss)

@@ -90,8 +90,8 @@ class StreamingGenerator:
         check_tokens("prompt", prompt, model.config.vocab_size)
         if piece < 1:
             raise ValueError(f"StreamingGenerator: piece must be at least 1 token, got {piece}")
-        if attention_mask is not None and not bool((attention_mask[:, -1] != 0).all()):
-            raise ValueError("StreamingGenerator: the prompt must end in real tokens; pad it on the left")
+        if attention_mask is not None:
+            _check_padding(attention_mask, prompt)
         self.model = model
         self.sampling = sampling
         self._generator = torch.Generator(model.device).manual_seed(seed)
@@ -139,6 +139,16 @@ class StreamingGenerator:
             attention = None if attention_mask is None else attention_mask[:, part]
             output = self.model.model(prompt[:, part], attention, past_key_values=self._cache)
             self._cache = output.past_key_values
+
+
+def _check_padding(attention_mask: Tensor, prompt: Tensor) -> None:
+    if attention_mask.shape != prompt.shape:
+        raise ValueError(
+            f"StreamingGenerator: attention_mask must have the prompt's shape (B, L) = {tuple(prompt.shape)}, got "
+            f"{tuple(attention_mask.shape)}"
+        )
+    if not bool((attention_mask[:, -1] != 0).all()):
+        raise ValueError("StreamingGenerator: the prompt must end in real tokens; pad it on the left")
 
 
 def check_streamable(model: SubquadForCausalLM) -> None:

@@ -65,9 +65,11 @@ def behind_stream(mask: Mask | None, count: int) -> Mask | None:
     return Mask(valid, segments, is_global)
 
 
-def context_mask(attention: Tensor | None) -> Mask | None:
-    """The mask over an encoder's result from its attention mask (B, S)."""
-    return None if attention is None else Mask(valid=attention != 0)
+def context_mask(attention: Tensor | None, segments: Tensor | None) -> Mask | None:
+    """The mask over an encoder's result from its attention mask and its segments, (B, S) each."""
+    if attention is None and segments is None:
+        return None
+    return Mask(None if attention is None else attention != 0, segments)
 
 
 def behind(facts: Tensor, count: int, *, fill: bool | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -101,6 +102,57 @@ def test_rows_can_be_chosen_repeated_and_put_in_another_order(name: str) -> None
     torch.testing.assert_close(
         model(tokens[rows, 8:], past_key_values=cache).logits, model(tokens[rows]).logits[:, 8:], rtol=1e-9, atol=1e-9
     )
+
+
+@BY_STATEFUL
+@torch.no_grad()
+def test_bfloat16_decodes_close_to_the_full_forward_pass(name: str) -> None:
+    model, (tokens, _) = causal_lm(mixer=small(name)), batch()
+    exact = model.bfloat16().double()(tokens).logits  # with parameters as rounded
+    model.bfloat16()
+    whole = model(tokens).logits
+    logits, cache = in_pieces(model, tokens, [6, 1, 6])
+    assert logits.dtype == torch.bfloat16
+    floating = {t.dtype for t in state_tensors(cache.states).values() if t.is_floating_point()}
+    assert floating <= {torch.float32, torch.float64}
+    unavoidable = (whole - exact).norm() / exact.norm()
+    assert float((logits - exact).norm() / exact.norm()) < max(0.05, 2 * float(unavoidable))
+
+
+def test_segments_of_transformer_xl_are_cut_at_the_same_places_however_a_stream_is_read() -> None:
+    options = {"memory_length": 8, "segment_length": 4}
+    model, (tokens, _) = causal_lm(mixer=small("transformer_xl") | options), batch(length=37)
+    expected = model(tokens).logits
+    for sizes in ([1] * 37, [3, 9, 1, 24]):
+        torch.testing.assert_close(in_pieces(model, tokens, sizes)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_training_with_checkpoints_keeps_caches() -> None:
+    model, (tokens, _) = causal_lm(mixer=small("gated_linear")).train(), batch()
+    expected = in_pieces(model, tokens, [6, 7])[0]
+    model.activation_checkpointing_enable()
+    logits, _ = in_pieces(model, tokens, [6, 7])
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+    logits.sum().backward()
+    assert model.model.embedding.tokens.weight.grad is not None
+
+
+def test_a_copy_of_a_cache_goes_its_own_way() -> None:
+    model, (tokens, _) = causal_lm(), batch()
+    with torch.no_grad():
+        cache = model(tokens[:, :9], use_cache=True).past_key_values
+    copied = copy.deepcopy(cache)
+    copied.reorder_cache(torch.tensor([2, 1, 0]))
+    expected = model(tokens).logits[:, 9:]
+    torch.testing.assert_close(model(tokens[:, 9:], past_key_values=cache).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_of_padding_alone_stay_finite() -> None:
+    model, (tokens, attention) = causal_lm(), left_padded()
+    attention[1] = 0
+    logits, cache = in_pieces(model, tokens, [6, 7], attention)
+    assert bool(logits.isfinite().all())
+    assert cache.states[0].own.length.tolist() == [13, 0, 2]
 
 
 def test_choosing_rows_changes_the_holder_and_no_state() -> None:
@@ -218,4 +270,4 @@ def test_the_bases_in_transformers_are_as_this_was_written_for() -> None:
     assert not StateLayer.__abstractmethods__
     changed_by_layer = {"reset", "reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices"}
     assert changed_by_layer <= set(vars(Cache))
-    assert {"offload", "prefetch", "reset", "reorder_cache"} <= set(vars(CacheLayerMixin))
+    assert {"reset", "reorder_cache"} <= set(vars(CacheLayerMixin))

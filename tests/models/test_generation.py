@@ -117,6 +117,16 @@ def test_vectors_in_place_of_a_prompt_give_the_same_tokens() -> None:
     assert torch.equal(found, generate(model, tokens, **GREEDY)[:, 13:])
 
 
+def test_the_stream_between_layers_is_returned_where_it_is_asked_for() -> None:
+    model, (tokens, _) = causal_lm(), batch()
+    output = generate(model, tokens, **GREEDY, return_dict_in_generate=True, output_hidden_states=True)
+    assert [[tuple(x.shape) for x in step] for step in output.hidden_states] == [
+        [(3, length, 16)] * 4 for length in (13, 1, 1, 1, 1, 1, 1)
+    ]
+    with pytest.raises(ValueError, match="output_attentions is not supported"):
+        generate(model, tokens, **GREEDY, return_dict_in_generate=True, output_attentions=True)
+
+
 def test_what_needs_a_cache_of_keys_and_values_is_refused() -> None:
     model, (tokens, _) = causal_lm(), batch(rows=1)
     with pytest.raises(ValueError, match="cache_implementation='static' chooses a cache of keys and values"):

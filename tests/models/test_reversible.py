@@ -149,7 +149,7 @@ def test_a_layer_is_the_pair_of_sums_of_the_paper() -> None:
     y1 = x1 + block.mixer(block.mixer_norm(x2)).y
     y2 = x2 + block.feedforward(block.feedforward_norm(y1)).y
     for couple in (reversible.couple, reversible.couple_reversibly):
-        streams = couple(reversible.sublayers_of(block, None), reversible.Streams(x1, x2))
+        streams = couple(reversible.sublayers_of(block, StackInputs()), reversible.Streams(x1, x2))
         torch.testing.assert_close((streams.first, streams.second), (y1, y2), rtol=1e-12, atol=1e-12)
 
 
