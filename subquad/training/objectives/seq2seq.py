@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from subquad.costs import Cost
 from subquad.interface import MixerConfig
+from subquad.models.backbone import SubquadModel
 from subquad.models.configuration import SubquadConfig
 from subquad.models.pretrained import SubquadPreTrainedModel
 from subquad.models.seq2seq_lm import SubquadForSeq2SeqLM
@@ -30,24 +32,21 @@ class Seq2SeqObjective(Objective[Seq2SeqData, SubquadForSeq2SeqLM]):
     @classmethod
     def model_settings(cls, sizes: Mapping[str, Any], mixer: MixerConfig) -> dict[str, Any]:
         """As in `Objective`, with the mixers of the encoder and between encoder and decoder."""
-        return {**sizes, "causal": cls.causal, "encoder_mixer": "full", "cross_mixer": "full"}
+        settings = super().model_settings(sizes, mixer) | {"encoder_mixer": "full", "cross_mixer": "full"}
+        if mixer.placement == "block":
+            settings["encoder_feedforward"] = "mlp"  # the decoder has none, since its mixer owns the channels too
+        return settings
 
     def config(self, settings: Mapping[str, Any], mixer: MixerConfig) -> SubquadConfig:
-        """As in `Objective`.
-
-        Raises:
-            ValueError: a mixer that can't do this; one that owns its whole block leaves no place for a cross mixer.
-        """
-        if mixer.placement == "block":
-            raise ValueError(
-                f"{mixer.name}: owns its whole block, and a decoder's block has a second mixer that reads the source"
-            )
+        """As in `Objective`."""
         tokens = {"decoder_start_token_id": self.data.start_token_id, "eos_token_id": self.data.end_token_id}
         return super().config({**settings, **tokens}, mixer)
 
     def cost(self, model: SubquadForSeq2SeqLM) -> Cost:
         """As in `Objective`, of source and target of full length each; the cross mixers are not counted."""
-        return model.encoder.cost(self.data.max_length) + model.decoder.cost(self.data.max_length)
+        with torch.device("meta"):
+            decoder = SubquadModel(model.config.of_decoder(), add_pooling=False)
+        return model.encoder.cost(self.data.max_length) + decoder.cost(self.data.max_length)
 
     def example(self, split: PairedSplit, visit: Visit) -> Example:
         """As in `Objective`: the source, the target behind the start token, the target before the end token."""
