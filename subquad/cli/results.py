@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from subquad.records import units
 from subquad.records.measures import Summary
 from subquad.records.queries import Comparison, Entry, comparisons
 from subquad.records.store import Records
-from subquad.report.tables import Row, cells, column_titles, rows_of
+from subquad.report.positions import places_of, position_note
+from subquad.report.tables import Row, cells, column_titles, rows_of, stream_note
 
 COLUMNS = (
     ("mechanism", "Mechanism"),
@@ -114,6 +116,7 @@ def _notes(rows: Sequence[Row], comparison: Comparison) -> list[str]:
     ]
     if any(row.on_pareto_front for row in rows):
         notes.append("◆ on the Pareto front: none is better in score, speed and memory at once.")
+    notes += [note for note in (position_note(comparison), stream_note(comparison)) if note]
     unequal = [row.label for row in rows if row.unequal_parameters]
     if unequal:
         notes.append(f"* parameters more than 10 % from those of the dense model: {', '.join(unequal)}.")
@@ -166,6 +169,8 @@ def _row_document(row: Row) -> dict[str, Any]:
         "last": _summary_document(row.last),
         **{name: getattr(row, name) for name in plain},
         "train_seconds": row.train_seconds,
+        "carries_state": row.entry.carries_state if row.entry else None,
+        "by_position": [asdict(place) for place in places_of(row.entry)] if row.entry else [],
         "unequal_parameters": row.unequal_parameters,
         "on_pareto_front": row.on_pareto_front,
         "status": row.status,

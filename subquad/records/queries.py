@@ -130,6 +130,11 @@ class Entry:
         return speed_at(self.profile, self.runs[0].task.max_length)
 
     @property
+    def carries_state(self) -> bool | None:
+        """Whether the model took its state from window to window; None where the data were no stream, or unknown."""
+        return next((run.carries_state for run in self.finished), None)
+
+    @property
     def unequal_parameters(self) -> bool:
         """Whether the model's size is more than 10 % from that of the same model with dense attention."""
         run = self.runs[0]

@@ -8,7 +8,8 @@ from subquad.report.charts import bubble_figure, loss_curves, score_curves
 from subquad.report.html import Html, element, join
 from subquad.report.palette import GUESS_INK, Ink
 from subquad.report.pictures import seed_dots
-from subquad.report.tables import Row, cells, column_titles, rows_of
+from subquad.report.positions import has_places, position_curves
+from subquad.report.tables import Row, cells, column_titles, rows_of, stream_note
 from subquad.report.widgets import Figures, card, chips, command, details, name_cell, swatch, table
 
 SORT_KEYS = {
@@ -36,6 +37,7 @@ CAPTION = (
     "Bars: ± one standard error. Dashed: Pareto front of score and speed; pale bubbles are beaten in score, speed and "
     "memory at once, or had a failed seed. Click a bubble for its row."
 )
+POSITIONS = "Each point is the mean over a bucket of positions, and over the seeds; buckets double in length."
 
 
 def comparison_section(comparison: Comparison, index: int, inks: dict[str, Ink], figures: Figures) -> Html:
@@ -57,7 +59,8 @@ def comparison_section(comparison: Comparison, index: int, inks: dict[str, Ink],
         _bubbles(chart, inks, figures),
         element("h3", "Results"),
         _table(comparison, rows, inks, index),
-        element("p", NOTES.format(direction=kind.direction), class_="note"),
+        element("p", f"{NOTES.format(direction=kind.direction)} {stream_note(comparison)}".strip(), class_="note"),
+        _positions(comparison, inks, figures),
         element("div", *curves, class_="pair"),
         details("Commands: repeat any point of this comparison", *_commands(rows)),
         id_=f"comparison-{index}",
@@ -109,6 +112,13 @@ def _bubbles(chart: BubbleChart, inks: dict[str, Ink], figures: Figures) -> Html
     if not missing:
         return figure
     return join([figure, element("div", "Not in the chart:", element("ul", *missing), class_="note notes")])
+
+
+def _positions(comparison: Comparison, inks: dict[str, Ink], figures: Figures) -> Html:
+    if not has_places(comparison):
+        return Html("")
+    title = f"Test {comparison.kind.title} by position in the context"
+    return figures.add(position_curves(comparison, inks), title, POSITIONS, wide=True)
 
 
 def _table(comparison: Comparison, rows: list[Row], inks: dict[str, Ink], index: int) -> Html:

@@ -84,6 +84,16 @@ def rows_of(comparison: Comparison) -> list[Row]:
     return rows
 
 
+def stream_note(comparison: Comparison) -> str:
+    """Who took its state from window to window of a stream, in a sentence; "" where the data were none."""
+    entries = [entry for entry in comparison.entries if entry.carries_state is not None]
+    if not entries:
+        return ""
+    carrying = ", ".join(entry.label for entry in entries if entry.carries_state) or "none"
+    alone = ", ".join(entry.label for entry in entries if not entry.carries_state) or "none"
+    return f"Windows of a stream: carrying state from one to the next: {carrying}; seeing each alone: {alone}."
+
+
 def front_of(comparison: Comparison) -> frozenset[str]:
     """Return the keys of the clean entries that none beats in score, speed and memory at once."""
     goodness = comparison.kind.goodness

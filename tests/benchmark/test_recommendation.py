@@ -105,6 +105,19 @@ def profile(name: str, milliseconds: float, *, kilobytes: int = 100, slope: floa
     return ProfileRecord.model_validate_json(json.dumps(document))
 
 
+def bits_runs(name: str, *values: float, **changes: Any) -> list[RunRecord]:
+    """One run a seed on a task that is measured in bits per byte, each with a standard error of 0.01."""
+    task = TASK | {"objective": "causal_lm", "metric": "bits_per_byte", "num_labels": None}
+    metric = {"name": "bits_per_byte", "higher_is_better": False, "examples": 100, "asked": 10_000}
+    records = []
+    for seed, value in enumerate(values):
+        score = {"step": 10, "validation": value, "test": value, "test_standard_error": 0.01}
+        of_seed = {"task": task, "metric": {**metric, "best_validation": score, "last_step": score}, "seed": seed}
+        records += runs(name, 0.5, **{**of_seed, **changes})
+    return records
+
+
+UNIGRAM = bits_runs("unigram", 4.8, parameters=0, model={}, placement="none")
 FULL_PROFILE = profile("full", 10, slope=2)
 MAJORITY = runs("majority_class", 0.1, parameters=0, model={}, placement="none")
 
@@ -273,3 +286,36 @@ def test_recommend_takes_one_comparison() -> None:
     records = Records(runs=(*MAJORITY, *runs("full", 0.5, 0.5)), profiles=(FULL_PROFILE,))
     ((comparison, found),) = recommendations(records)
     assert recommend(comparison) == found
+
+
+def test_fewer_bits_win() -> None:
+    found = answer([*UNIGRAM, *bits_runs("local", 1.9, 1.9), *bits_runs("linear", 2.1, 2.1)], profile("local", 5))
+    assert found.winner is not None
+    assert found.winner.name == "local"
+    assert found.sentences[0] == (
+        "Use local: 1.900 ± 0.010 bits/byte on test, 0.200 bits/byte better than the next, linear "
+        "(2.100 ± 0.010 bits/byte)."
+    )
+
+
+def test_bits_within_two_standard_errors_are_equal_and_speed_decides() -> None:
+    records = [*UNIGRAM, *bits_runs("local", 1.9, 1.9), *bits_runs("linear", 1.92, 1.92)]
+    found = answer(records, profile("local", 5), profile("linear", 4))
+    assert found.winner is not None
+    assert found.winner.name == "linear"
+
+
+def test_no_fewer_bits_than_the_unigram_code_means_train_longer() -> None:
+    found = answer([*UNIGRAM, *bits_runs("full", 4.79), *bits_runs("local", 5.5)])
+    assert found.verdict is Verdict.TRAIN_LONGER
+    assert found.sentences[0].startswith("No mechanism has learned the task: train longer. The best, full, reaches ")
+    assert found.sentences[0].endswith(
+        "4.790 ± 0.010 bits/byte on test, which two standard errors don't separate "
+        "from the unigram guess of 4.800 bits/byte."
+    )
+
+
+def test_dense_attention_may_win_by_bits() -> None:
+    found = answer([*UNIGRAM, *bits_runs("full", 1.5, 1.5), *bits_runs("local", 1.9, 1.9)], profile("local", 5))
+    assert found.verdict is Verdict.KEEP_DENSE
+    assert found.sentences[1].startswith("The runner-up, local, is worse by 0.400 bits/byte; by time, it is faster")

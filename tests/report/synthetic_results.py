@@ -24,7 +24,7 @@ from subquad.records.schema import (
     TaskInfo,
     Timing,
 )
-from subquad.records.scores import CurvePoint, Metric, Score
+from subquad.records.scores import CurvePoint, Metric, PositionBucket, Score
 from subquad.records.store import write_mechanisms, write_profile, write_run
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -184,6 +184,67 @@ def majority() -> RunRecord:
         metric=metric,
         train_seconds=0.0,
     )
+
+
+BITS_TASK = TASK.model_copy(
+    update={
+        "name": "text",
+        "title": "Text, byte by byte",
+        "objective": "causal_lm",
+        "metric": "bits_per_byte",
+        "data_hash": "77aa",
+        "vocab_size": 257,
+        "num_labels": None,
+    }
+)
+BUCKETS = ((1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63), (64, 127), (128, 255), (256, 511), (512, 999))
+
+
+def bits(spec: Spec, seed: int) -> float:
+    """Fewer than the more accurate mechanisms need."""
+    return round(3.2 - 2.5 * accuracy(spec, seed), 4)
+
+
+def bits_metric(best: float, by_position: tuple[PositionBucket, ...] = ()) -> Metric:
+    scores = [
+        Score(step=step, validation=value, test=value, test_standard_error=0.011)
+        for step, value in ((1800, best), (STEPS, best + 0.004))
+    ]
+    sizes = {"examples": BITS_TASK.test_size, "asked": 999 * BITS_TASK.test_size, "by_position": by_position}
+    return Metric(name="bits_per_byte", higher_is_better=False, best_validation=scores[0], last_step=scores[1], **sizes)
+
+
+def bits_run(spec: Spec, seed: int) -> RunRecord:
+    """A run of the same mechanism on text, as a stream."""
+    value, record = bits(spec, seed), run(spec, seed)
+    buckets = tuple(
+        PositionBucket(first=first, last=last, asked=BITS_TASK.test_size * (last - first + 1), value=value + 2 / last)
+        for first, last in BUCKETS
+    )
+    curve = tuple(
+        point.model_copy(update={"validation": point.validation and 5 - 6 * point.validation}) for point in record.curve
+    )
+    changes: dict[str, object] = {"task": BITS_TASK, "curve": curve, "carries_state": spec.name == "linear"}
+    if record.metric is not None:
+        changes["metric"] = bits_metric(value, buckets)
+    return record.model_copy(update=changes)
+
+
+def unigram() -> RunRecord:
+    changes = {"task": BITS_TASK, "mixer": {"name": "unigram"}, "metric": bits_metric(4.71)}
+    return majority().model_copy(update=changes)
+
+
+def write_bits_results(output: Path) -> Path:
+    """Write a folder of runs on text, measured in bits per byte, and return it."""
+    for spec in SPECS:
+        for seed in SEEDS:
+            write_run(output, bits_run(spec, seed))
+        if spec.name != "aft":
+            write_profile(output, profile(spec))
+    write_run(output, unigram())
+    write_mechanisms(output, Mechanisms(mechanisms=tuple(mechanism(spec) for spec in SPECS)))
+    return output
 
 
 def timing(milliseconds: float, spread: float = 0.05) -> Timing:
