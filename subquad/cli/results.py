@@ -63,15 +63,19 @@ def print_results(console: Console, records: Records, page: Path) -> None:
 
 def _print_comparison(console: Console, comparison: Comparison) -> None:
     rows, recommendation = rows_of(comparison), recommend(comparison)
+    _print_head(console, comparison)
+    console.print(comparison_table(rows, console.width, recommendation.winner), "", sep="\n")
+    for note in _notes(rows, comparison):
+        console.print(Text(note, QUIET))
+    console.print("", recommendation_text(recommendation), "", sep="\n")
+
+
+def _print_head(console: Console, comparison: Comparison) -> None:
     seeds = max(len(entry.runs) for entry in comparison.entries)
     facts = (
         f"{comparison.protocol.preset} preset, {seeds} seed{'' if seeds == 1 else 's'}, {comparison.protocol.hardware}"
     )
     console.print(Text(comparison.task.title, "bold"), Text(facts, QUIET), "", sep="\n")
-    console.print(comparison_table(rows, console.width, recommendation.winner), "", sep="\n")
-    for note in _notes(rows, comparison):
-        console.print(Text(note, QUIET))
-    console.print("", recommendation_text(recommendation), "", sep="\n")
 
 
 def comparison_table(rows: Sequence[Row], width: int, winner: Entry | None = None) -> Table:
@@ -142,7 +146,37 @@ def results_document(records: Records, page: Path) -> dict[str, Any]:
     }
 
 
-def _comparison_document(comparison: Comparison) -> dict[str, Any]:
+def chosen_comparisons(records: Records, *, task: str | None, preset: str | None) -> tuple[Comparison, ...]:
+    """The comparisons of a task and preset; None for all.
+
+    Raises:
+        ValueError: there are none; the message names what is recorded.
+    """
+    found = comparisons(records)
+    chosen = tuple(
+        comparison
+        for comparison in found
+        if task in (None, comparison.task.name) and preset in (None, comparison.protocol.preset)
+    )
+    if not chosen:
+        known = ", ".join(dict.fromkeys(f"{each.task.name} ({each.protocol.preset})" for each in found)) or "none"
+        raise ValueError(f"no such comparison is recorded; there are: {known}. Run `subquad compare` first.")
+    return chosen
+
+
+def print_recommendations(console: Console, found: Sequence[Comparison]) -> None:
+    """Print for each comparison what it is and which mechanism to use."""
+    for comparison in found:
+        _print_head(console, comparison)
+        console.print(recommendation_text(recommend(comparison)), "", sep="\n")
+
+
+def recommendations_document(found: Sequence[Comparison]) -> dict[str, Any]:
+    """The same as one JSON document."""
+    return {"recommendations": [_answer_document(comparison) for comparison in found]}
+
+
+def _answer_document(comparison: Comparison) -> dict[str, Any]:
     recommendation = recommend(comparison)
     return {
         "task": comparison.task.name,
@@ -150,7 +184,6 @@ def _comparison_document(comparison: Comparison) -> dict[str, Any]:
         "preset": comparison.protocol.preset,
         "hardware": comparison.protocol.hardware,
         "metric": {"name": comparison.kind.name, "higher_is_better": comparison.kind.higher_is_better},
-        "rows": [_row_document(row) for row in rows_of(comparison)],
         "recommendation": {
             "verdict": recommendation.verdict.value,
             "winner": recommendation.winner and recommendation.winner.label,
@@ -158,6 +191,10 @@ def _comparison_document(comparison: Comparison) -> dict[str, Any]:
             "sentences": list(recommendation.sentences),
         },
     }
+
+
+def _comparison_document(comparison: Comparison) -> dict[str, Any]:
+    return _answer_document(comparison) | {"rows": [_row_document(row) for row in rows_of(comparison)]}
 
 
 def _row_document(row: Row) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from subquad.report.tables import front_of
 
 LARGEST_DIAMETER = 64.0
 SMALLEST_DIAMETER = 9.0
+FARTHEST_GUESS = 4.0
+"""The guess is drawn where it is no farther from the scores than so many times their spread."""
 WIDTH, HEIGHT = 860.0, 400.0
 
 
@@ -41,6 +43,7 @@ class Point:
 class BubbleChart:
     """The points with the ranges of both axes, the guess without a model, and the front of score against speed.
 
+    `guess` is None where it isn't recorded or lies so far off that the mechanisms would stand in one line.
     Scores are as recorded; `kind` says how they are shown and which way is better.
     """
 
@@ -63,7 +66,7 @@ def bubble_chart(comparison: Comparison) -> BubbleChart:
     speeds = [speed.relative for _, _, speed in measured]
     scores = [bound for _, best, _ in measured for bound in _interval(best)]
     guess = comparison.guess_score
-    if guess is not None:
+    if guess is not None and _is_near(guess, scores):
         scores.append(guess)
     speed_range, score_range = _speed_range(speeds), _score_range(scores, 1 / comparison.kind.scale)
     front = _front_line([(s.relative, b.mean) for e, b, s in measured if e.clean], comparison.kind)
@@ -74,11 +77,19 @@ def bubble_chart(comparison: Comparison) -> BubbleChart:
         points=points,
         speed_range=speed_range,
         score_range=score_range,
-        guess=guess,
+        guess=guess if guess in scores else None,
         guess_label=comparison.guess_label,
         front=front,
         missing=missing,
     )
+
+
+def _is_near(guess: float, scores: Sequence[float]) -> bool:
+    """Whether the guess leaves enough of the chart to tell the mechanisms apart."""
+    if not scores:
+        return True
+    low, high = min(scores), max(scores)
+    return max(low - guess, guess - high) <= FARTHEST_GUESS * (high - low)
 
 
 def _why_missing(entry: Entry, comparison: Comparison) -> str:

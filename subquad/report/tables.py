@@ -86,7 +86,7 @@ def rows_of(comparison: Comparison) -> list[Row]:
 
 def stream_note(comparison: Comparison) -> str:
     """Who took its state from window to window of a stream, in a sentence; "" where the data were none."""
-    entries = [entry for entry in comparison.entries if entry.carries_state is not None]
+    entries = [entry for entry in comparison.entries if entry.best and entry.carries_state is not None]
     if not entries:
         return ""
     carrying = ", ".join(entry.label for entry in entries if entry.carries_state) or "none"

@@ -52,10 +52,16 @@ def test_charts_name_metric_unit_and_guess(comparison: Comparison, records: Reco
     for figure, split in ((bubbles, "Test"), (curves, "Validation")):
         Figure(figure)
         assert figure["layout"]["yaxis"]["title"]["text"] == f"{split} bits per byte"
-        assert "unigram 4.710 bits/byte" in [note["text"] for note in figure["layout"]["annotations"]]
-    low, high = bubbles["layout"]["yaxis"]["range"]
-    assert low < min(bits(spec, seed) for spec in SPECS[:3] for seed in (0, 1)) < 4.71 < high
+    assert "unigram 4.710 bits/byte" in [note["text"] for note in curves["layout"]["annotations"]]
     assert GUESS_INK in chosen.values()
+
+
+def test_a_guess_far_off_does_not_push_the_mechanisms_together(comparison: Comparison, results: Path) -> None:
+    far, (near,) = bubble_chart(comparison), (bubble_chart(c) for c in comparisons(read_all(results)))
+    assert far.guess is None
+    assert far.score_range[1] < 4
+    assert near.guess == 0.1735
+    assert near.score_range[0] < 0.1735
 
 
 def test_the_score_is_drawn_against_the_context(comparison: Comparison, records: Records) -> None:
