@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+import transformers
 from torch import Tensor
 
 from subquad.cli.console import print_document, progress_console
@@ -111,6 +112,7 @@ def load_model(directory: Path) -> SubquadForCausalLM:
     if SubquadForCausalLM.__name__ not in kinds:
         named = ", ".join(kinds) or "no class"
         raise ValueError(f"{directory}: text is written by a {SubquadForCausalLM.__name__}, this is {named}")
+    transformers.utils.logging.disable_progress_bar()
     model = SubquadForCausalLM.from_pretrained(directory).eval()
     with torch.no_grad():
         model.lm_head.project.bias[BYTES:] = -torch.inf

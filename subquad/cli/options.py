@@ -11,7 +11,7 @@ TaskOption = Annotated[str, typer.Option("--task", help="The task; see `subquad 
 PresetOption = Annotated[
     str,
     typer.Option(
-        "--preset", help="Settings of the task: quick, small, release, paper, or a file of your own, ./my-preset.toml."
+        "--preset", help="Settings of the task: quick, another of its presets, or your own file, ./my-preset.toml."
     ),
 ]
 MixersOption = Annotated[
