@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from subquad.costs import Cost
 from subquad.interface import FeedforwardConfig, MixerConfig
 from subquad.mask import Mask
-from subquad.models.block import Block, ContextFacts, LayerStates
+from subquad.models.block import Block, ContextFacts, LayerStates, layers_of
 from subquad.models.cache import SubquadCache, open_states
 from subquad.models.configuration import SubquadConfig
 from subquad.models.embedding import Embedding
@@ -138,8 +138,8 @@ class SubquadModel(SubquadPreTrainedModel):
         if encoder_hidden_states is not None and not self.has_cross_mixers:
             raise ValueError("SubquadModel: got encoder_hidden_states, but this stack has no cross mixers to read them")
         x = self.embedding.prepend_cls(self.embedding.vectors_of(input_ids, inputs_embeds))
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         states = self._states(past_key_values, use_cache, x.shape[0])
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         given = TokenFacts(attention_mask, segment_ids, global_attention_mask)
         mask = self._mask(x, given, past, states)
         x = self.embedding(x, mask, None if states is None else states[0].own.length)
@@ -222,11 +222,14 @@ class SubquadModel(SubquadPreTrainedModel):
 def _tied_to_first_layer(blocks: nn.ModuleList) -> dict[str, str]:
     """Parameters that layers of equal config share: name in a later layer -> name in the first."""
     tied: dict[str, str] = {}
-    first_with: dict[object, int] = {}
-    for index, block in enumerate(blocks):
-        assert isinstance(block, Block)
-        shared = block.mixer.shared_parameters()
-        first = first_with.setdefault(block.mixer.config, index) if shared else index
-        if first != index:
-            tied |= {f"blocks.{index}.mixer.{name}": f"blocks.{first}.mixer.{name}" for name in shared}
+    first_with: dict[object, str] = {}
+    for index, block in enumerate(layers_of(blocks)):
+        for slot, mixer in (("mixer", block.mixer), ("cross_mixer", block.cross_mixer)):
+            shared = () if mixer is None else mixer.shared_parameters()
+            if mixer is None or not shared:
+                continue
+            place = f"blocks.{index}.{slot}"
+            first = first_with.setdefault((slot, mixer.config), place)
+            if first != place:
+                tied |= {f"{place}.{name}": f"{first}.{name}" for name in shared}
     return tied

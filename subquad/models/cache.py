@@ -127,10 +127,6 @@ class SubquadCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, StateLayer)]
 
 
-def _not_keys() -> NotImplementedError:
-    return NotImplementedError("SubquadCache holds the states of mixers, which a model replaces as a whole")
-
-
 def open_states(blocks: nn.ModuleList, cache: object | None, batch_size: int, *, prepended: int) -> list[LayerStates]:
     """The states of all blocks, of a cache or, where that is None or empty, such as have seen nothing.
 
@@ -177,6 +173,10 @@ def check_cacheable(blocks: Sequence[Block], *, prepended: int) -> None:
     if without:
         able = ", ".join(sorted({*mixers_with("state")} & {*mixers_with("causal")}))
         raise ValueError(
-            f"use_cache and past_key_values need mixers with a state, and {', '.join(without)} has none; pass "
+            f"use_cache and past_key_values need mixers with a state; without one: {', '.join(without)}. Pass "
             f"use_cache=False, which computes the whole prefix again for every token, or use one of: {able}"
         )
+
+
+def _not_keys() -> NotImplementedError:
+    return NotImplementedError("SubquadCache holds the states of mixers, which a model replaces as a whole")

@@ -60,7 +60,7 @@ class SubquadGeneratingModel(SubquadLanguageModel, GenerationMixin, ABC):
                     type(self).__name__,
                     asked="generate",
                     ran="the whole prefix again for every token",
-                    reason=f"{', '.join(self._stateless())} has no state",
+                    reason=f"mixers without a state: {', '.join(self._stateless())}",
                 )
         elif model_kwargs.get("past_key_values") is None:
             check_cacheable(self.decoding_blocks(), prepended=0)

@@ -160,10 +160,9 @@ def check_streamable(model: SubquadForCausalLM) -> None:
     if model.training:
         raise ValueError("StreamingGenerator: the model is in training mode, where dropout acts; call model.eval()")
     mixers = [layer.mixer.config for layer in layers_of(model.model.blocks)]
-    growing = sorted({mixer.name for mixer in mixers if not mixer.traits.constant_state})
+    growing = {mixer.name: mixer.traits.state for mixer in mixers if not mixer.traits.constant_state}
     if growing:
+        reasons = {True: "its state grows with every token", False: "it has no state"}
+        found = ", ".join(f"{name} ({reasons[has_state]})" for name, has_state in sorted(growing.items()))
         able = ", ".join(sorted({*mixers_with("constant_state")} & {*mixers_with("causal")}))
-        raise ValueError(
-            f"StreamingGenerator: {', '.join(growing)} keeps more with every token or has no state; memory stays "
-            f"constant with {able}"
-        )
+        raise ValueError(f"StreamingGenerator: memory can't stay constant with {found}; it does with {able}")

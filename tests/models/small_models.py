@@ -32,6 +32,8 @@ def small(name: str) -> dict[str, Any]:
 CAUSAL = list_mixers(causal=True)
 STATEFUL = list_mixers(causal=True, state=True)
 STATELESS = list_mixers(causal=True, state=False)
+CROSS = list_mixers(cross=True)
+ENCODERS = list_mixers(bidirectional=True)
 
 Model = TypeVar("Model", bound=SubquadPreTrainedModel)
 
@@ -105,3 +107,20 @@ def batch(length: int = 13, rows: int = 3) -> tuple[Tensor, Tensor]:
     tokens = torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
     kept = torch.tensor([length, length - 4, 2][:rows])
     return tokens, (torch.arange(length) < kept[:, None]).long()
+
+
+def target(length: int = 7) -> Tensor:
+    """Random tokens for a decoder."""
+    return torch.randint(1, 11, (3, length), generator=torch.Generator().manual_seed(2))
+
+
+def decoder_of(name: str, **changes: Any) -> SubquadForSeq2SeqLM:
+    """A decoder of this mixer behind a dense encoder."""
+    return seq2seq_lm(
+        mixer=small(name), encoder_mixer="full", encoder_feedforward="mlp", num_hidden_layers=2, **changes
+    )
+
+
+def encoder_of(name: str, **changes: Any) -> SubquadForSeq2SeqLM:
+    """An encoder of this mixer before a dense decoder, where `changes` say nothing else."""
+    return seq2seq_lm(encoder_mixer=small(name), encoder_feedforward=feedforwards_beside(small(name)), **changes)

@@ -16,9 +16,8 @@ from subquad.models import SubquadCache, SubquadForCausalLM
 from subquad.models.generation import SubquadGeneratingModel
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 7}
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "greedy": GREEDY,
-    "beams": GREEDY | {"num_beams": 3},
+STRATEGIES: dict[str, dict[str, Any]] = {"greedy": GREEDY, "beams": GREEDY | {"num_beams": 3}}
+FURTHER: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "max_new_tokens": 7, "top_k": 5, "temperature": 0.8},
     "several samples": {"do_sample": True, "max_new_tokens": 7, "num_return_sequences": 2},
     "a prompt in pieces": GREEDY | {"prefill_chunk_size": 4},
@@ -31,9 +30,13 @@ def generate(model: Any, tokens: Tensor, attention: Tensor | None = None, **give
     return model.generate(tokens, attention_mask=attention, **given)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
-@pytest.mark.parametrize("name", STATEFUL)
-def test_a_cache_changes_no_token(name: str, strategy: dict[str, Any]) -> None:
+CACHED = [(name, label) for name in STATEFUL for label in STRATEGIES]
+CACHED += [(name, label) for name in ("local", "linear", "transformer_xl") for label in FURTHER]
+
+
+@pytest.mark.parametrize(("name", "label"), CACHED)
+def test_a_cache_changes_no_token(name: str, label: str) -> None:
+    strategy = (STRATEGIES | FURTHER)[label]
     model, (tokens, _) = causal_lm(mixer=small(name)), batch()
     expected = generate(model, tokens, use_cache=False, **{**strategy, "prefill_chunk_size": None})
     with receipts() as left:
@@ -49,8 +52,8 @@ def test_greedy_tokens_are_the_most_probable_ones(name: str) -> None:
     assert torch.equal(generated[:, 13:], model(generated).logits[:, 12:-1].argmax(dim=-1))
 
 
-@pytest.mark.parametrize("strategy", ["greedy", "beams"])
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_padding_on_the_left_changes_no_token(name: str, strategy: str) -> None:
     model, (tokens, attention) = causal_lm(mixer=small(name)), left_padded()
     generated = generate(model, tokens, attention, **STRATEGIES[strategy])
@@ -96,8 +99,10 @@ def test_without_states_the_prefix_is_computed_again_and_a_receipt_says_so(name:
     with receipts() as left:
         generate(model, tokens, **GREEDY)
     found = [(receipt.where, receipt.ran, receipt.reason) for receipt in left.entries if receipt.asked == "generate"]
-    assert found == [("SubquadForCausalLM", "the whole prefix again for every token", f"{name} has no state")]
-    with pytest.raises(ValueError, match=rf"need mixers with a state, and {name} has none; pass use_cache=False"):
+    assert found == [
+        ("SubquadForCausalLM", "the whole prefix again for every token", f"mixers without a state: {name}")
+    ]
+    with pytest.raises(ValueError, match=rf"need mixers with a state; without one: {name}. Pass use_cache=False"):
         generate(model, tokens, use_cache=True, **GREEDY)
 
 

@@ -1,4 +1,4 @@
-"""Encoder and decoder: what each may see, the loss, decoding from a cache, and what is refused."""
+"""Encoder and decoder: what each may see, the loss, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,40 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import CAUSAL, STATEFUL, STATELESS, batch, blocks_of, build, feedforwards_beside, seq2seq_lm, small
+from small_models import (
+    CAUSAL,
+    CROSS,
+    ENCODERS,
+    batch,
+    blocks_of,
+    build,
+    decoder_of,
+    encoder_of,
+    seq2seq_lm,
+    small,
+    target,
+)
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput
 
-from subquad import receipts
 from subquad.build import list_mixers
 from subquad.interface import Mixed
-from subquad.models import SubquadCache, SubquadForSeq2SeqLM, reversible
-
-CROSS = list_mixers(cross=True)
-ENCODERS = list_mixers(bidirectional=True)
-GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
-
-
-def target(length: int = 7) -> Tensor:
-    return torch.randint(1, 11, (3, length), generator=torch.Generator().manual_seed(2))
-
-
-def decoder_of(name: str, **changes: Any) -> SubquadForSeq2SeqLM:
-    """A decoder of this mixer behind a dense encoder."""
-    return seq2seq_lm(
-        mixer=small(name), encoder_mixer="full", encoder_feedforward="mlp", num_hidden_layers=2, **changes
-    )
-
-
-def encoder_of(name: str, **changes: Any) -> SubquadForSeq2SeqLM:
-    """An encoder of this mixer before a dense decoder, where `changes` say nothing else."""
-    return seq2seq_lm(encoder_mixer=small(name), encoder_feedforward=feedforwards_beside(small(name)), **changes)
-
-
-def generate(model: Any, tokens: Tensor, attention: Tensor | None = None, **given: Any) -> Any:
-    attention = torch.ones_like(tokens) if attention is None else attention
-    return model.generate(tokens, attention_mask=attention, **given)
+from subquad.models import SubquadForSeq2SeqLM, reversible
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -56,48 +41,6 @@ def test_the_decoder_sees_no_later_token_and_all_of_the_source(name: str) -> Non
     assert bool((vectors.grad.abs().amax(dim=-1) > 0).all())
 
 
-@pytest.mark.parametrize("name", STATEFUL)
-def test_decoding_in_pieces_is_the_full_forward_pass(name: str) -> None:
-    model, (source, attention), tokens = decoder_of(name), batch(), target()
-    whole = model(source, attention, decoder_input_ids=tokens)
-    for sizes in ([1] * 7, [3, 4], [7]):
-        cache, logits = SubquadCache(), []
-        for part in tokens.split(sizes, dim=1):
-            output = model(source, attention, decoder_input_ids=part, past_key_values=cache)
-            cache = output.past_key_values
-            logits.append(output.logits)
-        torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", CROSS)
-def test_decoding_in_pieces_is_the_full_forward_pass_whatever_stands_between(name: str) -> None:
-    model, (source, attention), tokens = seq2seq_lm(cross_mixer=small(name)), batch(), target()
-    encoded = model.encoder(source, attention)
-    whole = model(source, attention, decoder_input_ids=tokens)
-    cache, logits = SubquadCache(), []
-    for part in tokens.split([2, 1, 4], dim=1):
-        output = model(None, attention, decoder_input_ids=part, encoder_outputs=encoded, past_key_values=cache)
-        cache = output.past_key_values
-        logits.append(output.logits)
-    torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", list_mixers(cross=True, state=True))
-def test_the_source_is_projected_once(name: str) -> None:
-    model, (source, attention) = seq2seq_lm(cross_mixer=small(name)), batch()
-    given: list[Any] = []
-    for block in blocks_of(model.decoder):
-        assert block.cross_mixer is not None
-        block.cross_mixer.register_forward_hook(
-            lambda _module, inputs, kwargs, _output: given.append((*inputs, None)[1]), with_kwargs=True
-        )
-    generate(model, source, attention, **GREEDY)
-    layers, steps = 3, 6
-    assert len(given) == layers * steps
-    assert all(context is not None for context in given[:layers])
-    assert all(context is None for context in given[layers:])
-
-
 @pytest.mark.parametrize("mixer", ENCODERS)
 def test_padding_of_the_source_changes_no_logit(mixer: str) -> None:
     model, (source, attention), tokens = encoder_of(mixer), batch(), target()
@@ -109,14 +52,6 @@ def test_padding_of_the_source_changes_no_logit(mixer: str) -> None:
     for row, kept in enumerate(attention.sum(dim=1).tolist()):
         alone = model(source[row : row + 1, :kept], decoder_input_ids=tokens[row : row + 1]).logits
         torch.testing.assert_close(alone[0], logits[row], rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", CROSS)
-def test_padding_of_the_source_changes_no_token(name: str) -> None:
-    model, (source, attention) = seq2seq_lm(cross_mixer=small(name)), batch()
-    generated = generate(model, source, attention, **GREEDY)
-    for row, kept in enumerate(attention.sum(dim=1).tolist()):
-        assert torch.equal(generate(model, source[row : row + 1, :kept], **GREEDY)[0], generated[row])
 
 
 def test_the_loss_compares_the_target_with_what_was_told_of_it() -> None:
@@ -150,43 +85,6 @@ def test_what_layers_of_both_stacks_add_to_the_loss_is_in_the_loss() -> None:
     torch.testing.assert_close(output.aux_loss, torch.stack(added).sum())
     cross_entropy = nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten()).float()
     torch.testing.assert_close(output.loss, cross_entropy + output.aux_loss)
-
-
-@pytest.mark.parametrize("strategy", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-@pytest.mark.parametrize("name", STATEFUL)
-def test_a_cache_changes_no_token(name: str, strategy: dict[str, Any]) -> None:
-    model, (source, attention) = decoder_of(name), batch()
-    expected = generate(model, source, attention, use_cache=False, **GREEDY, **strategy)
-    assert torch.equal(generate(model, source, attention, **GREEDY, **strategy), expected)
-
-
-def test_going_on_from_a_returned_cache_is_generation_in_one_go() -> None:
-    model, (source, attention) = seq2seq_lm(), batch()
-    expected = generate(model, source, attention, **GREEDY)
-    first = generate(model, source, attention, do_sample=False, max_new_tokens=3, return_dict_in_generate=True)
-    more = {"decoder_input_ids": first.sequences, "past_key_values": first.past_key_values, "max_new_tokens": 3}
-    more["decoder_attention_mask"] = torch.ones_like(first.sequences)
-    assert torch.equal(generate(model, source, attention, do_sample=False, **more), expected)
-
-
-@pytest.mark.parametrize("name", STATELESS)
-def test_without_states_the_target_is_computed_again_and_a_receipt_says_so(name: str) -> None:
-    model, (source, attention) = decoder_of(name), batch()
-    with receipts() as left:
-        generated = generate(model, source, attention, **GREEDY)
-    assert [receipt.reason for receipt in left.entries if receipt.asked == "generate"] == [f"{name} has no state"]
-    logits = model(source, attention, decoder_input_ids=generated).logits
-    assert torch.equal(generated[:, 1:], logits[:, :-1].argmax(dim=-1))
-
-
-@pytest.mark.parametrize("mixer", ENCODERS)
-def test_a_loaded_model_generates_the_same_tokens(mixer: str, tmp_path: Path) -> None:
-    model, (source, attention) = encoder_of(mixer, mixer="local").float(), batch()
-    model.save_pretrained(tmp_path)
-    torch.manual_seed(1)  # nothing may be drawn anew
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
-    assert isinstance(loaded, SubquadForSeq2SeqLM)
-    assert torch.equal(generate(loaded, source, attention, **GREEDY), generate(model, source, attention, **GREEDY))
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -270,12 +168,6 @@ def test_reversible_layers_give_the_gradients_of_plain_autograd(name: str) -> No
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-11)
 
 
-def test_reversible_layers_decode_from_a_cache_in_evaluation() -> None:
-    model, (source, attention) = seq2seq_lm(residual="reversible"), batch()
-    expected = generate(model, source, attention, use_cache=False, **GREEDY)
-    assert torch.equal(generate(model, source, attention, **GREEDY), expected)
-
-
 @pytest.mark.parametrize("name", list_mixers(cross=True, segments=True))
 def test_packed_pairs_do_not_mix(name: str) -> None:
     model, (source, _), tokens = seq2seq_lm(cross_mixer=small(name)), batch(), target()
@@ -296,3 +188,16 @@ def test_a_stack_without_cross_mixers_has_no_use_for_a_source_and_one_with_them_
         model.decoder(source)
     with pytest.raises(ValueError, match="the price of a decoder depends on its source too"):
         model.decoder.cost(20)
+
+
+def test_what_cross_mixers_share_serves_all_layers(tmp_path: Path) -> None:
+    linformer = small("linformer") | {"sharing": "layerwise"}
+    build(SubquadForSeq2SeqLM, cross_mixer=linformer, encoder_mixer=linformer).save_pretrained(tmp_path)
+    model = SubquadForSeq2SeqLM.from_pretrained(tmp_path)
+    cross = [block.cross_mixer for block in blocks_of(model.decoder)]
+    own = [block.mixer for block in blocks_of(model.encoder)]
+    (name,) = own[0].shared_parameters()
+    assert len({id(mixer.get_parameter(name)) for mixer in cross if mixer is not None}) == 1
+    assert len({id(mixer.get_parameter(name)) for mixer in own}) == 1
+    assert cross[0] is not None
+    assert cross[0].get_parameter(name) is not own[0].get_parameter(name)

@@ -225,7 +225,7 @@ def test_positions_inside_segments_are_not_known_across_calls() -> None:
 @pytest.mark.parametrize("name", STATELESS)
 def test_a_mixer_without_state_has_no_cache(name: str) -> None:
     model, (tokens, _) = causal_lm(mixer=small(name)), batch()
-    with pytest.raises(ValueError, match=rf"need mixers with a state, and {name} has none; pass use_cache=False"):
+    with pytest.raises(ValueError, match=rf"need mixers with a state; without one: {name}. Pass use_cache=False"):
         model(tokens, use_cache=True)
 
 
@@ -241,6 +241,8 @@ def test_caches_of_other_kinds_and_other_models_are_refused() -> None:
     model, (tokens, _) = causal_lm(), batch()
     with pytest.raises(ValueError, match=r"must be a SubquadCache, got DynamicCache; begin with SubquadCache\(\)"):
         model(tokens, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="must be a SubquadCache, got tuple"):
+        model(tokens, past_key_values=())
     cache = model(tokens, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="holds the states of 3 layers but this model has 2"):
         causal_lm(num_hidden_layers=2)(tokens, past_key_values=cache)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import batch, causal_lm, left_padded, small
+from small_models import STATEFUL, batch, causal_lm, left_padded, small
 from torch import Tensor
 
 from subquad.build import list_mixers
@@ -88,7 +88,8 @@ def test_the_random_generator_is_the_streams_own(seed: int) -> None:
 @pytest.mark.parametrize("name", [name for name in list_mixers(causal=True) if name not in CONSTANT])
 def test_a_mixer_whose_memory_grows_is_refused_by_name_and_reason(name: str) -> None:
     model = causal_lm(mixer=["linear", small(name)])
-    with pytest.raises(ValueError, match=rf": {name} keeps more with every token or has no state; .* delta, "):
+    reason = "its state grows with every token" if name in STATEFUL else "it has no state"
+    with pytest.raises(ValueError, match=rf"can't stay constant with {name} \({reason}\); it does with aft, .*delta, "):
         StreamingGenerator(model, torch.ones(1, 3, dtype=torch.int64))
 
 
