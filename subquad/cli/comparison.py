@@ -17,6 +17,7 @@ from subquad.cli.console import output_console, plain_table, print_document, pro
 from subquad.cli.observer import BarObserver
 from subquad.cli.progress import Progress
 from subquad.cli.results import print_results, results_document
+from subquad.records.queries import comparisons
 from subquad.records.store import check_writable, read_all, read_run
 from subquad.report.page import write_report
 from subquad.tasks.base import TaskData
@@ -101,9 +102,9 @@ def run_comparison(request: Request, data: TaskData[Any], *, as_json: bool) -> N
     page = write_report(request.output)
     records = read_all(request.output)
     if as_json:
-        print_document(results_document(records, page))
+        print_document(results_document(records, page, comparisons(records)))
     else:
-        print_results(output_console(), records, page)
+        print_results(output_console(), records, page, comparisons(records))
 
 
 def run_once(request: Request, data: TaskData[Any], *, as_json: bool) -> int:

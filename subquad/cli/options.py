@@ -14,6 +14,8 @@ PresetOption = Annotated[
         "--preset", help="Settings of the task: quick, another of its presets, or your own file, ./my-preset.toml."
     ),
 ]
+OfTask = Annotated[str | None, typer.Option("--task", help="Of this task alone.", show_default="all tasks")]
+OfPreset = Annotated[str | None, typer.Option("--preset", help="Under this preset alone.", show_default="all presets")]
 MixersOption = Annotated[
     str,
     typer.Option(

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from subquad.cli.options import Json, Output
-
-OneTask = Annotated[str | None, typer.Option("--task", help="Of this task alone.", show_default="all tasks")]
+from subquad.cli.options import Json, OfPreset, OfTask, Output
 
 
 def command(
-    task: OneTask = None,
-    preset: Annotated[
-        str | None, typer.Option("--preset", help="Under this preset alone.", show_default="all presets")
-    ] = None,
-    output: Output = Path("subquad-results"),
-    as_json: Json = False,
+    task: OfTask = None, preset: OfPreset = None, output: Output = Path("subquad-results"), as_json: Json = False
 ) -> None:
     """Say of every comparison that is recorded which mechanism to use, and why; dense attention is an answer."""
     from subquad.cli.console import output_console, print_document
@@ -26,6 +16,8 @@ def command(
     from subquad.records.store import read_all
 
     found = chosen_comparisons(read_all(output), task=task, preset=preset)
+    if not found:
+        raise ValueError("no training run is recorded, so there is nothing to recommend; run `subquad compare` first")
     if as_json:
         print_document(recommendations_document(found))
     else:

@@ -48,9 +48,8 @@ _STYLES = {
 }
 
 
-def print_results(console: Console, records: Records, page: Path) -> None:
-    """Print the table and the recommendation of every comparison in the records, and the path of the page."""
-    found = comparisons(records)
+def print_results(console: Console, records: Records, page: Path, found: Sequence[Comparison]) -> None:
+    """Print the table and the recommendation of these comparisons of the records, and the path of the page."""
     for comparison in found:
         _print_comparison(console, comparison)
     if not found:
@@ -136,11 +135,11 @@ def recommendation_text(recommendation: Recommendation) -> Padding:
     return Padding(table, 0)
 
 
-def results_document(records: Records, page: Path) -> dict[str, Any]:
+def results_document(records: Records, page: Path, found: Sequence[Comparison]) -> dict[str, Any]:
     """The same as one JSON document, figures raw: scores as recorded (accuracies in 0..1), seconds, bytes."""
     return {
         "page": str(page.resolve()),
-        "comparisons": [_comparison_document(comparison) for comparison in comparisons(records)],
+        "comparisons": [_comparison_document(comparison) for comparison in found],
         "profiles": len(records.profiles),
         "unreadable": [{"path": str(file.path), "reason": file.reason} for file in records.unreadable],
     }
@@ -150,7 +149,7 @@ def chosen_comparisons(records: Records, *, task: str | None, preset: str | None
     """The comparisons of a task and preset; None for all.
 
     Raises:
-        ValueError: there are none; the message names what is recorded.
+        ValueError: there is none of that task or preset; the message names what is recorded.
     """
     found = comparisons(records)
     chosen = tuple(
@@ -158,7 +157,7 @@ def chosen_comparisons(records: Records, *, task: str | None, preset: str | None
         for comparison in found
         if task in (None, comparison.task.name) and preset in (None, comparison.protocol.preset)
     )
-    if not chosen:
+    if not chosen and (task, preset) != (None, None):
         known = ", ".join(dict.fromkeys(f"{each.task.name} ({each.protocol.preset})" for each in found)) or "none"
         raise ValueError(f"no such comparison is recorded; there are: {known}. Run `subquad compare` first.")
     return chosen

@@ -74,7 +74,8 @@ def test_the_best_model_is_saved_whole_and_can_be_loaded(invoke: Invoke, options
     assert ran.exit_code == 0, ran.err
     assert f"model: {folder}" in ran.out
     assert [path.name for path in folder.parent.iterdir()] == ["mine"]
-    assert SubquadForCausalLM.from_pretrained(folder).config.mixer["name"] == "linear"
+    (layer,) = SubquadForCausalLM.from_pretrained(folder).config.layer_mixers()
+    assert layer.name == "linear"
     again = ["run", "--task", "causal", "--mixer", "linear", *options, "--save-model"]
     assert f"{folder} holds something already; name a new folder" in invoke(*again, str(folder)).err
     ran = invoke(*again, str(tmp_path / "other"))

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 from command_line import Invoke
@@ -15,6 +16,14 @@ def test_the_recommendation_is_that_of_the_report(results: Path, invoke: Invoke)
     (found,) = invoke("recommend", "--output", str(results), "--json").document["recommendations"]
     assert found["recommendation"]["sentences"] == list(expected.sentences)
     assert found["metric"] == {"name": "accuracy", "higher_is_better": True}
+
+
+def test_without_a_run_there_is_nothing_to_recommend(results: Path, tmp_path: Path, invoke: Invoke) -> None:
+    profiles = next(results.glob("*/profile"))
+    shutil.copytree(profiles, tmp_path / profiles.relative_to(results))
+    ran = invoke("recommend", "--output", str(tmp_path))
+    assert ran.exit_code == 2
+    assert "no training run is recorded, so there is nothing to recommend; run `subquad compare` first" in ran.err
 
 
 def test_one_task_or_preset_can_be_chosen_and_an_unknown_one_is_named(results: Path, invoke: Invoke) -> None:
