@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from subquad.tasks.base import DataPreset, TaskData
+from subquad.tasks.base import DataPreset
+from subquad.tasks.kinds import ClassificationData
 from subquad.tasks.listops import generate, read_listops
 
 _PRESETS = Path(__file__).parents[1] / "subquad" / "presets" / "listops"
@@ -28,15 +29,15 @@ def _peak_bytes(workers: int) -> int:
     return 1024 * (own + (workers if workers > 1 else 0) * largest_worker)
 
 
-def _describe(data: TaskData) -> None:
+def _describe(data: ClassificationData) -> None:
     lengths = data.train.lengths
     shares = np.bincount(data.train.labels, minlength=data.num_labels) / len(data.train)
-    label, accuracy = data.majority_class()
+    guess = data.guess()
     quantiles = np.percentile(lengths, [0, 10, 25, 50, 75, 90, 100]).round().astype(int).tolist()
     print(f"examples           {len(data.train)} / {len(data.validation)} / {len(data.test)}, hash {data.data_hash}")
     print(f"tokens per example mean {lengths.mean():.1f}; 0, 10, 25, 50, 75, 90, 100 %: {quantiles}")
     print(f"labels in train    {' '.join(f'{share:.4f}' for share in shares)}")
-    print(f"majority class     {label}: {shares[label]:.4f} of train, {accuracy:.4f} of test")
+    print(f"majority class     {guess.answer}: {shares.max():.4f} of train, {guess.test:.4f} of test")
 
 
 def _measure(directory: Path, preset: DataPreset, seed: int, workers: int) -> None:

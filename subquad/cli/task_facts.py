@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from subquad.cli.console import ACCENT, QUIET, plain_table, progress_console
 from subquad.cli.cores import cores
 from subquad.cli.progress import Bar, Progress
 from subquad.records import units
-from subquad.tasks.base import Split, TaskData
+from subquad.records.metrics import metric_kind
+from subquad.tasks.base import TaskData
 from subquad.tasks.registry import load_task
+from subquad.tasks.splits import Split
 from subquad.training.presets import load_preset
 
 
@@ -28,12 +30,7 @@ class TaskFacts:
 
     directory: Path
     files: dict[str, int]
-    data: TaskData
-
-    @property
-    def splits(self) -> dict[str, Split]:
-        """The three splits by name."""
-        return {"train": self.data.train, "validation": self.data.validation, "test": self.data.test}
+    data: TaskData[Any]
 
 
 def obtain(task: str, preset: str, directory: Path | None, *, seed: int, workers: int | None, check: bool) -> TaskFacts:
@@ -65,7 +62,7 @@ def obtain(task: str, preset: str, directory: Path | None, *, seed: int, workers
                 workers=workers or cores(),
                 progress=lambda done, total: _move(bar, done, total),
             )
-        bar.finish(f"{units.count(sum(map(len, (data.train, data.validation, data.test))))} examples")
+        bar.finish(f"{units.count(sum(map(len, data.splits.values())))} examples")
     files = {
         str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()
     }
@@ -78,8 +75,7 @@ def _move(bar: Bar, done: int, total: int) -> None:
 
 def document(facts: TaskFacts) -> dict[str, Any]:
     """The facts, JSON-ready."""
-    data = facts.data
-    label, share = data.majority_class()
+    data, guess = facts.data, facts.data.guess()
     return {
         "task": data.name,
         "preset": data.preset,
@@ -89,38 +85,39 @@ def document(facts: TaskFacts) -> dict[str, Any]:
         "files": facts.files,
         "data_hash": data.data_hash,
         "vocab_size": data.vocab_size,
-        "num_labels": data.num_labels,
+        "pad_token_id": data.pad_token_id,
         "max_length": data.max_length,
-        "majority_class": {"label": label, "test_share": share},
-        "splits": {name: split_document(split) for name, split in facts.splits.items()},
+        "objective": data.objective,
+        **data.facts(),
+        "metric": data.metric,
+        "guess": asdict(guess),
+        "splits": {name: split_document(split) | data.split_facts(split) for name, split in data.splits.items()},
     }
 
 
 def split_document(split: Split) -> dict[str, Any]:
-    """Number of examples, their lengths in tokens, and how many have each label."""
+    """Number of examples and the lengths of their inputs in tokens."""
     lengths = split.lengths
-    labels, counts = np.unique(split.labels, return_counts=True)
     return {
         "examples": len(split),
         "shortest": int(lengths.min()),
         "median_length": float(np.median(lengths)),
         "mean_length": float(lengths.mean()),
         "longest": int(lengths.max()),
-        "labels": {str(label): int(count) for label, count in zip(labels, counts, strict=True)},
     }
 
 
 def render(facts: TaskFacts) -> Group:
     """The facts for a terminal."""
-    data = facts.data
-    label, share = data.majority_class()
+    data, guess = facts.data, facts.data.guess()
     described = {
         "folder": str(facts.directory),
         "size": f"{units.size(sum(facts.files.values()))} in {len(facts.files)} files",
         "checksum": f"{data.data_hash}, the same on every machine",
-        "vocabulary": f"{data.vocab_size} token ids, {data.num_labels} labels",
+        "asked for": data.summary(),
+        "vocabulary": f"{data.vocab_size} token ids",
         "longest allowed": f"{units.count(data.max_length)} tokens",
-        "majority class": f"always answering {label} is right for {units.percent(share)} of the test split",
+        "guess": f"what {guess.answer} scores {metric_kind(data.metric).write(guess.test)} on the test split",
     }
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style=ACCENT)
@@ -134,7 +131,7 @@ def _split_table(facts: TaskFacts) -> Table:
     table.add_column("split")
     for title in ("examples", "shortest", "median", "mean", "longest"):
         table.add_column(title, justify="right")
-    for name, split in facts.splits.items():
+    for name, split in facts.data.splits.items():
         row = split_document(split)
         lengths = (row["shortest"], row["median_length"], row["mean_length"], row["longest"])
         table.add_row(name, units.count(row["examples"]), *(units.count(length) for length in lengths))

@@ -61,11 +61,6 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
-def percent_with_error(value: float, error: float) -> str:
-    """Write an accuracy with its standard error: "61.3 ± 0.5 %"."""
-    return f"{100 * value:.1f} ± {100 * error:.1f} %"
-
-
 def times(value: float) -> str:
     """Write a ratio: "1.90×"."""
     return f"{_three_digits(value)}×"

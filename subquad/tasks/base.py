@@ -1,88 +1,61 @@
-"""What a task hands to training: ragged token sequences with labels, in three splits, named and hashed.
-
-Examples are stored flat (one array of tokens, one of offsets), because a hundred thousand Python lists of a
-thousand tokens cost gigabytes. Padding, batching and tensors are the business of training; nothing here imports torch.
-"""
+"""What a task is, and what it hands to training: three splits of examples, named and hashed; nothing imports torch."""
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic
 
 import numpy as np
+
+from subquad.tasks.splits import Split, SplitT
 
 Progress = Callable[[int, int], None]
 """Called as `progress(done, total)`, both in examples, while data is being generated."""
 
 
 @dataclass(frozen=True)
-class Split:
-    """Examples of different lengths, stored flat.
+class Guess:
+    """What answering without a model scores: the row that every mechanism has to beat.
 
     Attributes:
-        tokens: uint8 or int32, (sum of lengths,). Example i is `tokens[offsets[i]:offsets[i + 1]]`.
-        offsets: int64, (n + 1,), non-decreasing, from 0 to `len(tokens)`.
-        labels: int64, (n,).
-
-    Raises:
-        ValueError: if offsets don't cut `tokens` into as many examples as there are labels.
+        name: of the guess, which its record has in place of a mechanism's: "majority_class" or "unigram".
+        answer: what it does, such as "always answers 3".
+        validation: its score on the validation split, in the metric of the task.
+        test: its score on the test split.
+        test_standard_error: the standard error of `test`, as if the answers asked for didn't depend on each other.
+        asked: number of answers asked for in the test split.
     """
 
-    tokens: np.ndarray
-    offsets: np.ndarray
-    labels: np.ndarray
-
-    def __post_init__(self) -> None:
-        if len(self.offsets) != len(self.labels) + 1:
-            raise ValueError(
-                f"expected one offset more than labels, got {len(self.offsets)} offsets and {len(self.labels)} labels"
-            )
-        if self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens) or np.any(np.diff(self.offsets) < 0):
-            raise ValueError(
-                f"expected offsets that rise from 0 to the {len(self.tokens)} tokens there are, "
-                f"got {self.offsets[0]} to {self.offsets[-1]}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Tokens (a view, (length,)) and label of one example; negative indices count from the end.
-
-        Raises:
-            IndexError: if there is no such example.
-        """
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"example {index} of a split of {len(self)}")
-        index %= len(self)
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]], int(self.labels[index])
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of every example, int64, (n,)."""
-        return np.diff(self.offsets)
+    name: str
+    answer: str
+    validation: float
+    test: float
+    test_standard_error: float
+    asked: int
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """The examples of a task under one preset, ready for training.
+@dataclass(frozen=True, kw_only=True)
+class TaskData(ABC, Generic[SplitT]):
+    """The examples of a task under one preset, ready for training. `subquad.tasks.kinds` has its kinds.
 
     Attributes:
         name: of the task, such as "listops".
         preset: of the data, such as "quick".
         title: how tables and charts call it; says so when it is not the published benchmark.
         is_lra: whether the examples are those of Long Range Arena (the same distribution, perhaps fewer).
-        vocab_size: number of token ids, padding and unknown included.
+        vocab_size: number of token ids, special ones included.
         pad_token_id: id that no example contains.
-        num_labels: labels are 0 .. num_labels - 1.
-        max_length: no example is longer, in tokens.
+        max_length: no sequence is longer, in tokens; neither is a target with its end token.
+        metric: what is measured: "accuracy", "bits_per_byte" or "bits_per_dimension".
         train: what the model learns from.
         validation: what chooses the checkpoint.
         test: what is reported.
         data_hash: `hash_splits` of the three.
     """
+
+    objective: ClassVar[str]
 
     name: str
     preset: str
@@ -90,24 +63,40 @@ class TaskData:
     is_lra: bool
     vocab_size: int
     pad_token_id: int
-    num_labels: int
     max_length: int
-    train: Split
-    validation: Split
-    test: Split
+    metric: str
+    train: SplitT
+    validation: SplitT
+    test: SplitT
     data_hash: str
 
-    def majority_class(self) -> tuple[int, float]:
-        """The label most frequent in train (the smallest of equals) and the share of test that has it."""
-        label = int(np.bincount(self.train.labels, minlength=self.num_labels).argmax())
-        return label, float(np.mean(self.test.labels == label))
+    @property
+    def splits(self) -> dict[str, SplitT]:
+        """The three splits by name: train, validation, test."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    @abstractmethod
+    def guess(self) -> Guess:
+        """The best answer that looks at no input."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """What is asked of a model, in a few words."""
+
+    def facts(self) -> dict[str, Any]:
+        """What this kind of data has beyond the fields above, JSON-ready."""
+        return {}
+
+    def split_facts(self, split: SplitT) -> dict[str, Any]:
+        """What this kind of data says about a split beyond the lengths of its inputs, JSON-ready."""
+        return {}
 
 
 def hash_splits(*splits: Split) -> str:
-    """First 12 hex digits of a SHA-256 over lengths, labels and tokens: the same on every machine."""
+    """First 12 hex digits of a SHA-256 over all that the splits hold: the same on every machine."""
     digest = hashlib.sha256()
     for split in splits:
-        for array in (split.offsets.astype("<i8"), split.labels.astype("<i8"), split.tokens):
+        for array in split.arrays():
             little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
             digest.update(np.ascontiguousarray(little_endian).data)
     return digest.hexdigest()[:12]
@@ -168,7 +157,7 @@ class Task(ABC):
     @abstractmethod
     def prepare(
         self, directory: Path, preset: DataPreset, *, seed: int = 0, workers: int = 1, progress: Progress | None = None
-    ) -> TaskData:
+    ) -> TaskData[Any]:
         """Examples of a preset, from `directory` if it holds exactly these, else generated there first.
 
         Args:
@@ -183,7 +172,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def read(self, directory: Path, preset: DataPreset) -> TaskData:
+    def read(self, directory: Path, preset: DataPreset) -> TaskData[Any]:
         """Examples from files in the published layout that the user has; nothing is generated.
 
         Raises:

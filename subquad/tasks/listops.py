@@ -18,7 +18,8 @@ files are read as well (`listops_reader`). Truncation is refused: the value of h
 from pathlib import Path
 from typing import ClassVar
 
-from subquad.tasks.base import DataPreset, Progress, Task, TaskData
+from subquad.tasks.base import DataPreset, Progress, Task
+from subquad.tasks.kinds import ClassificationData
 from subquad.tasks.listops_expression import evaluate, symbols, tokenize
 from subquad.tasks.listops_generator import generate
 from subquad.tasks.listops_manifest import Manifest, Recipe
@@ -35,7 +36,7 @@ class ListopsTask(Task):
 
     def prepare(
         self, directory: Path, preset: DataPreset, *, seed: int = 0, workers: int = 1, progress: Progress | None = None
-    ) -> TaskData:
+    ) -> ClassificationData:
         """As in `Task`; files generated earlier are used if recipe and checksums agree, else generated again."""
         recipe = Recipe.from_preset(preset, seed)
         manifest = Manifest.read(directory)
@@ -45,7 +46,7 @@ class ListopsTask(Task):
             generate(directory, preset, seed=seed, workers=workers, progress=progress)
         return self.read(directory, preset)
 
-    def read(self, directory: Path, preset: DataPreset) -> TaskData:
+    def read(self, directory: Path, preset: DataPreset) -> ClassificationData:
         """As in `Task`; the number of examples is whatever the files hold."""
         return read_listops(directory, preset.max_length, preset=preset.name, title=preset.title, is_lra=preset.is_lra)
 

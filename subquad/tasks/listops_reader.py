@@ -1,4 +1,4 @@
-"""Finds ListOps files in the layouts in which they go around and turns them into `TaskData`.
+"""Finds ListOps files in the layouts in which they go around and turns them into `ClassificationData`.
 
 The parsed tokens are kept beside the files in `listops-tokens.npz`, a tenth of their size. That copy is used only while
 the files have the size and modification time they had when it was made, and is made anew when it is damaged; a folder
@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from subquad.tasks.base import Split, TaskData, hash_splits
+from subquad.tasks.base import hash_splits
+from subquad.tasks.kinds import ClassificationData
 from subquad.tasks.listops_expression import NUM_LABELS, PAD_TOKEN_ID, VOCAB_SIZE
 from subquad.tasks.listops_tsv import FILE_NAMES, read_tsv
+from subquad.tasks.splits import LabelledSplit, Ragged
 
 CACHE_NAME = "listops-tokens.npz"
 _CACHE_VERSION = 1
@@ -52,7 +54,7 @@ def read_listops(
     preset: str = "release",
     title: str = "ListOps (Long Range Arena)",
     is_lra: bool = True,
-) -> TaskData:
+) -> ClassificationData:
     """Read the files at or below `directory`, generated here or released with Long Range Arena.
 
     Args:
@@ -74,7 +76,7 @@ def read_listops(
         _write_cache(folder, before, splits)
     for split, name in FILE_NAMES.items():
         _check_lengths(folder / name, splits[split].lengths, max_length)
-    return TaskData(
+    return ClassificationData(
         name="listops",
         preset=preset,
         title=title,
@@ -83,6 +85,7 @@ def read_listops(
         pad_token_id=PAD_TOKEN_ID,
         num_labels=NUM_LABELS,
         max_length=max_length,
+        metric="accuracy",
         data_hash=hash_splits(splits["train"], splits["validation"], splits["test"]),
         **splits,
     )
@@ -103,24 +106,27 @@ def _fingerprint(folder: Path) -> str:
     return json.dumps({"version": _CACHE_VERSION, "files": files}, sort_keys=True)
 
 
-def _read_cache(folder: Path) -> dict[str, Split] | None:
+def _read_cache(folder: Path) -> dict[str, LabelledSplit] | None:
     """The splits as parsed before, or None if that was never done, is out of date, or is damaged."""
     try:
         with (folder / CACHE_NAME).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["fingerprint"]) != _fingerprint(folder):
                 return None
             return {
-                split: Split(arrays[f"{split}_tokens"], arrays[f"{split}_offsets"], arrays[f"{split}_labels"])
+                split: LabelledSplit(
+                    Ragged(arrays[f"{split}_tokens"], arrays[f"{split}_offsets"]), arrays[f"{split}_labels"]
+                )
                 for split in FILE_NAMES
             }
     except _DAMAGED:
         return None
 
 
-def _write_cache(folder: Path, fingerprint: str, splits: dict[str, Split]) -> None:
+def _write_cache(folder: Path, fingerprint: str, splits: dict[str, LabelledSplit]) -> None:
     arrays = {"fingerprint": np.array(fingerprint)}
     for name, split in splits.items():
-        arrays |= {f"{name}_tokens": split.tokens, f"{name}_offsets": split.offsets, f"{name}_labels": split.labels}
+        offsets, labels, tokens = split.arrays()
+        arrays |= {f"{name}_tokens": tokens, f"{name}_offsets": offsets, f"{name}_labels": labels}
     partial = folder / f".{CACHE_NAME}-{os.getpid()}"
     # Only speed is lost if the folder is read-only or full: the next call parses again.
     with contextlib.suppress(OSError):

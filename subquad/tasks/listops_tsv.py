@@ -13,8 +13,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from subquad.tasks.base import Split
 from subquad.tasks.listops_expression import MAX, MED, MIN, SM, UNKNOWN_TOKEN_ID, tokenize
+from subquad.tasks.splits import LabelledSplit, Ragged
 
 FILE_NAMES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
 HEADER = b"Source\tTarget"
@@ -37,7 +37,7 @@ _CLASSES = _byte_classes()
 _PAIRS = {"parentheses": b"()", "brackets": b"[]"}
 
 
-def read_tsv(path: Path) -> Split:
+def read_tsv(path: Path) -> LabelledSplit:
     """All examples of one file, tokens uint8.
 
     Raises:
@@ -56,7 +56,7 @@ def read_tsv(path: Path) -> Split:
     if not blocks:
         raise ValueError(f"{path} has a header but no examples: expected lines like {_EXAMPLE}")
     tokens, lengths, labels = (np.concatenate(part) for part in zip(*blocks, strict=True))
-    return Split(tokens, np.concatenate([[0], np.cumsum(lengths)]), labels)
+    return LabelledSplit(Ragged.from_lengths(tokens, lengths), labels)
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:

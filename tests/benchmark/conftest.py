@@ -10,8 +10,8 @@ from stand_ins import OWN, InProcess, MakePlan, Recorder
 from subquad.benchmark.mixers import parse_mixer
 from subquad.benchmark.plan import RunPlan
 from subquad.benchmark.worker import Worker
-from subquad.tasks.base import TaskData
-from subquad.tasks.registry import load_task
+from subquad.tasks.kinds import ClassificationData
+from subquad.tasks.listops import ListopsTask
 from subquad.training.presets import Preset, load_preset
 
 
@@ -36,16 +36,17 @@ def data_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tiny: Preset, data_directory: Path) -> TaskData:
-    return load_task("listops").prepare(data_directory, tiny.data)
+def tiny_data(tiny: Preset, data_directory: Path) -> ClassificationData:
+    return ListopsTask().prepare(data_directory, tiny.data)
 
 
 @pytest.fixture
-def plan(tiny: Preset, tiny_data: TaskData, data_directory: Path, tmp_path: Path) -> MakePlan:
+def plan(tiny: Preset, tiny_data: ClassificationData, data_directory: Path, tmp_path: Path) -> MakePlan:
     """A run of a mixer, of the user's own where its name begins with a capital."""
 
     def make(text: str, preset: Preset = tiny, seed: int = 0) -> RunPlan:
         named = f"{OWN}:{text}" if text[0].isupper() else text
-        return RunPlan(preset, parse_mixer(named), seed, data_directory, True, tmp_path / "checkpoints")
+        mixer, checkpoints = parse_mixer(named), tmp_path / "checkpoints"
+        return RunPlan(preset, tiny_data.objective, mixer, seed, data_directory, True, checkpoints)
 
     return make

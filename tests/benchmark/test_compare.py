@@ -17,7 +17,7 @@ from subquad.benchmark.mixers import parse_mixer
 from subquad.benchmark.probes import run_probes
 from subquad.records.schema import RunRecord, Status
 from subquad.records.store import Records, read_all, read_mechanisms
-from subquad.tasks.base import TaskData
+from subquad.tasks.kinds import ClassificationData
 from subquad.training.presets import Preset
 
 Compare = Callable[..., Records]
@@ -41,7 +41,7 @@ def request_of(tiny: Preset, data_directory: Path, tmp_path: Path) -> Callable[.
 
 
 @pytest.fixture
-def run(request_of: Callable[..., Request], tiny_data: TaskData, observer: Recorder) -> Compare:
+def run(request_of: Callable[..., Request], tiny_data: ClassificationData, observer: Recorder) -> Compare:
     def make(*mixers: str, **options: object) -> Records:
         request = request_of(*mixers, **options)
         compare(request, tiny_data, observer)
@@ -148,7 +148,7 @@ def test_a_mechanism_that_fails_to_build_is_a_failed_row(run: Compare) -> None:
 
 
 def test_a_preset_that_even_dense_attention_refuses_is_an_error(
-    request_of: Callable[..., Request], tiny: Preset, tiny_data: TaskData
+    request_of: Callable[..., Request], tiny: Preset, tiny_data: ClassificationData
 ) -> None:
     odd = replace(tiny, model=replace(tiny.model, hidden_size=6, num_attention_heads=2, positions="rotary"))
     with pytest.raises(ValueError, match=r"tiny\.toml: even dense attention can't be built"):
@@ -190,7 +190,7 @@ def test_a_sound_mechanism_of_the_users_own_is_compared(run: Compare) -> None:
 def test_a_mechanism_that_fits_no_profile_is_trained_all_the_same(
     run: Compare, observer: Recorder, tiny: Preset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refusing(config: object, settings: object) -> None:
+    def refusing(config: object, settings: object, *, causal: bool) -> None:
         if type(config).__name__ == "LinearConfig":
             raise ValueError("too short")
 
@@ -202,7 +202,7 @@ def test_a_mechanism_that_fits_no_profile_is_trained_all_the_same(
 
 
 def test_one_run_is_trained_without_a_profile(
-    request_of: Callable[..., Request], tiny_data: TaskData, observer: Recorder
+    request_of: Callable[..., Request], tiny_data: ClassificationData, observer: Recorder
 ) -> None:
     request = replace(request_of("linear"), mixers=(parse_mixer("linear"),))
     (path,) = train(request, tiny_data, observer)
@@ -219,7 +219,7 @@ def test_a_damaged_record_is_named(run: Compare, tmp_path: Path) -> None:
 
 
 def test_planned_runs_know_their_size_and_whether_they_are_done(
-    run: Compare, request_of: Callable[..., Request], tiny_data: TaskData
+    run: Compare, request_of: Callable[..., Request], tiny_data: ClassificationData
 ) -> None:
     run()
     done, due, refused = plan_runs(request_of("linear", "ShortConfig"), tiny_data)

@@ -10,11 +10,11 @@ from subquad.benchmark.mixers import NamedMixer
 from subquad.benchmark.plan import build_model, sketch, task_info
 from subquad.mechanisms.full import FullConfig
 from subquad.records.schema import Status
-from subquad.tasks.base import TaskData
+from subquad.tasks.kinds import ClassificationData
 
 
 def test_a_mechanism_that_is_only_causal_classifies_causally_with_mean_pooling(
-    plan: MakePlan, tiny_data: TaskData
+    plan: MakePlan, tiny_data: ClassificationData
 ) -> None:
     settings = plan("CausalConfig").model_settings()
     assert (settings["causal"], settings["pooling"]) == (True, "mean")
@@ -33,7 +33,9 @@ def test_a_block_mixer_has_no_feedforward(plan: MakePlan) -> None:
     assert "feedforward" not in plan("full").model_settings()
 
 
-def test_the_sketch_has_the_size_of_the_model_and_allocates_nothing(plan: MakePlan, tiny_data: TaskData) -> None:
+def test_the_sketch_has_the_size_of_the_model_and_allocates_nothing(
+    plan: MakePlan, tiny_data: ClassificationData
+) -> None:
     found = sketch(plan("linear"), tiny_data)
     model = build_model(plan("linear"), tiny_data)
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -51,14 +53,14 @@ def test_the_sketch_has_the_size_of_the_model_and_allocates_nothing(plan: MakePl
     ],
 )
 def test_what_can_not_be_built_says_why(
-    plan: MakePlan, tiny_data: TaskData, mixer: str, status: Status, obstacle: str
+    plan: MakePlan, tiny_data: ClassificationData, mixer: str, status: Status, obstacle: str
 ) -> None:
     found = sketch(plan(mixer), tiny_data)
     assert (found.parameters, found.cost, found.status) == (0, None, status)
     assert obstacle in found.obstacle
 
 
-def test_equal_seeds_build_equal_models(plan: MakePlan, tiny_data: TaskData) -> None:
+def test_equal_seeds_build_equal_models(plan: MakePlan, tiny_data: ClassificationData) -> None:
     weights = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -78,7 +80,7 @@ def test_the_command_makes_the_run_again(plan: MakePlan, tmp_path: Path) -> None
     assert shlex.split(theirs.command)[-2:] == ["--data", str(tmp_path / "my data")]
 
 
-def test_the_task_is_recorded_with_its_sizes(tiny_data: TaskData) -> None:
+def test_the_task_is_recorded_with_its_sizes(tiny_data: ClassificationData) -> None:
     info = task_info(tiny_data)
     assert (info.train_size, info.validation_size, info.test_size) == (200, 60, 60)
     assert (info.title, info.is_lra, info.max_length) == ("Tiny ListOps", False, 24)

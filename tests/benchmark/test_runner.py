@@ -8,11 +8,11 @@ import pytest
 from stand_ins import InProcess, MakePlan
 
 from subquad.benchmark.environment import this_environment
-from subquad.benchmark.runner import discard_checkpoints, execute, majority_record, not_trained_record
+from subquad.benchmark.runner import discard_checkpoints, execute, guess_record, not_trained_record
 from subquad.benchmark.worker import Worker, WorkerDiedError, WorkError
 from subquad.records.schema import Status
 from subquad.records.store import OutputError
-from subquad.tasks.base import TaskData
+from subquad.tasks.kinds import ClassificationData
 from subquad.training.presets import Preset
 
 
@@ -27,7 +27,7 @@ class Failing(Worker):
         raise self.error
 
 
-def test_a_finished_run_has_everything_in_its_record(plan: MakePlan, tiny_data: TaskData) -> None:
+def test_a_finished_run_has_everything_in_its_record(plan: MakePlan, tiny_data: ClassificationData) -> None:
     notes: list[str] = []
     record = execute(plan("full"), tiny_data, InProcess(), lambda done, total, note: notes.append(note))
     assert record.status is Status.OK
@@ -56,7 +56,7 @@ def test_a_finished_run_has_everything_in_its_record(plan: MakePlan, tiny_data: 
     ],
 )
 def test_a_run_that_goes_wrong_says_how(
-    plan: MakePlan, tiny_data: TaskData, mechanism: str, status: Status, message: str
+    plan: MakePlan, tiny_data: ClassificationData, mechanism: str, status: Status, message: str
 ) -> None:
     record = execute(plan(mechanism), tiny_data, InProcess(), None)
     assert record.status is status
@@ -66,7 +66,7 @@ def test_a_run_that_goes_wrong_says_how(
     assert record.parameters == record.parameters_of_dense
 
 
-def test_a_learning_rate_far_too_high_diverges(plan: MakePlan, tiny: Preset, tiny_data: TaskData) -> None:
+def test_a_learning_rate_far_too_high_diverges(plan: MakePlan, tiny: Preset, tiny_data: ClassificationData) -> None:
     wild = replace(tiny, training=replace(tiny.training, learning_rate=1e6))
     assert execute(plan("full", wild), tiny_data, InProcess(), None).status is Status.DIVERGED
 
@@ -80,13 +80,15 @@ def test_a_learning_rate_far_too_high_diverges(plan: MakePlan, tiny: Preset, tin
     ],
 )
 def test_a_killed_worker_is_a_record(
-    plan: MakePlan, tiny_data: TaskData, exit_code: int, status: Status, message: str
+    plan: MakePlan, tiny_data: ClassificationData, exit_code: int, status: Status, message: str
 ) -> None:
     record = execute(plan("full"), tiny_data, Failing(WorkerDiedError(exit_code)), None)
     assert (record.status, record.message) == (status, message)
 
 
-def test_a_full_disk_and_a_damaged_checkpoint_are_told_instead_of_recorded(plan: MakePlan, tiny_data: TaskData) -> None:
+def test_a_full_disk_and_a_damaged_checkpoint_are_told_instead_of_recorded(
+    plan: MakePlan, tiny_data: ClassificationData
+) -> None:
     full = WorkError("SafetensorError", "I/O error: No space left on device (os error 28)", "")
     with pytest.raises(OutputError, match=r"checkpoints: a checkpoint can't be written .* free some space"):
         execute(plan("full"), tiny_data, Failing(full), None)
@@ -94,17 +96,18 @@ def test_a_full_disk_and_a_damaged_checkpoint_are_told_instead_of_recorded(plan:
         execute(plan("full"), tiny_data, Failing(WorkError("CheckpointError", "it is damaged", "")), None)
 
 
-def test_the_majority_class_is_a_record(tiny: Preset, tiny_data: TaskData) -> None:
-    record = majority_record(tiny, tiny_data, this_environment())
-    label, accuracy = tiny_data.majority_class()
+def test_the_guess_without_a_model_is_a_record(tiny: Preset, tiny_data: ClassificationData) -> None:
+    record = guess_record(tiny, tiny_data, this_environment())
+    guess = tiny_data.guess()
     assert record.metric is not None
-    assert record.metric.best_validation.test == record.metric.last_step.test == accuracy
-    assert record.metric.best_validation.validation == (tiny_data.validation.labels == label).mean()
+    assert record.metric.best_validation.test == record.metric.last_step.test == guess.test
+    assert record.metric.best_validation.validation == guess.validation
+    assert (record.mixer_name, record.message) == ("majority_class", guess.answer)
     assert (record.parameters, record.steps) == (0, 0)
     assert record.command == f"subquad compare --task listops --preset {tiny.source}"
 
 
-def test_what_was_not_trained_has_a_reason_and_no_figures(plan: MakePlan, tiny_data: TaskData) -> None:
+def test_what_was_not_trained_has_a_reason_and_no_figures(plan: MakePlan, tiny_data: ClassificationData) -> None:
     record = not_trained_record(plan("ShortConfig"), tiny_data, Status.NOT_APPLICABLE, "short: at most 3 tokens")
     assert (record.status, record.message) == (Status.NOT_APPLICABLE, "short: at most 3 tokens")
     assert (record.parameters, record.cost, record.metric) == (0, None, None)

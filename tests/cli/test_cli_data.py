@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ def test_the_document_holds_the_facts_of_the_data(quick: Path, invoke: Invoke) -
     data = load_task("listops").read(quick, load_preset("listops", "quick").data)
     assert ran.exit_code == 0
     assert ran.document["data_hash"] == data.data_hash
-    assert ran.document["majority_class"] == dict(zip(("label", "test_share"), data.majority_class(), strict=True))
-    for name, split in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+    assert ran.document["guess"] == asdict(data.guess())
+    assert (ran.document["objective"], ran.document["num_labels"]) == ("classification", 10)
+    for name, split in data.splits.items():
         facts = ran.document["splits"][name]
         assert facts["examples"] == len(split) == sum(facts["labels"].values())
         assert (facts["shortest"], facts["longest"]) == (split.lengths.min(), split.lengths.max())
@@ -34,7 +36,7 @@ def test_the_table_is_on_standard_output_and_progress_on_standard_error(quick: P
     ran = invoke("data", "--directory", str(quick))
     assert "not Long Range Arena" in ran.out
     assert str(quick) in ran.out.replace("\n", "")
-    assert "always answering" in ran.out
+    assert "always answers" in ran.out
     assert ran.err.splitlines()[0] == "preparing listops, quick ..."
     assert ran.err.splitlines()[1].startswith("✓ preparing listops, quick")
     assert "22,000 examples" in ran.err

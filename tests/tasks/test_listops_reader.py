@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subquad.tasks import listops_reader, listops_tsv
-from subquad.tasks.base import Split
 from subquad.tasks.listops import read_listops, tokenize
 from subquad.tasks.listops_reader import CACHE_NAME, find_listops
 from subquad.tasks.listops_tsv import FILE_NAMES, read_tsv
+from subquad.tasks.splits import LabelledSplit
 
 HEADER = b"Source\tTarget\r\n"
 GOOD = b"( ( ( [MAX 2 ) 9 ) ] )\t9\r\n"
@@ -24,7 +24,7 @@ def write_files(folder: Path, body: bytes = GOOD + LONGER) -> Path:
     return folder
 
 
-def read(tmp_path: Path, content: bytes) -> Split:
+def read(tmp_path: Path, content: bytes) -> LabelledSplit:
     path = tmp_path / "basic_train.tsv"
     path.write_bytes(content)
     return read_tsv(path)
@@ -32,13 +32,12 @@ def read(tmp_path: Path, content: bytes) -> Split:
 
 def test_tokens_and_labels_are_those_of_the_file(tmp_path: Path):
     data = read_listops(write_files(tmp_path))
-    tokens, label = data.train[1]
-    assert tokens.tolist() == [12, 3, 13, 5, 8, 10, 15, 4, 15]
-    assert label == 7
+    assert data.train.inputs[1].tolist() == [12, 3, 13, 5, 8, 10, 15, 4, 15]
+    assert data.train.labels[1] == 7
     assert [len(split) for split in (data.train, data.validation, data.test)] == [2, 2, 2]
     assert data.train.lengths.tolist() == [4, 9]
     assert (data.vocab_size, data.pad_token_id, data.num_labels, data.max_length) == (17, 0, 10, 2000)
-    assert (data.train.tokens.dtype, data.train.labels.dtype, data.train.offsets.dtype) == (
+    assert (data.train.inputs.values.dtype, data.train.labels.dtype, data.train.inputs.offsets.dtype) == (
         np.uint8,
         np.int64,
         np.int64,
@@ -164,20 +163,20 @@ def test_whole_files_are_read_as_line_by_line(tmp_path_factory: pytest.TempPathF
     path.write_bytes(HEADER + GOOD + "".join(f"{text}\t3\n" for text in texts).encode())
     split = read_tsv(path)
     for index, text in enumerate(texts, start=1):
-        assert split[index][0].tolist() == tokenize(text).tolist()
+        assert split.inputs[index].tolist() == tokenize(text).tolist()
 
 
 def test_symbols_outside_the_vocabulary_are_unknown(tmp_path: Path):
     split = read(tmp_path, HEADER + GOOD + b"( [FIRST 3 12 X ] )\t3\n")
-    assert split[0][0].tolist() == [12, 3, 10, 15]
-    assert split[1][0].tolist() == [16, 4, 16, 16, 15]
+    assert split.inputs[0].tolist() == [12, 3, 10, 15]
+    assert split.inputs[1].tolist() == [16, 4, 16, 16, 15]
 
 
 @pytest.mark.parametrize(
     "text", ["[SM 12 3 ]", "[SM 1()2 3 ]", "[SM 1 2]", "[SMX 1 2 ]", "[MINX 1 ]", "[SM] 1", "M [SM 1 ]"]
 )
 def test_symbols_run_together_are_one_unknown_symbol(tmp_path: Path, text: str):
-    tokens, _ = read(tmp_path, HEADER + text.encode() + b"\t3\n")[0]
+    tokens = read(tmp_path, HEADER + text.encode() + b"\t3\n").inputs[0]
     assert tokens.tolist() == tokenize(text).tolist()
     assert 16 in tokens
 
@@ -194,7 +193,7 @@ def test_an_expression_longer_than_the_model_takes_is_an_error(tmp_path: Path):
 def count_parses(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     parsed: list[Path] = []
 
-    def counting(path: Path) -> Split:
+    def counting(path: Path) -> LabelledSplit:
         parsed.append(path)
         return read_tsv(path)
 
@@ -208,7 +207,7 @@ def test_files_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first, second = read_listops(tmp_path), read_listops(tmp_path)
     assert len(parsed) == 3
     assert first.data_hash == second.data_hash
-    assert second.train[1][0].tolist() == first.train[1][0].tolist()
+    assert second.train.inputs[1].tolist() == first.train.inputs[1].tolist()
 
 
 def test_changed_files_are_parsed_again(tmp_path: Path):
@@ -217,7 +216,7 @@ def test_changed_files_are_parsed_again(tmp_path: Path):
     path = write_files(tmp_path, GOOD + LONGER.replace(b"3 ) ] )", b"4 ) ] )")) / "basic_train.tsv"
     os.utime(path, ns=(0, 0))
     after = read_listops(tmp_path)
-    assert after.train[1][0].tolist() == [12, 3, 13, 5, 8, 10, 15, 5, 15]
+    assert after.train.inputs[1].tolist() == [12, 3, 13, 5, 8, 10, 15, 5, 15]
     assert after.data_hash != before.data_hash
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from subquad.tasks.base import TaskData
-from subquad.tasks.registry import load_task
+from subquad.tasks.kinds import ClassificationData
+from subquad.tasks.listops import ListopsTask
 from subquad.training.presets import Preset, load_preset
 
 
@@ -15,5 +15,5 @@ def tiny() -> Preset:
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tiny: Preset, tmp_path_factory: pytest.TempPathFactory) -> TaskData:
-    return load_task("listops").prepare(tmp_path_factory.mktemp("listops"), tiny.data)
+def tiny_data(tiny: Preset, tmp_path_factory: pytest.TempPathFactory) -> ClassificationData:
+    return ListopsTask().prepare(tmp_path_factory.mktemp("listops"), tiny.data)
