@@ -3,6 +3,7 @@
 from subquad.mechanisms import aft as aft
 from subquad.mechanisms import bigbird as bigbird
 from subquad.mechanisms import combiner as combiner
+from subquad.mechanisms import compressive as compressive
 from subquad.mechanisms import cosformer as cosformer
 from subquad.mechanisms import delta as delta
 from subquad.mechanisms import full as full

@@ -138,7 +138,7 @@ class Slice(NamedTuple):
     own: Tensor | None
 
 
-def _slices(q: Tensor, k: Tensor, count: int, reach: Reach) -> Iterator[Slice]:
+def slices(q: Tensor, k: Tensor, count: int, reach: Reach) -> Iterator[Slice]:
     """All slices; `count` is the number of distances with an r of their own."""
     batch, num_heads, length, _ = q.shape
     before, device = k.shape[2] - length, q.device
@@ -157,11 +157,11 @@ def _slices(q: Tensor, k: Tensor, count: int, reach: Reach) -> Iterator[Slice]:
 
 def attend_slice(q: Tensor, k: Tensor, v: Tensor, distances: Distances, part: Slice) -> tuple[Tensor, Tensor]:
     """What the queries of a slice read, (B, H, rows, E), and the log-sum-exp of their scores, (B, H, rows)."""
-    scores = _slice_scores(q, k, distances, part)
+    scores = slice_scores(q, k, distances, part)
     return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)
 
 
-def _slice_scores(q: Tensor, k: Tensor, distances: Distances, part: Slice) -> Tensor:
+def slice_scores(q: Tensor, k: Tensor, distances: Distances, part: Slice) -> Tensor:
     """Scores of the queries q (B, H, rows, E) and the keys k (B, H, columns, E) of a slice, -inf where hidden."""
     position = (q + distances.position_bias[:, None]) @ distances.vectors[:, part.indices].mT
     content = (q + distances.content_bias[:, None]) @ k.mT
@@ -197,7 +197,7 @@ class _MemoryAttention(torch.autograd.Function):
         distances = Distances(*(tensor.to(wide) for tensor in (vectors, content_bias, position_bias)))
         wide_k, wide_v = k.to(wide), v.to(wide)
         with full_precision(q.device):
-            for part in _slices(q, k, vectors.shape[1], reach):
+            for part in slices(q, k, vectors.shape[1], reach):
                 part_k, part_v = wide_k[:, :, part.columns], wide_v[:, :, part.columns]
                 result = attend_slice(q[:, :, part.rows].to(wide), part_k, part_v, distances, part)
                 out[:, :, part.rows], lse[:, :, part.rows] = result[0].to(q.dtype), result[1]
@@ -217,9 +217,9 @@ class _MemoryAttention(torch.autograd.Function):
         grads = [torch.zeros_like(tensor) for tensor in (wide_q, wide_k, wide_v, *distances)]
         past = [torch.zeros_like(tensor) for tensor in (wide_k, wide_v)] if ctx.apart else None
         with full_precision(q.device):
-            for part in _slices(q, k, of_distances[0].shape[1], ctx.reach):
+            for part in slices(q, k, of_distances[0].shape[1], ctx.reach):
                 part_q, part_k = wide_q[:, :, part.rows], wide_k[:, :, part.columns]
-                weights = _slice_scores(part_q, part_k, distances, part).sub_(lse[:, :, part.rows, None]).exp_()
+                weights = slice_scores(part_q, part_k, distances, part).sub_(lse[:, :, part.rows, None]).exp_()
                 upstream = grad[:, :, part.rows].to(wide)
                 change = upstream @ wide_v[:, :, part.columns].mT
                 common = grad_lse[:, :, part.rows] - (upstream * out[:, :, part.rows]).sum(dim=-1)

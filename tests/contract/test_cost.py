@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from cases import WIDE_HEADS, form_of, forms, small_config
-from meter import counted_flops, saved_bytes
+from meter import counted_flops, differentiated, saved_bytes
 from torch import Tensor
 
 from subquad import Mask
@@ -61,7 +61,7 @@ def test_activation_bytes_are_those_that_autograd_saves(
 ) -> None:
     mixer, inputs, mask = mixer_and_inputs(name, dims, length, dtype)
     context_bytes = 0 if inputs[1] is None else inputs[1].nbytes  # kept too, as x is, and priced with the encoder
-    saved = saved_bytes(mixer, lambda: mixer(*inputs, mask=mask).y)
+    saved = saved_bytes(mixer, lambda: differentiated(mixer(*inputs, mask=mask)))
     assert price(name, dims, length, dtype_bytes).activation_bytes == saved - context_bytes
 
 
@@ -69,7 +69,7 @@ def test_activation_bytes_are_those_that_autograd_saves(
 def test_activation_bytes_hold_in_bfloat16_within_two_percent(name: str, dims: Dims) -> None:
     mixer, inputs, mask = mixer_and_inputs(name, dims, 64, torch.bfloat16)
     context_bytes = 0 if inputs[1] is None else inputs[1].nbytes
-    saved = saved_bytes(mixer, lambda: mixer(*inputs, mask=mask).y)
+    saved = saved_bytes(mixer, lambda: differentiated(mixer(*inputs, mask=mask)))
     assert price(name, dims, 64, 2).activation_bytes == pytest.approx(saved - context_bytes, rel=0.02)
 
 
