@@ -23,6 +23,7 @@ from subquad.mechanisms import reformer as reformer
 from subquad.mechanisms import retention as retention
 from subquad.mechanisms import routing as routing
 from subquad.mechanisms import sinkhorn as sinkhorn
+from subquad.mechanisms import sparse_mlp as sparse_mlp
 from subquad.mechanisms import sparse_transformer as sparse_transformer
 from subquad.mechanisms import star as star
 from subquad.mechanisms import streaming as streaming

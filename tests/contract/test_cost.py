@@ -98,8 +98,8 @@ def test_growth_with_the_length_is_as_the_docstring_says(name: str, dims: Dims) 
     documented = re.search(r"Cost O\(([^)]*)\)", importlib.import_module(MIXERS.lookup(name).__module__).__doc__ or "")
     assert documented is not None
     power = 2 if "L²" in documented[1] else 1
-    dims, length = replace(dims, max_length=2**21), 2**20
-    once, twice = price(name, dims, length), price(name, dims, 2 * length)
+    length = 2**20
+    once, twice = (price(name, replace(dims, max_length=longest), longest) for longest in (length, 2 * length))
     growth, logarithm = math.log2(twice.flops / once.flops), math.log2(21 / 20)  # log 2L / log L at L = 2**20
     if "log L" in documented[1]:
         assert power + 0.01 < growth < power + logarithm

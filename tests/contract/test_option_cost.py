@@ -113,6 +113,16 @@ CONFIGS = [
     ),
     mixer_config("mlp_mixer", token_hidden_dim=5, hidden_dim=7),
     *(
+        mixer_config("sparse_mlp", represent=represent, token_experts=3, experts=4, token_top_k=top_k, **options)
+        for represent in ("tokens", "block", "none")
+        for top_k, options in (
+            (1, {}),
+            (2, {"noise": False, "hidden_dim": 7, "represented_length": 11}),
+            (3, {"balance_weight": 0.0, "token_hidden_dim": 5, "represented_dim": 9, "top_k": 1}),
+            (1, {"group": "sequence", "capacity_factor": 50.0}),
+        )
+    ),
+    *(
         mixer_config("r_transformer", cell=cell, window=window, local_layers=layers, hidden_dim=7)
         for cell, window, layers in (("rnn", 1, 2), ("lstm", 4, 2), ("gru", 40, 1), ("gru", 7, 0))
     ),
