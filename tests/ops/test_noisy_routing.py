@@ -21,7 +21,7 @@ def test_it_equals_the_definition(
     groups: int, items: int, experts: int, share: float | None, same: bool, data: st.DataObject
 ) -> None:
     logits = torch.randn(groups, items, experts, dtype=torch.float64, requires_grad=True)
-    noisy = logits if same else torch.randn_like(logits).requires_grad_()
+    noisy = logits if same else (logits + torch.randn_like(logits)).detach().requires_grad_()
     valid = None if share is None else torch.rand(groups, items) < share
     top_k, leaves = data.draw(st.integers(1, experts)), [logits] if same else [logits, noisy]
     found, expected = (
