@@ -105,7 +105,7 @@ def most_used(given: Scored, layout: Layout, usage: Tensor) -> tuple[Tensor, Ten
     room = given.k.new_zeros(*given.k.shape[:2], layout.made, given.k.shape[3])
     row_k = torch.cat((given.row_k, room), dim=2)
     with full_precision(usage.device):
-        for wave in range(max(len(example.segments) for example in examples)):
+        for wave in range(max((len(example.segments) for example in examples), default=0)):
             active = [(b, example) for b, example in enumerate(examples) if wave < len(example.segments)]
             _add_wave(received, given._replace(row_k=row_k), layout, active, wave)
             for b, example in active:

@@ -305,6 +305,30 @@ def test_the_state_keeps_its_size_and_its_rows_can_be_chosen(compression: str, s
     torch.testing.assert_close(mixer(x[beams, 10:], state=state.index_select(beams)).y, expected[beams])
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_an_empty_batch_has_an_empty_stream(compression: str) -> None:
+    mixer = compressive(compression=compression, dilations=(1,), rate=2, memory_length=3, segment_length=4)
+    y, state, _ = streamed(mixer, torch.zeros(0, 13, 4, dtype=torch.float64), [6, 7])
+    assert y.shape == (0, 13, 4)
+    assert state.compressed.shape == (0, 512, 4)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_narrow_numbers_and_autocast_stay_close(compression: str) -> None:
+    mixer = compressive(compression=compression, dilations=(1,), rate=2, memory_length=3, segment_length=4).float()
+    x = torch.randn(2, 21, 4)
+    exact = mixer(x).y.detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state, loss = mixer(x, state=mixer.init_state(2))
+    assert state.compressed.dtype == torch.float32
+    assert (y.detach() - exact).norm() < 0.03 * exact.norm()
+    (y.sum() if loss is None else y.sum() + loss).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in mixer.parameters() if p.grad is not None)
+    y = mixer.bfloat16()(x.bfloat16()).y
+    assert y.dtype == torch.bfloat16
+    assert (y.detach().float() - exact).norm() < 0.03 * exact.norm()
+
+
 def test_no_graph_grows_from_segment_to_segment() -> None:
     mixer = compressive(rate=2, memory_length=3, segment_length=4)
     state = streamed(mixer, stream_of(12), [12])[1]
