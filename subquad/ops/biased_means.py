@@ -10,7 +10,7 @@ sees: where a row of the product of both stabilised factors would be lost, that 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,13 @@ def _gated_mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q.to(wide).sigmoid() * (k.to(wide).softmax(dim=2) * v.to(wide)).sum(dim=2, keepdim=True)).to(q.dtype)
 
 
+class _Parts(NamedTuple):
+    """What the backward pass goes on with: the far means of strips, which are few, and which strips were products."""
+
+    far: Far
+    factored: list[bool]
+
+
 class _BiasedMeans(Function):
     """Keeps q, k, v, the means before the gate and the logarithms of their weights."""
 
@@ -78,7 +85,7 @@ class _BiasedMeans(Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         wide_bias = None if bias is None else bias.of(*(tensor.to(wide) for tensor in tensors))
         with full_precision(q.device):
-            means, ctx.factored = _means(k.to(wide), v.to(wide), wide_bias, reach, q.shape[2])
+            means, ctx.parts = _means(k.to(wide), v.to(wide), wide_bias, reach, q.shape[2])
         ctx.bias, ctx.reach = None if bias is None else bias.of(*(tensor.new_empty(0) for tensor in tensors)), reach
         ctx.save_for_backward(q, k, v, means.total, means.mean, *tensors)
         return (q.to(wide).sigmoid() * means.mean).to(q.dtype)
@@ -97,7 +104,7 @@ class _BiasedMeans(Function):
         of_q = torch.addcmul(of_weights, of_weights, gate, value=-1)
         wanted = _of_real_queries(Wanted(Means(total, mean), of_mean, of_weights.sum_to_size(total.shape)), k)
         with full_precision(q.device):
-            of_k, of_v, *of_bias = _gradients(k.to(wide), v.to(wide), bias, ctx.reach, wanted, ctx.factored)
+            of_k, of_v, *of_bias = _gradients(k.to(wide), v.to(wide), bias, ctx.reach, wanted, ctx.parts)
         of_tensors = (found.to(tensor.dtype) for found, tensor in zip(of_bias, tensors, strict=True))
         return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), None, None, *of_tensors
 
@@ -111,11 +118,11 @@ def _of_real_queries(wanted: Wanted, k: Tensor) -> Wanted:
     return Wanted(wanted.result, grad, of_weights)
 
 
-def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length: int) -> tuple[Means, list[bool]]:
-    """Means for all queries, and which strips were products."""
+def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length: int) -> tuple[Means, _Parts | None]:
+    """Means for all queries, and what they are made of if not running means."""
     if bias is None:
         start = k.shape[2] - length
-        return Means(*(x[:, :, start:] for x in running_means(k, v))), []
+        return Means(*(x[:, :, start:] for x in running_means(k, v))), None
     tokens, all_strips, factored = Tokens(k, v, bias), strips(length, k.shape[2], reach), []
     result = Means(k.new_empty((*k.shape[:2], length, k.shape[3])), v.new_empty((*v.shape[:2], length, v.shape[3])))
     far = Far.of(k, v, all_strips)
@@ -125,26 +132,26 @@ def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length
             result.total[:, :, all_strips[i].queries] = part.total
             result.mean[:, :, all_strips[i].queries] = part.mean
             factored.append(product)
-    return result, factored
+    return result, _Parts(far, factored)
 
 
 def _gradients(
-    k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, wanted: Wanted, factored: list[bool]
+    k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, wanted: Wanted, parts: _Parts | None
 ) -> tuple[Tensor, ...]:
     """Gradients of k, v and what the bias is made of.
 
     With total_i, the weight of a pair is exp(k_j + w_ij - total_i), whatever part of the sums it was in.
     """
-    if bias is None:
+    if bias is None or parts is None:
         return running_gradients(k, v, wanted.result.total, wanted.grad, wanted.of_weights)
     tokens, all_strips = Tokens(k, v, bias), strips(wanted.grad.shape[2], k.shape[2], reach)
     of_k, of_v, of_bias = torch.zeros_like(k), torch.zeros_like(v), tuple(map(torch.zeros_like, bias.tensors))
-    far, of_far = Far.of(k, v, all_strips), []
+    far, of_far = parts.far, []
     for columns in weighted_columns(k, v, all_strips):
         of_weighted = torch.zeros_like(columns.weighted)
         for i in columns.strips:
             strip, seen, own = all_strips[i], far.seen(i), wanted.of(all_strips[i].queries)
-            if factored[i]:
+            if parts.factored[i]:
                 of_scores, found = add_strip_gradients_(of_weighted, tokens, strip, columns, seen, own)
             else:
                 more_k, more_v, of_scores, found = pair_gradients(tokens, strip, seen, own)

@@ -5,7 +5,8 @@ Strips follow each other, so that each of these means is that of the neighbourin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -65,15 +66,15 @@ def joined_means(k: Tensor, v: Tensor, blocks: Sequence[slice]) -> list[Means | 
     Returns:
         Means (B, G, 1, ·).
     """
-    found: list[Means | None] = []
-    last = None
-    for block in blocks:
-        if block.start < block.stop:
-            log_weights, values = _joined(k, v, block, last)
-            total = log_weights.logsumexp(dim=2, keepdim=True)
-            last = Means(total, ((log_weights - total).exp_() * values).sum(dim=2, keepdim=True))
-        found.append(last)
-    return found
+    own: dict[int, Means] = {}
+    for run in _runs(blocks):
+        log_weights = run.of(k)
+        top = log_weights.amax(dim=3, keepdim=True)
+        weights = (log_weights - top).exp_()
+        weight = weights.sum(dim=3, keepdim=True)
+        total, mean = weight.log() + top, weights.mul(run.of(v)).sum(dim=3, keepdim=True) / weight
+        own |= {i: Means(total[:, :, place], mean[:, :, place]) for place, i in enumerate(run.blocks)}
+    return list(accumulate((own.get(i) for i in range(len(blocks))), _join))
 
 
 def add_joined_gradients_(
@@ -94,27 +95,67 @@ def add_joined_gradients_(
         means: the result of `joined_means`.
         of_means: gradients of totals and means, None where the mean is.
     """
-    carried = None
-    for i in reversed(range(len(blocks))):
-        mean, block, own = means[i], blocks[i], of_means[i]
+    told = _told_back(means, of_means)
+    for run in _runs(blocks):
+        mean, of_mean = run.stacked(means), run.stacked(told)
+        values = run.of(v)
+        shares = (run.of(k) - mean.total).exp_()
+        of_values = shares * of_mean.mean
+        of_weights = (of_values * (values - mean.mean)).sum_to_size(shares.shape).addcmul_(shares, of_mean.total)
+        gradients[0][:, :, run.columns] += of_weights.flatten(2, 3)
+        gradients[1][:, :, run.columns] += of_values.flatten(2, 3)
+
+
+class _Run(NamedTuple):
+    """Neighbouring blocks of one size, N of T columns.
+
+    Attributes:
+        blocks: their numbers.
+        columns: those of all of them.
+    """
+
+    blocks: list[int]
+    columns: slice
+
+    def of(self, x: Tensor) -> Tensor:
+        """The part of x (B, G, S, ·) as (B, G, N, T, ·)."""
+        return x[:, :, self.columns].unflatten(2, (len(self.blocks), -1))
+
+    def stacked(self, means: Sequence[Means | None]) -> Means:
+        """The means of all blocks, (B, G, N, 1, ·)."""
+        present = [mean for i in self.blocks if (mean := means[i]) is not None]
+        return Means(*(torch.stack(tensors, dim=2) for tensors in zip(*present, strict=True)))
+
+
+def _runs(blocks: Sequence[slice]) -> Iterator[_Run]:
+    """Blocks that aren't empty, as many together as are of one size; they stand in the order of their columns."""
+    places = sorted((block.start, block.stop, i) for i, block in enumerate(blocks) if block.start < block.stop)
+    for _, run in groupby(places, key=lambda place: place[1] - place[0]):
+        starts, stops, numbers = zip(*run, strict=True)
+        yield _Run(list(numbers), slice(starts[0], stops[-1]))
+
+
+def _told_back(means: Sequence[Means | None], of_means: Sequence[Means | None]) -> list[Means | None]:
+    """Gradients of the means with what each gets through the next ones, in which it is joined with a block."""
+    told, later = list(of_means), None
+    for i in reversed(range(len(means))):
+        mean, own = means[i], of_means[i]
         if mean is None or own is None:
             continue
-        carried = own if carried is None else Means(own.total + carried.total, own.mean + carried.mean)
-        if block.start == block.stop:
-            continue
-        last = means[i - 1] if i else None
-        log_weights, values = _joined(k, v, block, last)
-        shares = (log_weights - mean.total).exp_()
-        of_values = shares * carried.mean
-        of_weights = (of_values * (values - mean.mean)).sum_to_size(shares.shape).addcmul_(shares, carried.total)
-        begin = 0 if last is None else 1
-        gradients[0][:, :, block] += of_weights[:, :, begin:]
-        gradients[1][:, :, block] += of_values[:, :, begin:]
-        carried = None if last is None else Means(of_weights[:, :, :1], of_values[:, :, :1])
+        if later is not None:
+            joined, of_joined = later
+            share = (mean.total - joined.total).exp_()
+            of_mean = share * of_joined.mean
+            of_total = (of_mean * (mean.mean - joined.mean)).sum_to_size(share.shape)
+            own = Means(own.total + of_total.addcmul_(share, of_joined.total), own.mean + of_mean)
+        told[i], later = own, (mean, own)
+    return told
 
 
-def _joined(k: Tensor, v: Tensor, block: slice, last: Means | None) -> tuple[Tensor, Tensor]:
-    """Logarithms of weights and values of a block, behind the mean of what comes before it."""
-    if last is None:
-        return k[:, :, block], v[:, :, block]
-    return torch.cat((last.total, k[:, :, block]), dim=2), torch.cat((last.mean, v[:, :, block]), dim=2)
+def _join(first: Means | None, second: Means | None) -> Means | None:
+    """The mean of what two means are of."""
+    if first is None or second is None:
+        return first or second
+    total = torch.logaddexp(first.total, second.total)
+    share = (second.total - total).exp_()
+    return Means(total, torch.lerp(first.mean, second.mean, share.expand_as(first.mean)))

@@ -1,4 +1,4 @@
-"""Means over the columns of a strip pair by pair and channel by channel, where products of factors would lose digits."""
+"""Means over the columns of a strip pair by pair and channel by channel, where products would lose digits."""
 
 from __future__ import annotations
 

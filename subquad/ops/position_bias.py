@@ -66,7 +66,7 @@ class FactorisedBias:
         self, gradients: tuple[Tensor, ...], of_scores: Tensor, queries: slice, columns: slice, offset: int
     ) -> None:
         """Two products."""
-        found = of_scores.sum(dim=1)
+        found = of_scores[:, 0]
         gradients[0][:, queries] += found @ self.columns[:, columns]
         gradients[1][:, columns] += found.mT @ self.rows[:, queries]
 

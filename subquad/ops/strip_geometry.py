@@ -11,6 +11,9 @@ from torch import Tensor
 SHORTEST, LONGEST = 32, 256
 """Queries of a strip: as many as the bias reaches columns, within these bounds."""
 
+WHOLE = 16
+"""Columns of a strip are a multiple of this where there are enough, since products of odd widths are slower."""
+
 
 class Reach(NamedTuple):
     """How far the bias reaches, and what is seen.
@@ -31,7 +34,7 @@ class Strip(NamedTuple):
 
     Attributes:
         queries: which.
-        columns: those that one of the queries sees with a bias.
+        columns: those that one of the queries sees with a bias, and some more before them.
         offset: query i is column `offset` + i.
         reach: of the bias.
     """
@@ -56,7 +59,7 @@ class Strip(NamedTuple):
         return scores
 
     def hide_(self, scores: Tensor) -> Tensor:
-        """Scores (·, ·, R, W) with -inf for unseen pairs; in place. The last R columns of causal ones are the queries."""
+        """Scores (·, ·, R, W) with -inf for unseen pairs; in place. The last R columns are then the queries."""
         if self.reach.causal:
             rows = scores.shape[2]
             later = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
@@ -67,13 +70,15 @@ class Strip(NamedTuple):
 def strips(length: int, total: int, reach: Reach) -> list[Strip]:
     """The strips of `length` queries, the last of `total` columns."""
     left, right, _ = reach
-    width = total if left is None or right is None else left + right + 1
-    size, offset = min(LONGEST, max(SHORTEST, 1 << (width - 1).bit_length())), total - length
+    reached = total if left is None or right is None else left + right + 1
+    size, offset = min(LONGEST, max(SHORTEST, 1 << (reached - 1).bit_length())), total - length
     found: list[Strip] = []
+    begin = 0
     for first in range(0, length, size):
         last = min(first + size, length)
-        begin = 0 if left is None else max(0, offset + first - left)
         end = total if right is None else min(total, offset + last + right)
+        width = end if left is None else end - (offset + first - left)
+        begin = max(begin, end + -width // WHOLE * WHOLE)
         found.append(Strip(slice(first, last), slice(begin, end), offset, reach))
     return found
 

@@ -15,6 +15,9 @@ from subquad.ops.strip_geometry import Strip
 FARTHEST = 30.0
 """How far above the peak a k may be: its weight, e^30, is still far from the largest number."""
 
+SHARED = 4
+"""Widths of a strip that are weighted together, for narrow strips few enough to stay in the cache."""
+
 
 class Columns(NamedTuple):
     """The columns of some strips.
@@ -62,15 +65,23 @@ def weighted_columns(k: Tensor, v: Tensor, strips: Sequence[Strip]) -> Iterator[
     first = 0
     while first < len(strips):
         last = first + 1
-        while last < len(strips) and not bool((peaks[last] - peaks[first] > FARTHEST).any()):
+        while last < len(strips) and _go_together(strips, peaks, first, last):
             last += 1
         columns = slice(strips[first].columns.start, strips[last - 1].columns.stop)
-        weights = (k[:, :, columns] - peaks[first]).exp_()
-        weighted = v.new_empty((*v.shape[:2], weights.shape[2], v.shape[3] + k.shape[3]))
-        torch.mul(v[:, :, columns], weights, out=weighted[..., : v.shape[3]])
-        weighted[..., v.shape[3] :] = weights
+        weighted = v.new_empty((*v.shape[:2], columns.stop - columns.start, v.shape[3] + k.shape[3]))
+        values, weights = weighted.split((v.shape[3], k.shape[3]), dim=3)
+        torch.sub(k[:, :, columns], peaks[first], out=weights).exp_()
+        torch.mul(v[:, :, columns], weights, out=values)
         yield Columns(range(first, last), columns, peaks[first], weighted)
         first = last
+
+
+def _go_together(strips: Sequence[Strip], peaks: Sequence[Tensor], first: int, last: int) -> bool:
+    """Whether columns of a strip are weighted with those of an earlier one."""
+    widest = SHARED * (strips[first].columns.stop - strips[first].columns.start)
+    if strips[last].columns.stop - strips[first].columns.start > widest:
+        return False
+    return not bool((peaks[last] - peaks[first] > FARTHEST).any())
 
 
 def _peaks(k: Tensor, strips: Sequence[Strip]) -> list[Tensor]:
