@@ -98,6 +98,17 @@ def takes_products(tokens: Tokens, reach: Reach) -> bool:
     return strip_means(tokens, strip, columns, [])[1]
 
 
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_not_a_bit_of_a_running_mean_depends_on_later_tokens(scale: float) -> None:
+    k, v = scale * torch.randn(1, 1, 600, 8), torch.randn(1, 1, 600, 8)
+    before = running_means.running_means(k, v)
+    k[:, :, 321:] += 1e4
+    v[:, :, 321:] = torch.nan
+    after = running_means.running_means(k, v)
+    assert torch.equal(before.total[:, :, :321], after.total[:, :, :321])
+    assert torch.equal(before.mean[:, :, :321], after.mean[:, :, :321])
+
+
 def test_ordinary_keys_take_products_and_keys_far_apart_pairs() -> None:
     k, v = torch.randn(1, 1, 20, 3), torch.randn(1, 1, 20, 3)
     tokens = Tokens(k, v, FactorisedBias(torch.randn(1, 20, 2), torch.randn(1, 20, 2)))
