@@ -22,7 +22,7 @@ SCRIPTS = (
     "sampling",
     "attention_rows",
     "pattern_cases",
-    "pattern_scaling",
+    "scaling",
     "pattern_small",
     "pattern_attention",
     "mechanism_cases",
@@ -210,9 +210,9 @@ def test_methods_without_attention_are_held_against_dense_attention_or_their_pro
 
 def test_time_per_token_and_growth_of_memory_are_taken_between_lengths(scripts: SimpleNamespace) -> None:
     spread = scripts.sampling.Spread
-    point = scripts.pattern_scaling.Point
+    point = scripts.scaling.Point
     points = [point(100, spread(1.0, 1, 1), 30), point(200, spread(2.2, 2, 3), 60), point(800, spread(8.0, 8, 8), None)]
-    scaling = scripts.pattern_scaling.Scaling("window", points)
+    scaling = scripts.scaling.Scaling("window", points)
     assert scaling.spread == pytest.approx(0.1)
     assert [scaling.growth(index) for index in range(3)] == [None, 2.0, None]
 
