@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from attention_rows import BATCH, HEADS, WIDTH, Inputs, dense_causal, step
@@ -82,7 +82,7 @@ def products_step(products: list[Product]) -> Step:
 def aft(length: int, kind: Literal["full", "local", "simple"], *, causal: bool) -> Aft:
     """AFT; local reaches 128 tokens."""
     torch.manual_seed(0)
-    options = {"window": 128} if kind == "local" else {}
+    options: dict[str, Any] = {"window": 128} if kind == "local" else {}
     mixer = build_mixer(
         "aft", embed_dim=EMBED_DIM, num_heads=HEADS, causal=causal, max_length=length, kind=kind, **options
     )

@@ -97,7 +97,7 @@ def fading_sums_(levels: Tensor, *values: Tensor, backwards: bool = False) -> tu
             x[..., place, :].addcmul_(x[..., last, :], fading[..., last, :])
     if steps < length:
         _join_chunks_(levels, chunks, backwards=backwards)
-    return tuple(x.flatten(2, 3)[:, :, :length] for x in chunks)
+    return tuple(_in_sequence(x, length) for x in chunks)
 
 
 def _join_chunks_(levels: Tensor, chunks: list[Tensor], *, backwards: bool) -> None:
@@ -122,7 +122,7 @@ def _running_totals(log_weights: Tensor) -> Tensor:
     if steps < length:
         before = _running_totals(totals[..., -1, :])[:, :, :-1, None]
         torch.logaddexp(before, totals[:, :, 1:], out=totals[:, :, 1:])
-    return totals.flatten(2, 3)[:, :, :length]
+    return _in_sequence(totals, length)
 
 
 def _in_chunks(x: Tensor, steps: int, filling: float) -> Tensor:
@@ -130,6 +130,12 @@ def _in_chunks(x: Tensor, steps: int, filling: float) -> Tensor:
     missing = -x.shape[2] % steps
     padded = F.pad(x, (0, 0, 0, missing), value=filling) if missing else x
     return padded.contiguous().unflatten(2, (-1, steps))
+
+
+def _in_sequence(chunks: Tensor, length: int) -> Tensor:
+    """(B, G, N, T, ·) -> (B, G, L, ·), with no hidden rest where chunks were filled up."""
+    x = chunks.flatten(2, 3)
+    return x if x.shape[2] == length else x[:, :, :length].clone()
 
 
 def _reaching_back(x: Tensor, count: int) -> Tensor:
