@@ -4,7 +4,7 @@
 
 A mean and the logarithm of its weight are all that has to be known to go on. No weight is taken relative to a later
 one, so that a huge one changes nothing before it, not in the last bit. Given the totals, means and the gradients of
-values alike are sums whose terms fade as the total grows, at most by a factor of 0 and never beyond 1:
+values alike are sums whose terms fade as the total grows, by factors between 0 and 1:
 
     mean_t = Σ_{s<=t} exp(total_s - total_t) exp(a_s - total_s) x_s
     of_x_s = exp(a_s - total_s) Σ_{t>=s} exp(total_s - total_t) of_mean_t
