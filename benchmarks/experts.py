@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
-from subquad import expert_mixer
+from subquad import stacked_experts
 from subquad.benchmark.memory import saved_bytes
 from subquad.build import build_feedforward
 from subquad.cli.console import BAD, GOOD, plain_table
@@ -113,7 +113,7 @@ def step(layer: nn.Module, x: Tensor, upstream: Tensor) -> None:
 
 def routing_step(layer: ExpertMixer, x: Tensor, upstream: Tensor) -> None:
     """A step without the products of the experts."""
-    with patch.object(expert_mixer, "experts", permute):
+    with patch.object(stacked_experts, "experts", permute):
         step(layer, x, upstream)
 
 

@@ -168,3 +168,12 @@ CASES: dict[str, Method] = {
         Recurrence("gated-delta", fixed_decays, delta=True),
     )
 }
+
+LINEAR = ("linear", "linear-causal", "performer", "performer-causal", "linformer", "nystromformer", "reformer")
+LINEAR += ("retention", "gated-linear", "delta", "gated-delta")
+"""Rows whose price per token is the same at every length."""
+
+
+def find(name: str) -> Method:
+    """The row of a name."""
+    return CASES[name]

@@ -16,12 +16,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from attention_rows import measure_table
-from pattern_cases import CASES, check_against_definition
-from pattern_scaling import measure_scaling, print_scaling
+from pattern_cases import CASES, check_against_definition, find
 from pattern_small import measure_small, print_small
 from sampling import describe_machine, prepare_torch, result_console, sampling_options, write_figures
+from scaling import measure_scaling, print_scaling
 
 from subquad.cli.console import waiting
+
+MOST_SPREAD = 0.15
+"""How much more the dearest token of a window may cost than the cheapest, from 8,192 to 65,536 tokens."""
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -47,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case in cases:
             check_against_definition(case)
     if options.scaling:
-        report = measure_scaling(cases, options)
-        print_scaling(console, report)
+        report = measure_scaling([case.name for case in cases], find, options)
+        print_scaling(console, report, most_spread=MOST_SPREAD)
         figures: dict[str, object] = {"scaling": [asdict(case) for case in report]}
     elif options.small:
         points = measure_small(cases, options)

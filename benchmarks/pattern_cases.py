@@ -79,6 +79,11 @@ CASES = {
 }
 
 
+def find(name: str) -> Case:
+    """The row of a name."""
+    return CASES[name]
+
+
 def check_against_definition(case: Case) -> None:
     """The engine against the definition.
 

@@ -17,8 +17,8 @@ from subquad.costs import Cost
 from subquad.interface import ChannelMixer, FeedforwardConfig, Mixed
 from subquad.mask import Mask
 from subquad.ops.expert_routing import ExpertRows, balance_loss, expert_rows, router_probabilities, seats
-from subquad.ops.experts import ACTIVATIONS, ExpertWeights, experts
 from subquad.receipt import leave_receipt
+from subquad.stacked_experts import StackedExperts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,27 +100,30 @@ class ExpertMixerConfig(FeedforwardConfig):
 
 
 class ExpertMixer(ChannelMixer):
-    """Experts as stacked parameters, and a router in float32."""
+    """Stacked experts, and a router in float32."""
 
     def __init__(self, config: ExpertMixerConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
-        count, hidden = config.experts, config.width(embed_dim)
-        self.router = nn.Parameter(torch.empty(count, embed_dim))
-        self.expand = nn.Parameter(torch.empty(count, hidden, embed_dim))
-        self.expand_bias = nn.Parameter(torch.empty(count, hidden))
-        self.contract = nn.Parameter(torch.empty(count, embed_dim, hidden))
-        self.contract_bias = nn.Parameter(torch.empty(count, embed_dim))
+        self.router = nn.Parameter(torch.empty(config.experts, embed_dim))
+        self.experts = StackedExperts(
+            config.experts,
+            embed_dim,
+            config.width(embed_dim),
+            activation=config.activation,
+            dropout=config.dropout if config.expert_dropout is None else config.expert_dropout,
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.initialise()
 
     def initialise(self) -> None:
         """Weights from a normal distribution of variance s / fan-in, cut at two standard deviations; biases 0."""
-        for weight in (self.router, self.expand, self.contract):
-            deviation = (self.config.init_scale / weight.shape[-1]) ** 0.5
-            nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
-        for bias in (self.expand_bias, self.contract_bias):
-            nn.init.zeros_(bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+                continue
+            deviation = (self.config.init_scale / parameter.shape[-1]) ** 0.5
+            nn.init.trunc_normal_(parameter, std=deviation, a=-2 * deviation, b=2 * deviation)
 
     @abstractmethod
     def choose(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,10 +156,7 @@ class ExpertMixer(ChannelMixer):
         rows = expert_rows(chosen, self.config.experts, valid=valid, capacity=self._capacity(chosen, valid))
         if rows.dropped:
             self._note(rows)
-        weights = ExpertWeights(self.expand, self.expand_bias, self.contract, self.contract_bias)
-        y = experts(
-            x.flatten(0, 1), gates.flatten(0, 1), weights, rows, ACTIVATIONS[self.config.activation], self._dropout()
-        )
+        y = self.experts(x.flatten(0, 1), gates.flatten(0, 1), rows)
         loss = self.auxiliary_loss(logits, probabilities, chosen, valid) if self.training else None
         return Mixed(self.dropout(y.view_as(x)), None, None if loss is None else loss.float())
 
@@ -174,11 +174,6 @@ class ExpertMixer(ChannelMixer):
         tokens = chosen.new_full(chosen.shape[:1], chosen.shape[1]) if valid is None else valid.sum(dim=1)
         count, top_k = self.config.experts, self.config.choices
         return seats(tokens, experts=count, top_k=top_k, factor=factor, least=self.config.min_capacity)
-
-    def _dropout(self) -> float:
-        if not self.training:
-            return 0.0
-        return self.config.dropout if self.config.expert_dropout is None else self.config.expert_dropout
 
     def _note(self, rows: ExpertRows) -> None:
         leave_receipt(

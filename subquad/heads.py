@@ -16,7 +16,11 @@ from subquad.costs import Cost
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
 from subquad.mask import Mask, token_positions
 from subquad.ops.rotary import rotate
+from subquad.parting import Parting
 from subquad.state import State
+
+BY_HEADS = Parting(("project_query", "project_key", "project_value"), ("project_out",))
+"""The parting of a `HeadMixer` whose heads are all the same function of their own q, k and v."""
 
 
 class Heads(NamedTuple):
@@ -39,6 +43,20 @@ class Heads(NamedTuple):
     key_mask: Mask
 
 
+class Attended(NamedTuple):
+    """What `attend` returns where there is a loss of its own.
+
+    Attributes:
+        out: (B, H, L, E).
+        state: the new state, or None when none was given.
+        aux_loss: as in `Mixed`.
+    """
+
+    out: Tensor
+    state: State | None = None
+    aux_loss: Tensor | None = None
+
+
 class HeadMixer(TokenMixer):
     """Projects into heads, calls `attend`, projects back."""
 
@@ -53,7 +71,7 @@ class HeadMixer(TokenMixer):
             initialise_projection(projection)
 
     @abstractmethod
-    def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
+    def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None] | Attended:
         """The mechanism on heads: the result (B, H, L, E), and the new state when one was given."""
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -73,9 +91,9 @@ class HeadMixer(TokenMixer):
         if self.dims.positions == "rotary":
             q, k = self._rotate(q, k, mask, key_mask, state)
         heads = Heads(x, q, k, v, mask or Mask(), key_mask or Mask())
-        mixed, new_state = self.attend(heads, state)
-        y = self.project_out(mixed.to(x.dtype).transpose(1, 2).flatten(2))
-        return Mixed(self.dropout(y), new_state)
+        out, new_state, *aux_loss = self.attend(heads, state)
+        y = self.project_out(out.to(x.dtype).transpose(1, 2).flatten(2))
+        return Mixed(self.dropout(y), new_state, *aux_loss)
 
     def split(self, x: Tensor) -> Tensor:
         """(B, L, H * E) -> (B, H, L, E)."""

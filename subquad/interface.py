@@ -26,6 +26,7 @@ from subquad.capability import refuse as refuse
 from subquad.config import coerce_fields, config_fields, field_names, make_config
 from subquad.costs import Cost
 from subquad.mask import Mask
+from subquad.parting import Parting
 from subquad.registry import FEEDFORWARDS, MIXERS, Registry
 from subquad.state import State, state_dtype
 
@@ -136,6 +137,9 @@ class FeedforwardConfig(_WrittenConfig, ABC):
 class TokenMixer(nn.Module, ABC):
     """Mixes information between the tokens of a sequence; base of every mechanism."""
 
+    parting: ClassVar[Parting | None] = None
+    """The layers by which processes can share the heads; None where the mixer is no sum over its heads."""
+
     def __init__(self, config: MixerConfig, dims: Dims) -> None:
         super().__init__()
         self.config = config
@@ -220,6 +224,9 @@ class TokenMixer(nn.Module, ABC):
 
 class ChannelMixer(nn.Module, ABC):
     """Mixes the channels of each token: the second slot of a layer."""
+
+    parting: ClassVar[Parting | None] = None
+    """The layers by which processes can share the hidden channels; None where the mixer is no sum over them."""
 
     @abstractmethod
     def forward(self, x: Tensor, *, mask: Mask | None = None) -> Mixed:

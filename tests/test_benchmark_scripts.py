@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subquad.build import build_mixer
+from subquad.build import build_mixer, cost
 from subquad.heads import HeadMixer
 from subquad.ops.pattern_attention import pattern_attention
 
@@ -22,11 +22,13 @@ SCRIPTS = (
     "sampling",
     "attention_rows",
     "pattern_cases",
-    "pattern_scaling",
+    "scaling",
     "pattern_small",
     "pattern_attention",
     "mechanism_cases",
     "mechanism_attention",
+    "attention_free_cases",
+    "attention_free",
     "hugging_face",
 )
 ROWS = ("window-513", "window-129", "causal-256", "bigbird", "fixed", "strided", "dilated", "ngram")
@@ -165,11 +167,52 @@ def test_a_mechanism_runs_beside_its_baseline_and_its_operations_grow_with_the_l
     assert case.baseline(256) == ("dense" if method == "routing" else "causal dense")
 
 
+@pytest.mark.parametrize(
+    ("name", "mixer", "options"),
+    [
+        ("aft-full", "aft", {"kind": "full"}),
+        ("aft-full-causal", "aft", {"kind": "full", "causal": True}),
+        ("gmlp", "gmlp", {}),
+        ("lstm", "r_transformer", {"cell": "lstm", "causal": True}),
+    ],
+)
+def test_products_that_a_mechanism_is_held_against_are_those_of_its_price(
+    scripts: SimpleNamespace, name: str, mixer: str, options: dict[str, Any]
+) -> None:
+    length, sizes = 600, {"embed_dim": 512, "num_heads": 8, "max_length": 600}
+    found = sum(one.flops for one in scripts.attention_free_cases.CASES[name].products(length))
+    simpler = {"aft": {**options, "kind": "simple"}, "r_transformer": {**options, "local_layers": 0}}
+    price = cost(mixer, length=length, **sizes, **options).flops
+    without = cost(mixer, length=length, **sizes, **simpler[mixer]).flops if mixer in simpler else 0
+    assert found == price - without
+
+
+def test_methods_without_attention_are_held_against_dense_attention_or_their_products(
+    scripts: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(scripts.attention_free, "prepare_torch", lambda threads: None)
+    names, path = ["aft-simple", "aft-local", "gmlp", "rnn"], tmp_path / "figures.json"
+    scripts.attention_free.main(
+        ["--length", "160", "--rows", *names, "--samples", "2", "--warm-up", "0", "--json", str(path)]
+    )
+    figures, printed = json.loads(path.read_text(encoding="utf-8")), capsys.readouterr().out
+    assert [row["name"] for row in figures["rows"]] == names
+    assert [row["against"] for row in figures["rows"]] == [*["causal dense"] * 2, "products of gmlp", "products of rnn"]
+    for row in figures["rows"]:
+        own, its, faster = row["seconds"]["median"], row["its_seconds"]["median"], row["against"] == "causal dense"
+        assert row["ratio"]["ratio"] == pytest.approx(its / own if faster else own / its)
+        assert row["reached"] == ((its / own >= row["target"]) if faster else (own / its <= row["target"]))
+        assert f"{'≥' if faster else '≤'} {row['target']:g}×" in printed
+
+
 def test_time_per_token_and_growth_of_memory_are_taken_between_lengths(scripts: SimpleNamespace) -> None:
     spread = scripts.sampling.Spread
-    point = scripts.pattern_scaling.Point
+    point = scripts.scaling.Point
     points = [point(100, spread(1.0, 1, 1), 30), point(200, spread(2.2, 2, 3), 60), point(800, spread(8.0, 8, 8), None)]
-    scaling = scripts.pattern_scaling.Scaling("window", points)
+    scaling = scripts.scaling.Scaling("window", points)
     assert scaling.spread == pytest.approx(0.1)
     assert [scaling.growth(index) for index in range(3)] == [None, 2.0, None]
 

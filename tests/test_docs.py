@@ -58,7 +58,7 @@ def test_pages_of_sparse_mechanisms_show_their_picture():
     assert "![" not in load_generator().mechanism_page("linear")
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/concepts.md", "docs/patterns.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/concepts.md", "docs/parallel.md", "docs/patterns.md"])
 def test_python_of_a_document_runs(document, tmp_path):
     torch.manual_seed(0)
     script = tmp_path / "example.py"

@@ -1,11 +1,12 @@
-"""How far mechanisms that approximate softmax attention are from it, on given queries, keys and values.
+"""How far mechanisms are from exact softmax attention, on given queries, keys and values.
 
     error = |y - y_softmax| / |y_softmax|        for every head, over all of its tokens
 
 The mechanism is run as it is, behind projections that hand q, k and v through: x holds the three side by side, the
 projections select them, and the one at the end returns the heads. So whatever a module does beside attending counts.
 Dense attention is the mechanism `full` behind the same projections. Averaging the values without looking at the queries
-is told beside it: a mechanism that is no closer than that approximates nothing.
+is told beside it: a mechanism that is no closer than that approximates nothing on these inputs. A mechanism that means
+to be something else (a window, another kernel) is measured alike: the figure says what swapping it in would change.
 
 Which option to turn is read off the price: a whole number that costs FLOPs when it is doubled.
 """
@@ -22,13 +23,12 @@ from torch import Tensor, nn
 
 from subquad.build import build_from_config, make_dims, mixer_config
 from subquad.config import make_config
-from subquad.interface import Dims, MixerConfig, TokenMixer, refuse
+from subquad.interface import Dims, MixerConfig, TokenMixer
 
 LENGTHS = (256, 1024, 4096)
 SCALES = (0.25, 0.5, 1.0)
 """Standard deviations of random queries and keys; scores then have their squares."""
-_DENSE = "full"  # the definition that the trait speaks of
-_TRAIT = "approximates_softmax"
+_DENSE = "full"
 _PROJECTIONS = ("project_query", "project_key", "project_value", "project_out")
 
 
@@ -152,10 +152,8 @@ def approximation_errors(
         causal: the form.
 
     Raises:
-        ValueError: the mechanism doesn't approximate softmax attention or lacks this form, or a bad option or value.
+        ValueError: the mechanism is no attention or lacks this form, or a bad option or value.
     """
-    if not getattr(config.traits, _TRAIT):
-        raise refuse(config.name, _TRAIT, "an error against softmax attention")
     points: list[ErrorPoint] = []
     for qkv in inputs:
         dims = _dims_of(qkv, causal=causal)
@@ -206,8 +204,10 @@ def _hand_through(mixer: TokenMixer) -> None:
     """Set the projections so that they select q, k and v from x, and write the heads to the front of y.
 
     Raises:
-        ValueError: a mechanism with other projections.
+        ValueError: a mechanism that owns the whole block, or with other projections.
     """
+    if mixer.config.placement == "block":
+        raise ValueError(f"{mixer.config.name}: its error can't be measured, since it is a whole block, not attention")
     selection = torch.eye(mixer.dims.embed_dim).split(mixer.dims.inner_dim)
     weights = (*selection, selection[0].mT)
     for name, weight in zip(_PROJECTIONS, weights, strict=True):

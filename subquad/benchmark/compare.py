@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from subquad.benchmark.environment import hardware_name, this_environment
 from subquad.benchmark.mixers import NamedMixer, parse_mixer
@@ -19,6 +20,7 @@ from subquad.benchmark.proving import probe_records, prove
 from subquad.benchmark.runner import discard_checkpoints, execute, guess_record, not_trained_record
 from subquad.benchmark.worker import Worker
 from subquad.records.mechanisms import Mechanism, Mechanisms
+from subquad.records.metrics import MetricKind, metric_kind
 from subquad.records.schema import DENSE, RunRecord, Status
 from subquad.records.store import (
     MECHANISMS_FILE,
@@ -29,7 +31,8 @@ from subquad.records.store import (
     write_mechanisms,
     write_run,
 )
-from subquad.tasks.kinds import ClassificationData
+from subquad.tasks.base import TaskData
+from subquad.training.objectives.registry import OBJECTIVES
 from subquad.training.presets import Preset
 
 
@@ -45,6 +48,7 @@ class Request:
         data: folder of the task's data.
         generated: whether subquad generates that data, as against files of the user's.
         force: measure again what has a record already.
+        save_model: folder for the model of a single run at its best validation score, or None.
     """
 
     preset: Preset
@@ -54,6 +58,7 @@ class Request:
     data: Path
     generated: bool
     force: bool = False
+    save_model: Path | None = None
 
     def with_dense(self) -> Request:
         """The same, with dense attention as the first row: every comparison has it."""
@@ -84,7 +89,7 @@ class PlannedRun:
         return 3.0 * flops * training.batch_size * training.steps
 
 
-def plan_runs(request: Request, data: ClassificationData) -> list[PlannedRun]:
+def plan_runs(request: Request, data: TaskData[Any]) -> list[PlannedRun]:
     """The runs of a comparison, seed by seed, so that every mechanism has one before any has two.
 
     Raises:
@@ -97,7 +102,7 @@ def plan_runs(request: Request, data: ClassificationData) -> list[PlannedRun]:
     return [PlannedRun(plan, sketches[mixer.text], _is_recorded(request.output, plan, data)) for mixer, plan in runs]
 
 
-def compare(request: Request, data: ClassificationData, observer: Observer) -> None:
+def compare(request: Request, data: TaskData[Any], observer: Observer) -> None:
     """Make every record of the comparison that isn't there yet.
 
     Raises:
@@ -110,11 +115,13 @@ def compare(request: Request, data: ClassificationData, observer: Observer) -> N
         unsound = {planned.plan.mixer.text for planned in runs if planned.sketch.obstacle}
         unsound |= {text for text, card in cards.items() if card.red_probes}
         sound = [mixer for mixer in request.mixers if mixer.text not in unsound]
-        sound = [mixer for mixer in sound if _can_be_profiled(mixer, request, observer)]
-        profile_mixers(sound, request.preset.profile, request.output, worker, observer, force=request.force)
+        causal = OBJECTIVES[data.objective].causal
+        sound = [mixer for mixer in sound if _can_be_profiled(mixer, request, observer, causal=causal)]
+        settings, output = request.preset.profile, request.output
+        profile_mixers(sound, settings, output, worker, observer, causal=causal, force=request.force)
 
 
-def train(request: Request, data: ClassificationData, observer: Observer) -> list[Path]:
+def train(request: Request, data: TaskData[Any], observer: Observer) -> list[Path]:
     """Prove and train alone, without profiles; returns where the records lie. Raises as `compare`."""
     runs = plan_runs(request, data)
     with Worker([mixer.text for mixer in request.mixers]) as worker:
@@ -123,7 +130,7 @@ def train(request: Request, data: ClassificationData, observer: Observer) -> lis
 
 
 def _prove_and_train(
-    request: Request, runs: list[PlannedRun], data: ClassificationData, worker: Worker, observer: Observer
+    request: Request, runs: list[PlannedRun], data: TaskData[Any], worker: Worker, observer: Observer
 ) -> dict[str, Mechanism]:
     """Cards of what was proved now, by the mixer's text: all that will be trained, or has no card yet."""
     known = _known_cards(request.output)
@@ -143,9 +150,7 @@ def _prove_and_train(
     return cards
 
 
-def _train(
-    planned: PlannedRun, data: ClassificationData, card: Mechanism, worker: Worker, observer: Observer
-) -> RunRecord:
+def _train(planned: PlannedRun, data: TaskData[Any], card: Mechanism, worker: Worker, observer: Observer) -> RunRecord:
     plan, obstacle = planned.plan, planned.sketch.obstacle
     if obstacle:
         observer.say(f"{_title(plan)}: {planned.sketch.status.value}: {obstacle}")
@@ -155,34 +160,43 @@ def _train(
         return not_trained_record(plan, data, Status.FAILED, f"not trained, since proofs failed: {names}")
     step = observer.begin(f"train {_title(plan)}")
     record = execute(plan, data, worker, step.progress)
-    step.end(_outcome(record), failed=record.metric is None)
+    step.end(_outcome(record, metric_kind(data.metric)), failed=record.metric is None)
     return record
 
 
-def _outcome(record: RunRecord) -> str:
+def _outcome(record: RunRecord, kind: MetricKind) -> str:
     if record.metric is None:
         return f"{record.status.value}: {record.message}"
-    return f"test {100 * record.metric.best_validation.test:.1f} %"
+    return f"test {kind.write(record.metric.best_validation.test)}"
 
 
-def _can_be_profiled(mixer: NamedMixer, request: Request, observer: Observer) -> bool:
+def _can_be_profiled(mixer: NamedMixer, request: Request, observer: Observer, *, causal: bool) -> bool:
     try:
-        profile_dims(mixer.config, request.preset.profile)
+        profile_dims(mixer.config, request.preset.profile, causal=causal)
     except ValueError as error:
         observer.say(f"{mixer.text}: no profile: {error}")
         return False
     return True
 
 
-def _plan(request: Request, mixer: NamedMixer, seed: int, data: ClassificationData) -> RunPlan:
-    plan = RunPlan(request.preset, mixer, seed, request.data, request.generated, request.output)
+def _plan(request: Request, mixer: NamedMixer, seed: int, data: TaskData[Any]) -> RunPlan:
+    plan = RunPlan(
+        preset=request.preset,
+        objective=data.objective,
+        mixer=mixer,
+        seed=seed,
+        data=request.data,
+        generated=request.generated,
+        checkpoints=request.output,
+        save_model=request.save_model,
+    )
     record = _record_path(request.output, plan, data)
     return replace(
         plan, checkpoints=request.output / "checkpoints" / record.relative_to(request.output).with_suffix("")
     )
 
 
-def _record_path(output: Path, plan: RunPlan, data: ClassificationData) -> Path:
+def _record_path(output: Path, plan: RunPlan, data: TaskData[Any]) -> Path:
     return run_path(
         output,
         hardware=hardware_name(),
@@ -195,14 +209,14 @@ def _record_path(output: Path, plan: RunPlan, data: ClassificationData) -> Path:
     )
 
 
-def _is_recorded(output: Path, plan: RunPlan, data: ClassificationData) -> bool:
+def _is_recorded(output: Path, plan: RunPlan, data: TaskData[Any]) -> bool:
     path = _record_path(output, plan, data)
     if not path.exists():
         return False
     return read_run(path).status is not Status.FAILED  # a damaged record raises, with its path
 
 
-def _write_guess(request: Request, data: ClassificationData) -> None:
+def _write_guess(request: Request, data: TaskData[Any]) -> None:
     record = guess_record(request.preset, data, this_environment())
     if request.force or not path_of_run(request.output, record).exists():
         write_run(request.output, record, force=request.force)

@@ -13,7 +13,6 @@ from subquad.benchmark.mixers import NamedMixer
 from subquad.benchmark.profiler import cost_record
 from subquad.records.schema import Budget, CostRecord, Status, TaskInfo
 from subquad.tasks.base import TaskData
-from subquad.tasks.kinds import ClassificationData
 from subquad.tasks.registry import load_task
 from subquad.training.presets import Preset
 
@@ -24,33 +23,29 @@ class RunPlan:
 
     Attributes:
         preset: settings.
+        objective: what is trained; see `subquad.training.objectives`.
         mixer: the mechanism.
         seed: of initialisation, data order and dropout.
         data: folder of the task's data.
         generated: whether subquad generated that data, as against files of the user's.
         checkpoints: folder for checkpoints, removed when the record is written.
+        save_model: folder for the model at its best validation score, or None.
     """
 
     preset: Preset
+    objective: str
     mixer: NamedMixer
     seed: int
     data: Path
     generated: bool
     checkpoints: Path
-
-    @property
-    def causal(self) -> bool:
-        """Whether the model is causal: only where the mechanism has no other form."""
-        return not self.mixer.config.traits.bidirectional
+    save_model: Path | None = None
 
     def model_settings(self) -> dict[str, Any]:
         """The model, the mixer aside, as `SubquadConfig` and the record take it."""
-        settings = self.preset.model_dict() | {"causal": self.causal}
-        if self.causal:
-            settings["pooling"] = "mean"  # a causal model's first position has seen nothing
-        if self.mixer.config.placement == "block":
-            settings["feedforward"] = None
-        return settings
+        from subquad.training.objectives.registry import OBJECTIVES  # it loads transformers
+
+        return OBJECTIVES[self.objective].model_settings(self.preset.model_dict(), self.mixer.config)
 
     @property
     def budget(self) -> Budget:
@@ -83,47 +78,37 @@ class Sketch:
     obstacle: str = ""
 
 
-def read_data(preset: Preset, directory: Path, *, generated: bool) -> ClassificationData:
-    """The task's data, from files that are there. Raises as `classified`."""
+def read_data(preset: Preset, directory: Path, *, generated: bool) -> TaskData[Any]:
+    """The task's data, from files that are there."""
     task = load_task(preset.task)
-    return classified(task.prepare(directory, preset.data) if generated else task.read(directory, preset.data))
+    return task.prepare(directory, preset.data) if generated else task.read(directory, preset.data)
 
 
-def classified(data: TaskData[Any]) -> ClassificationData:
-    """The same data, if mechanisms can be compared on it.
-
-    Raises:
-        ValueError: if its objective isn't classification.
-    """
-    if not isinstance(data, ClassificationData):
-        raise ValueError(
-            f"task {data.name!r}: mechanisms are compared on classification, its objective is {data.objective}"
-        )
-    return data
-
-
-def task_info(data: ClassificationData) -> TaskInfo:
+def task_info(data: TaskData[Any]) -> TaskInfo:
     """A task's data, as records keep it."""
     return TaskInfo(
         name=data.name,
         title=data.title,
         is_lra=data.is_lra,
+        objective=data.objective,
+        metric=data.metric,
         data_hash=data.data_hash,
         train_size=len(data.train),
         validation_size=len(data.validation),
         test_size=len(data.test),
-        num_labels=data.num_labels,
+        vocab_size=data.vocab_size,
+        num_labels=data.facts().get("num_labels"),
         max_length=data.max_length,
     )
 
 
-def sketch(plan: RunPlan, data: ClassificationData) -> Sketch:
+def sketch(plan: RunPlan, data: TaskData[Any]) -> Sketch:
     """Size and price of the run's model, or why it can't be built; nothing is allocated."""
     try:
         with torch.device("meta"):
             model = build_model(plan, data)
         size = sum(parameter.numel() for parameter in model.parameters())
-        return Sketch(size, cost_record(model.model.cost(data.max_length)))
+        return Sketch(size, cost_record(objective_of_run(plan, data).cost(model)))
     except ValueError as error:
         return Sketch(status=Status.NOT_APPLICABLE, obstacle=str(error))
     except Exception as error:  # a mechanism of the user's own may raise anything
@@ -136,17 +121,13 @@ def first_line(kind: str, message: str) -> str:
     return f"{kind}: {lines[0]}" if lines else kind
 
 
-def build_model(plan: RunPlan, data: ClassificationData) -> Any:
-    """The run's classifier, freshly initialised (typed loosely: naming its class here would load transformers)."""
-    from subquad.models.classifier import SubquadForSequenceClassification
-    from subquad.models.configuration import SubquadConfig
+def objective_of_run(plan: RunPlan, data: TaskData[Any]) -> Any:
+    """What the run trains (typed loosely: naming its class here would load transformers)."""
+    from subquad.training.objectives.registry import objective_of
 
-    config = SubquadConfig(
-        vocab_size=data.vocab_size,
-        pad_token_id=data.pad_token_id,
-        max_position_embeddings=data.max_length,
-        mixer=plan.mixer.config.to_dict(),
-        **plan.model_settings(),
-    )
-    config.num_labels = data.num_labels
-    return SubquadForSequenceClassification(config)
+    return objective_of(data, seed=plan.seed)
+
+
+def build_model(plan: RunPlan, data: TaskData[Any]) -> Any:
+    """The run's model, freshly initialised."""
+    return objective_of_run(plan, data).build(plan.model_settings(), plan.mixer.config)

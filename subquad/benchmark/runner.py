@@ -10,29 +10,39 @@ import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from subquad.benchmark.environment import this_environment
 from subquad.benchmark.memory import saved_bytes
 from subquad.benchmark.mixers import parse_mixer
-from subquad.benchmark.plan import RunPlan, build_model, first_line, read_data, sketch, task_info
+from subquad.benchmark.plan import (
+    RunPlan,
+    build_model,
+    first_line,
+    objective_of_run,
+    read_data,
+    sketch,
+    task_info,
+)
+from subquad.benchmark.saving import save_model
 from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
 from subquad.receipt import Receipt, receipts
+from subquad.records.metrics import MetricKind, metric_kind
 from subquad.records.schema import (
     DENSE,
     Budget,
-    CurvePoint,
     Environment,
-    Metric,
     ReceiptRecord,
     RunRecord,
-    Score,
     Status,
     utc_now,
 )
+from subquad.records.scores import CurvePoint, Metric, PositionBucket, Score
 from subquad.records.store import OutputError
-from subquad.tasks.kinds import ClassificationData
+from subquad.tasks.base import TaskData
+from subquad.training.outcome import Outcome
 from subquad.training.presets import Preset
 
 _SIGNS_OF_A_FULL_DISK = ("No space left", "Disk quota exceeded", "PytorchStreamWriter", "inline_container.cc")
@@ -47,12 +57,13 @@ class Trained:
     metric: Metric
     curve: tuple[CurvePoint, ...]
     train_seconds: float
+    carries_state: bool | None
     saved_bytes: int
     peak_bytes: int | None
     receipts: tuple[ReceiptRecord, ...]
 
 
-def execute(plan: RunPlan, data: ClassificationData, worker: Worker, progress: Progress | None) -> RunRecord:
+def execute(plan: RunPlan, data: TaskData[Any], worker: Worker, progress: Progress | None) -> RunRecord:
     """Run the plan in the worker and make its record."""
     try:
         trained = worker.call(train_in_worker, plan, progress=progress)
@@ -82,37 +93,62 @@ def train_in_worker(plan: RunPlan, progress: Progress) -> Trained:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # the worker has made other runs before
     data = read_data(plan.preset, plan.data, generated=plan.generated)
+    objective = objective_of_run(plan, data)
     torch.manual_seed(plan.seed)
     with receipts() as collected:
         model = build_model(plan, data)
         trainer = SubquadTrainer(
             model,
-            data,
+            objective,
             plan.preset.training,
             directory=plan.checkpoints,
-            seed=plan.seed,
-            progress=_with_note(progress),
+            progress=_with_note(progress, objective.kind),
         )
         outcome = trainer.fit()
+    if plan.save_model is not None:
+        save_model(model, plan.save_model)
     batch = trainer.first_batch()
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    best, last = (Score(step=s, validation=v, test=t) for s, v, t in (outcome.best_validation, outcome.last_step))
     return Trained(
-        metric=Metric(
-            name="accuracy", higher_is_better=True, examples=len(data.test), best_validation=best, last_step=last
-        ),
+        metric=_metric(outcome, objective.kind),
         curve=tuple(CurvePoint(step=s, train_loss=loss, validation=v) for s, loss, v in outcome.curve),
         train_seconds=outcome.seconds,
+        carries_state=outcome.carries_state,
         saved_bytes=saved_bytes(lambda: model.train()(**batch).loss, model.parameters()),
         peak_bytes=peak,
         receipts=tuple(receipt_record(receipt) for receipt in collected.entries),
     )
 
 
-def guess_record(preset: Preset, data: ClassificationData, environment: Environment) -> RunRecord:
+def _metric(outcome: Outcome, kind: MetricKind) -> Metric:
+    scored = (outcome.best_validation, outcome.last_step)
+    best, last = (
+        Score(
+            step=step,
+            validation=validation,
+            test=test.estimate.value,
+            test_standard_error=test.estimate.standard_error,
+        )
+        for step, validation, test in scored
+    )
+    of_best = outcome.best_validation[2]
+    return Metric(
+        name=kind.name,
+        higher_is_better=kind.higher_is_better,
+        examples=of_best.examples,
+        asked=of_best.asked,
+        best_validation=best,
+        last_step=last,
+        by_position=tuple(
+            PositionBucket(first=b.first, last=b.last, asked=b.asked, value=b.value) for b in of_best.by_position
+        ),
+    )
+
+
+def guess_record(preset: Preset, data: TaskData[Any], environment: Environment) -> RunRecord:
     """The record of the guess without a model: the row that every mechanism has to beat."""
-    guess = data.guess()
-    score = Score(step=0, validation=guess.validation, test=guess.test)
+    guess, kind = data.guess(), metric_kind(data.metric)
+    score = Score(step=0, validation=guess.validation, test=guess.test, test_standard_error=guess.test_standard_error)
     return RunRecord(
         created=utc_now(),
         command=shlex.join(["subquad", "compare", "--task", preset.task, "--preset", preset.source]),
@@ -130,13 +166,18 @@ def guess_record(preset: Preset, data: ClassificationData, environment: Environm
         budget=Budget(kind="steps", amount=float(preset.training.steps)),
         seed=0,
         metric=Metric(
-            name="accuracy", higher_is_better=True, examples=len(data.test), best_validation=score, last_step=score
+            name=kind.name,
+            higher_is_better=kind.higher_is_better,
+            examples=len(data.test),
+            asked=guess.asked,
+            best_validation=score,
+            last_step=score,
         ),
         train_seconds=0.0,
     )
 
 
-def not_trained_record(plan: RunPlan, data: ClassificationData, status: Status, message: str) -> RunRecord:
+def not_trained_record(plan: RunPlan, data: TaskData[Any], status: Status, message: str) -> RunRecord:
     """The record of a run that was not begun, with the reason."""
     return _record(plan, data, this_environment(), status=status, message=message)
 
@@ -166,14 +207,14 @@ def _message(error: WorkError) -> str:
     return str(error) if error.kind == "DivergenceError" else first_line(error.kind, str(error))
 
 
-def _with_note(progress: Progress) -> Callable[[int, int, float | None], None]:
-    """Keeps the last validation accuracy beside the bar."""
+def _with_note(progress: Progress, kind: MetricKind) -> Callable[[int, int, float | None], None]:
+    """Keeps the last validation score beside the bar."""
     note = ""
 
     def report(step: int, steps: int, validation: float | None) -> None:
         nonlocal note
         if validation is not None:
-            note = f"validation {100 * validation:.1f} %"
+            note = f"validation {kind.write(validation)}"
         progress(step, steps, note)
 
     return report
@@ -181,7 +222,7 @@ def _with_note(progress: Progress) -> Callable[[int, int, float | None], None]:
 
 def _record(
     plan: RunPlan,
-    data: ClassificationData,
+    data: TaskData[Any],
     environment: Environment,
     *,
     trained: Trained | None = None,
@@ -212,4 +253,5 @@ def _record(
         cost=ours.cost,
         saved_bytes=trained.saved_bytes if trained else None,
         peak_bytes=trained.peak_bytes if trained else None,
+        carries_state=trained.carries_state if trained else None,
     )

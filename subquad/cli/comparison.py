@@ -9,17 +9,18 @@ from typing import Any
 from subquad.benchmark.compare import PlannedRun, Request, compare, plan_runs, train
 from subquad.benchmark.data import data_directory
 from subquad.benchmark.mixers import NamedMixer, parse_mixer
-from subquad.benchmark.plan import classified
 from subquad.benchmark.profiler import profile_dims
+from subquad.benchmark.saving import check_free
 from subquad.benchmark.timing import matmul_flops_per_second
 from subquad.build import list_mixers
 from subquad.cli.console import output_console, plain_table, print_document, progress_console
 from subquad.cli.observer import BarObserver
 from subquad.cli.progress import Progress
 from subquad.cli.results import print_results, results_document
+from subquad.records.queries import comparisons
 from subquad.records.store import check_writable, read_all, read_run
 from subquad.report.page import write_report
-from subquad.tasks.kinds import ClassificationData
+from subquad.tasks.base import TaskData
 from subquad.tasks.registry import load_task
 from subquad.training.presets import load_preset
 
@@ -36,7 +37,8 @@ def prepare_request(
     output: Path,
     data: Path | None,
     force: bool,
-) -> tuple[Request, ClassificationData]:
+    save_model: Path | None = None,
+) -> tuple[Request, TaskData[Any]]:
     """Check everything that can be checked before any work, then read or generate the task's data.
 
     Args:
@@ -48,6 +50,7 @@ def prepare_request(
         output: folder of the records.
         data: folder with the user's own data, or None.
         force: make again what is recorded.
+        save_model: folder for the model of a single run, or None.
 
     Raises:
         ValueError: an unknown name or option, data that can't be read, an output that can't be written.
@@ -57,8 +60,11 @@ def prepare_request(
     for mixer in mixers:
         profile_dims(mixer.config, settings.profile)
     check_writable(output)
+    if save_model is not None:
+        check_free(save_model)
     directory = data if data is not None else data_directory(output, task, preset)
-    request = Request(settings, tuple(mixers) or _every_mixer(), seeds, output, directory, data is None, force)
+    chosen = tuple(mixers) or _every_mixer()
+    request = Request(settings, chosen, seeds, output, directory, data is None, force, save_model)
     with Progress(progress_console()) as bars:
         bar = bars.start(f"data {settings.task}, {settings.name}")
         if data is not None:
@@ -68,10 +74,10 @@ def prepare_request(
                 directory, settings.data, progress=lambda done, total: bar.update(done, total=total)
             )
         bar.finish(" / ".join(f"{len(split):,}" for split in task_data.splits.values()) + " examples")
-    return request, classified(task_data)
+    return request, task_data
 
 
-def show_plan(request: Request, data: ClassificationData, *, as_json: bool) -> None:
+def show_plan(request: Request, data: TaskData[Any], *, as_json: bool) -> None:
     """Print the runs, their sizes, and the minutes they will take on this machine, roughly."""
     planned, rate = plan_runs(request, data), matmul_flops_per_second()
     rows = [_plan_row(run, rate) for run in planned]
@@ -89,27 +95,33 @@ def show_plan(request: Request, data: ClassificationData, *, as_json: bool) -> N
     console.print(f"About {minutes:.1f} minutes of training on this machine; proofs and profiles come on top.")
 
 
-def run_comparison(request: Request, data: ClassificationData, *, as_json: bool) -> None:
+def run_comparison(request: Request, data: TaskData[Any], *, as_json: bool) -> None:
     """Compare, write the report, print table and recommendation."""
     with Progress(progress_console()) as bars:
         compare(request, data, BarObserver(bars))
     page = write_report(request.output)
     records = read_all(request.output)
     if as_json:
-        print_document(results_document(records, page))
+        print_document(results_document(records, page, comparisons(records)))
     else:
-        print_results(output_console(), records, page)
+        print_results(output_console(), records, page, comparisons(records))
 
 
-def run_once(request: Request, data: ClassificationData, *, as_json: bool) -> int:
+def run_once(request: Request, data: TaskData[Any], *, as_json: bool) -> int:
     """Train what the request names, print where the records lie, and return the exit code: 1 if no score came of it."""
+    planned = plan_runs(request, data)
+    if request.save_model is not None and not request.force and any(run.done for run in planned):
+        raise ValueError("--save-model: this run is recorded already and its model was not kept; add --force")
     with Progress(progress_console()) as bars:
         paths = train(request, data, BarObserver(bars))
+    saved = request.save_model is not None and request.save_model.exists()
     if as_json:
-        print_document({"records": [str(path) for path in paths]})
+        print_document({"records": [str(path) for path in paths], "model": str(request.save_model) if saved else None})
     else:
         for path in paths:
             output_console().print(f"record: {path}", soft_wrap=True, markup=False)
+        if saved:
+            output_console().print(f"model: {request.save_model}", soft_wrap=True, markup=False)
     return 0 if all(read_run(path).metric is not None for path in paths) else 1
 
 

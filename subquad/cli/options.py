@@ -11,9 +11,11 @@ TaskOption = Annotated[str, typer.Option("--task", help="The task; see `subquad 
 PresetOption = Annotated[
     str,
     typer.Option(
-        "--preset", help="Settings of the task: quick, small, release, paper, or a file of your own, ./my-preset.toml."
+        "--preset", help="Settings of the task: quick, another of its presets, or your own file, ./my-preset.toml."
     ),
 ]
+OfTask = Annotated[str | None, typer.Option("--task", help="Of this task alone.", show_default="all tasks")]
+OfPreset = Annotated[str | None, typer.Option("--preset", help="Under this preset alone.", show_default="all presets")]
 MixersOption = Annotated[
     str,
     typer.Option(

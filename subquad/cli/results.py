@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from subquad.records import units
 from subquad.records.measures import Summary
 from subquad.records.queries import Comparison, Entry, comparisons
 from subquad.records.store import Records
-from subquad.report.tables import Row, cells, rows_of
+from subquad.report.positions import places_of, position_note
+from subquad.report.tables import Row, cells, column_titles, rows_of, stream_note
 
 COLUMNS = (
     ("mechanism", "Mechanism"),
-    ("best", "Test accuracy"),
+    ("best", "Test {metric}"),
     ("speed", "Speed"),
     ("step_time", "Fwd + bwd"),
     ("saved", "Kept"),
@@ -46,9 +48,8 @@ _STYLES = {
 }
 
 
-def print_results(console: Console, records: Records, page: Path) -> None:
-    """Print the table and the recommendation of every comparison in the records, and the path of the page."""
-    found = comparisons(records)
+def print_results(console: Console, records: Records, page: Path, found: Sequence[Comparison]) -> None:
+    """Print the table and the recommendation of these comparisons of the records, and the path of the page."""
     for comparison in found:
         _print_comparison(console, comparison)
     if not found:
@@ -61,21 +62,26 @@ def print_results(console: Console, records: Records, page: Path) -> None:
 
 def _print_comparison(console: Console, comparison: Comparison) -> None:
     rows, recommendation = rows_of(comparison), recommend(comparison)
-    seeds = max(len(entry.runs) for entry in comparison.entries)
-    facts = (
-        f"{comparison.protocol.preset} preset, {seeds} seed{'' if seeds == 1 else 's'}, {comparison.protocol.hardware}"
-    )
-    console.print(Text(comparison.task.title, "bold"), Text(facts, QUIET), "", sep="\n")
+    _print_head(console, comparison)
     console.print(comparison_table(rows, console.width, recommendation.winner), "", sep="\n")
     for note in _notes(rows, comparison):
         console.print(Text(note, QUIET))
     console.print("", recommendation_text(recommendation), "", sep="\n")
 
 
+def _print_head(console: Console, comparison: Comparison) -> None:
+    seeds = max(len(entry.runs) for entry in comparison.entries)
+    facts = (
+        f"{comparison.protocol.preset} preset, {seeds} seed{'' if seeds == 1 else 's'}, {comparison.protocol.hardware}"
+    )
+    console.print(Text(comparison.task.title, "bold"), Text(facts, QUIET), "", sep="\n")
+
+
 def comparison_table(rows: Sequence[Row], width: int, winner: Entry | None = None) -> Table:
     """The rows as a table of at most `width` columns of text; the least telling columns give way."""
     texts = [cells(row) | {"mechanism": f"{row.label}{' ◆' if row.on_pareto_front else ''}"} for row in rows]
-    columns = _fitting(texts, width)
+    titles = column_titles(rows[0].comparison.kind, COLUMNS)
+    columns = _fitting(titles, texts, width)
     table = plain_table()
     for key, title in columns:
         table.add_column(title, justify="left" if key in ("mechanism", "status") else "right", no_wrap=True)
@@ -92,8 +98,10 @@ def _row_style(row: Row, winner: Entry | None) -> str:
     return "none" if row.has_figures else WARNING
 
 
-def _fitting(texts: Sequence[dict[str, str]], width: int) -> list[tuple[str, str]]:
-    columns = [(key, title) for key, title in COLUMNS if key != "memory" or any(text[key] != "–" for text in texts)]
+def _fitting(titles: dict[str, str], texts: Sequence[dict[str, str]], width: int) -> list[tuple[str, str]]:
+    columns = [
+        (key, title) for key, title in titles.items() if key != "memory" or any(text[key] != "–" for text in texts)
+    ]
     for dispensable in _DISPENSABLE:
         widths = [max(len(title), *(len(text[key]) for text in texts)) for key, title in columns]
         if sum(widths) + 2 * len(widths) <= width:
@@ -103,13 +111,15 @@ def _fitting(texts: Sequence[dict[str, str]], width: int) -> list[tuple[str, str
 
 
 def _notes(rows: Sequence[Row], comparison: Comparison) -> list[str]:
-    tokens = units.count(comparison.task.max_length)
+    kind, tokens = comparison.kind, units.count(comparison.task.max_length)
     notes = [
-        f"Accuracy at the step with the best validation score, ± standard error. Speed, Fwd + bwd and Kept (for "
-        f"backward): the mechanism alone at {tokens} tokens; speed against dense fused attention."
+        f"Test {kind.title} ({kind.direction}) at the step with the best validation score, ± standard error. Speed, "
+        f"Fwd + bwd and Kept (for backward): the mechanism alone at {tokens} tokens; speed against dense fused "
+        "attention."
     ]
     if any(row.on_pareto_front for row in rows):
-        notes.append("◆ on the Pareto front: none is better in accuracy, speed and memory at once.")
+        notes.append("◆ on the Pareto front: none is better in score, speed and memory at once.")
+    notes += [note for note in (position_note(comparison), stream_note(comparison)) if note]
     unequal = [row.label for row in rows if row.unequal_parameters]
     if unequal:
         notes.append(f"* parameters more than 10 % from those of the dense model: {', '.join(unequal)}.")
@@ -125,24 +135,54 @@ def recommendation_text(recommendation: Recommendation) -> Padding:
     return Padding(table, 0)
 
 
-def results_document(records: Records, page: Path) -> dict[str, Any]:
-    """The same as one JSON document, figures raw: accuracies in 0..1, seconds, bytes."""
+def results_document(records: Records, page: Path, found: Sequence[Comparison]) -> dict[str, Any]:
+    """The same as one JSON document, figures raw: scores as recorded (accuracies in 0..1), seconds, bytes."""
     return {
         "page": str(page.resolve()),
-        "comparisons": [_comparison_document(comparison) for comparison in comparisons(records)],
+        "comparisons": [_comparison_document(comparison) for comparison in found],
         "profiles": len(records.profiles),
         "unreadable": [{"path": str(file.path), "reason": file.reason} for file in records.unreadable],
     }
 
 
-def _comparison_document(comparison: Comparison) -> dict[str, Any]:
+def chosen_comparisons(records: Records, *, task: str | None, preset: str | None) -> tuple[Comparison, ...]:
+    """The comparisons of a task and preset; None for all.
+
+    Raises:
+        ValueError: there is none of that task or preset; the message names what is recorded.
+    """
+    found = comparisons(records)
+    chosen = tuple(
+        comparison
+        for comparison in found
+        if task in (None, comparison.task.name) and preset in (None, comparison.protocol.preset)
+    )
+    if not chosen and (task, preset) != (None, None):
+        known = ", ".join(dict.fromkeys(f"{each.task.name} ({each.protocol.preset})" for each in found)) or "none"
+        raise ValueError(f"no such comparison is recorded; there are: {known}. Run `subquad compare` first.")
+    return chosen
+
+
+def print_recommendations(console: Console, found: Sequence[Comparison]) -> None:
+    """Print for each comparison what it is and which mechanism to use."""
+    for comparison in found:
+        _print_head(console, comparison)
+        console.print(recommendation_text(recommend(comparison)), "", sep="\n")
+
+
+def recommendations_document(found: Sequence[Comparison]) -> dict[str, Any]:
+    """The same as one JSON document."""
+    return {"recommendations": [_answer_document(comparison) for comparison in found]}
+
+
+def _answer_document(comparison: Comparison) -> dict[str, Any]:
     recommendation = recommend(comparison)
     return {
         "task": comparison.task.name,
         "title": comparison.task.title,
         "preset": comparison.protocol.preset,
         "hardware": comparison.protocol.hardware,
-        "rows": [_row_document(row) for row in rows_of(comparison)],
+        "metric": {"name": comparison.kind.name, "higher_is_better": comparison.kind.higher_is_better},
         "recommendation": {
             "verdict": recommendation.verdict.value,
             "winner": recommendation.winner and recommendation.winner.label,
@@ -150,6 +190,10 @@ def _comparison_document(comparison: Comparison) -> dict[str, Any]:
             "sentences": list(recommendation.sentences),
         },
     }
+
+
+def _comparison_document(comparison: Comparison) -> dict[str, Any]:
+    return _answer_document(comparison) | {"rows": [_row_document(row) for row in rows_of(comparison)]}
 
 
 def _row_document(row: Row) -> dict[str, Any]:
@@ -161,6 +205,8 @@ def _row_document(row: Row) -> dict[str, Any]:
         "last": _summary_document(row.last),
         **{name: getattr(row, name) for name in plain},
         "train_seconds": row.train_seconds,
+        "carries_state": row.entry.carries_state if row.entry else None,
+        "by_position": [asdict(place) for place in places_of(row.entry)] if row.entry else [],
         "unequal_parameters": row.unequal_parameters,
         "on_pareto_front": row.on_pareto_front,
         "status": row.status,

@@ -11,12 +11,23 @@ from subquad.cli.options import Data, DryRun, Force, Json, Output, PresetOption,
 
 
 def command(
-    mixer: Annotated[str, typer.Option("--mixer", help="Name, name:option=value, or ./file.py:ConfigClass.")],
+    mixer: Annotated[
+        str,
+        typer.Option(
+            "--mixer", help="Name, name:option=value, or ./file.py:ConfigClass; in an encoder-decoder, the decoder's."
+        ),
+    ],
     task: TaskOption = "listops",
     preset: PresetOption = "quick",
     seed: Seed = 0,
     output: Output = Path("subquad-results"),
     data: Data = None,
+    save_model: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-model", help="New folder for the model with the best validation score.", show_default="not kept"
+        ),
+    ] = None,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -36,6 +47,7 @@ def command(
         output=output,
         data=data,
         force=force,
+        save_model=save_model,
     )
     if dry_run:
         show_plan(request, task_data, as_json=as_json)

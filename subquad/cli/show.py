@@ -26,7 +26,7 @@ _LENGTH = (
     "Tokens, for the price, by default 4096; for the error, by default several lengths; or to count what a pattern "
     "shows, by default those of its picture."
 )
-_ERROR = "Measure how far an approximation is from softmax attention, on random queries, keys and values."
+_ERROR = "Measure how far the mechanism is from softmax attention, on random queries, keys and values."
 _SWEEP = "With --error: values of an option to compare, as features=64,128,256; may be repeated."
 _QKV = "With --error: a safetensors file with your own q, k and v, each (B, H, L, E) or (H, L, E)."
 _PICTURE = "Tokens in the picture of who attends whom; by default 32, of a pattern as many as show its structure."

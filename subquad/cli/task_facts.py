@@ -17,6 +17,7 @@ from subquad.cli.console import ACCENT, QUIET, plain_table, progress_console
 from subquad.cli.cores import cores
 from subquad.cli.progress import Bar, Progress
 from subquad.records import units
+from subquad.records.metrics import metric_kind
 from subquad.tasks.base import TaskData
 from subquad.tasks.registry import load_task
 from subquad.tasks.splits import Split
@@ -116,7 +117,7 @@ def render(facts: TaskFacts) -> Group:
         "asked for": data.summary(),
         "vocabulary": f"{data.vocab_size} token ids",
         "longest allowed": f"{units.count(data.max_length)} tokens",
-        "guess": f"what {guess.answer} scores {units.score(guess.test, data.metric)} on the test split",
+        "guess": f"what {guess.answer} scores {metric_kind(data.metric).write(guess.test)} on the test split",
     }
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style=ACCENT)

@@ -31,15 +31,18 @@ class Verb(NamedTuple):
     panel: str
 
 
-_CHOOSE, _KNOW, _PREPARE = "Find the mechanism that pays", "Look at mechanisms", "Prepare"
+_CHOOSE, _KNOW = "Find the mechanism that pays", "Look at mechanisms"
+_USE, _PREPARE = "Use a model", "Prepare"
 
 VERBS = {
     "compare": Verb("subquad.cli.compare", "Train, prove and profile mechanisms, and say which one to use.", _CHOOSE),
     "run": Verb("subquad.cli.run", "Train one mechanism once.", _CHOOSE),
     "profile": Verb("subquad.cli.profile", "Measure time and memory over lengths on this machine.", _CHOOSE),
     "report": Verb("subquad.cli.report", "Write the page and print the tables of what is recorded.", _CHOOSE),
+    "recommend": Verb("subquad.cli.recommend", "Say which mechanism to use, from what is recorded.", _CHOOSE),
     "list": Verb("subquad.cli.list_mixers", "All mechanisms by family, with what each can do.", _KNOW),
     "show": Verb("subquad.cli.show", "One mechanism or pattern: paper, formula, options, price, picture.", _KNOW),
+    "generate": Verb("subquad.cli.generate", "Write text with a model that `run` saved.", _USE),
     "data": Verb("subquad.cli.data", "Generate or check the data of a task.", _PREPARE),
     "doctor": Verb("subquad.cli.doctor", "Check this machine and this installation.", _PREPARE),
 }

@@ -24,6 +24,7 @@ from subquad.costs import Cost
 from subquad.interface import ChannelMixer, FeedforwardConfig, Mixed
 from subquad.mask import Mask
 from subquad.ops.recomputed import recomputed
+from subquad.parting import Parting
 from subquad.registry import register
 
 
@@ -71,11 +72,14 @@ class GluConfig(FeedforwardConfig):
 class Glu(ChannelMixer):
     """Two linear layers side by side, their product, and a third; each token by itself."""
 
+    parting = Parting(("gate", "expand"), ("contract",), between=("hidden_dropout",))
+
     def __init__(self, config: GluConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
         hidden = config.width(embed_dim)
         self.gate, self.expand = nn.Linear(embed_dim, hidden), nn.Linear(embed_dim, hidden)
+        self.hidden_dropout = nn.Dropout(config.dropout)
         self.contract = nn.Linear(hidden, embed_dim)
         self.dropout = nn.Dropout(config.dropout)
         for layer in (self.gate, self.expand, self.contract):
@@ -85,7 +89,7 @@ class Glu(ChannelMixer):
     def forward(self, x: Tensor, *, mask: Mask | None = None) -> Mixed:
         """Transform each token of x (B, L, D); the mask is not needed, since tokens don't meet."""
         hidden = recomputed(_GATED[self.config.activation], self.gate(x), self.expand(x))
-        return Mixed(self.dropout(self.contract(self.dropout(hidden))))
+        return Mixed(self.dropout(self.contract(self.hidden_dropout(hidden))))
 
 
 _GATED = {

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from subquad.costs import Cost
 from subquad.interface import ChannelMixer, FeedforwardConfig, Mixed
 from subquad.mask import Mask
+from subquad.parting import Parting
 from subquad.registry import register
 
 
@@ -67,11 +68,14 @@ class MlpConfig(FeedforwardConfig):
 class Mlp(ChannelMixer):
     """Two linear layers with an activation between them; each token by itself."""
 
+    parting = Parting(("expand",), ("contract",), between=("hidden_dropout",))
+
     def __init__(self, config: MlpConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
         self.expand = nn.Linear(embed_dim, config.width(embed_dim))
         self.activation = nn.GELU() if config.activation == "gelu" else nn.ReLU()
+        self.hidden_dropout = nn.Dropout(config.dropout)
         self.contract = nn.Linear(config.width(embed_dim), embed_dim)
         self.dropout = nn.Dropout(config.dropout)
         for layer in (self.expand, self.contract):
@@ -80,4 +84,4 @@ class Mlp(ChannelMixer):
 
     def forward(self, x: Tensor, *, mask: Mask | None = None) -> Mixed:
         """Transform each token of x (B, L, D); the mask is not needed, since tokens don't meet."""
-        return Mixed(self.dropout(self.contract(self.dropout(self.activation(self.expand(x))))))
+        return Mixed(self.dropout(self.contract(self.hidden_dropout(self.activation(self.expand(x))))))

@@ -3,6 +3,7 @@
 from subquad.mechanisms import aft as aft
 from subquad.mechanisms import bigbird as bigbird
 from subquad.mechanisms import combiner as combiner
+from subquad.mechanisms import compressive as compressive
 from subquad.mechanisms import cosformer as cosformer
 from subquad.mechanisms import delta as delta
 from subquad.mechanisms import full as full
@@ -22,6 +23,7 @@ from subquad.mechanisms import reformer as reformer
 from subquad.mechanisms import retention as retention
 from subquad.mechanisms import routing as routing
 from subquad.mechanisms import sinkhorn as sinkhorn
+from subquad.mechanisms import sparse_mlp as sparse_mlp
 from subquad.mechanisms import sparse_transformer as sparse_transformer
 from subquad.mechanisms import star as star
 from subquad.mechanisms import streaming as streaming

@@ -40,10 +40,10 @@ from subquad.key_positions import (
     remembered,
 )
 from subquad.mask import Mask
-from subquad.ops.biased_means import Reach, biased_means
+from subquad.ops.biased_means import biased_means
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.running_means import NOTHING
-from subquad.ops.strip_means import strips
+from subquad.ops.strip_geometry import Reach, strips
 from subquad.position_scores import longest_input
 from subquad.registry import register
 from subquad.state import State
@@ -149,7 +149,7 @@ class AftConfig(MixerConfig):
         if self.kind != "simple" or dims.causal:
             total += Cost(activation_bytes=wide * length * (inner + keys))
         if self.kind != "simple":
-            pairs = sum(strip.pairs for strip in strips(length, length, reach.left, reach.right))
+            pairs = sum(strip.pairs for strip in strips(length, length, reach))
             total += Cost(flops=2 * pairs * (inner + keys)) + self._position_cost(dims, pairs, wide)
         if dims.causal:
             stored = length if self.kind == "full" else reach.left or 0

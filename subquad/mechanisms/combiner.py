@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, initialise_projection, projection_cost
+from subquad.heads import BY_HEADS, HeadMixer, Heads, initialise_projection, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask
 from subquad.ops.combiner import Summarize, combiner_attention, combiner_attention_with_summaries
@@ -162,6 +162,7 @@ class CombinerConfig(MixerConfig):
 class Combiner(HeadMixer):
     """Softmax attention to tokens and to summaries of regions."""
 
+    parting = BY_HEADS
     config: CombinerConfig
 
     def __init__(self, config: CombinerConfig, dims: Dims) -> None:

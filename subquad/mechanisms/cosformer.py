@@ -25,7 +25,7 @@ from torch import Tensor
 
 from subquad.costs import Cost
 from subquad.feature_sums import FeatureSumMixer, feature_sum_cost
-from subquad.heads import Heads
+from subquad.heads import BY_HEADS, Heads
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask, token_positions
 from subquad.ops.feature_maps import FeatureMap, Ready
@@ -100,6 +100,7 @@ class Cosines(NamedTuple):
 class Cosformer(FeatureSumMixer):
     """Linear attention weighted by the cosine of the distance."""
 
+    parting = BY_HEADS
     config: CosformerConfig
     chunk = CHUNK
 

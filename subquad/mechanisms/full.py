@@ -21,7 +21,7 @@ from torch import Tensor
 
 from subquad.cache import KeyValueCache, attend_cached, empty_cache, empty_context, read_context
 from subquad.costs import Cost, visible_pairs
-from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
+from subquad.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask
 from subquad.ops.pattern_attention import pattern_attention
@@ -67,6 +67,8 @@ class FullConfig(MixerConfig):
 
 class Full(HeadMixer):
     """Dense softmax attention."""
+
+    parting = BY_HEADS
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         """An empty cache."""

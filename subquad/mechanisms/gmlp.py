@@ -6,15 +6,13 @@ Liu et al. 2021, "Pay Attention to MLPs", arXiv:2105.08050.
     W free, or W_ij = w_(i - j) with weights="toeplitz"; b has one number a token
     a(u) = 0, or in aMLP (attention_dim=64) softmax(q kᵀ / √E) v O with one head of that width
 
-Cost O(L² D) time, with Toeplitz weights O(L log L D), by Fourier transforms; memory O(L D) beside W itself. The raw
-stream goes in, and y is used as it is: the block owns norm, residual and channel mixing. It begins with b = 1 and
-W ≈ 0, that is as a feed-forward. W's rows and columns are positions, so that none are added: shorter input takes the
-first ones, and an invalid token takes none.
+Cost O(L² D) time, with Toeplitz weights O(L log L D), causal O(L log² L D), by Fourier transforms; memory O(L D) beside
+W itself. The raw stream goes in, and y is used as it is: the block owns norm, residual and channel mixing. It begins
+with b = 1 and W ≈ 0, that is as a feed-forward. W's rows and columns are positions, so that none are added: shorter
+input takes the first ones, and an invalid token takes none.
 
 Departures: the paper is bidirectional; causal is W's lower triangle with its diagonal, as in re-implementations, and
-then aMLP's attention is causal too. W, of which the paper says "near zero", is drawn from ±0.001 / max_length. Fourier
-transforms round relative to the largest of all tokens, so that with causal Toeplitz weights the future can show in the
-last bit of a result.
+then aMLP's attention is causal too. W, of which the paper says "near zero", is drawn from ±0.001 / max_length.
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ from subquad.costs import Cost, visible_pairs
 from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.mask import Mask
+from subquad.ops.causal_toeplitz import causal_product_flops, causal_toeplitz_product
 from subquad.ops.packing import append, has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.precision import full_precision
 from subquad.ops.toeplitz import toeplitz_product, transform_flops, transform_length
@@ -100,7 +99,9 @@ class GmlpConfig(MixerConfig):
         assert dims.max_length is not None
         width, half, pairs = dims.embed_dim, self.half(dims), visible_pairs(length, right=0 if dims.causal else None)
         mixing = 2 * pairs * half
-        if self.weights == "toeplitz":
+        if self.weights == "toeplitz" and dims.causal:
+            mixing = causal_product_flops(length, half) if length else 0
+        elif self.weights == "toeplitz":
             mixing = (2 * half + 1) * transform_flops(transform_length(length)) if length else 0
         weights = torch.Size(self.weight_shape(dims)).numel() + dims.max_length
         biases = 2 * half + width if dims.bias else 0
@@ -236,10 +237,11 @@ class Gmlp(TokenMixer):
             visible = None if self.dims.causal else valid[:, None, None]
         if self.config.weights == "full":
             mixed = token_product(self.token_weights[:length, :length], mixed, causal=self.dims.causal)
+        elif self.dims.causal:
+            mixed = causal_toeplitz_product(self.token_weights[:length], mixed)
         else:
-            unused = 0 if self.dims.causal else len(self.token_biases) - length
-            lags = length if self.dims.causal else 2 * length - 1
-            mixed = toeplitz_product(self.token_weights[unused : unused + lags], mixed)
+            unused = len(self.token_biases) - length
+            mixed = toeplitz_product(self.token_weights[unused : unused + 2 * length - 1], mixed)
         return self._attend(reading, mixed + self.token_biases[:length, None].to(mixed.dtype), visible)
 
     def _attend(self, reading: Reading, gates: Tensor, visible: Tensor | None) -> Tensor:

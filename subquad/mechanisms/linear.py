@@ -20,6 +20,7 @@ import torch
 
 from subquad.costs import Cost
 from subquad.feature_sums import FeatureSumMixer, feature_sum_cost
+from subquad.heads import BY_HEADS
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.ops.feature_maps import EluPlusOne, FeatureMap
 from subquad.ops.linear import DENOMINATOR_EPSILON
@@ -68,6 +69,7 @@ class LinearConfig(MixerConfig):
 class Linear(FeatureSumMixer):
     """Linear attention with φ = elu + 1."""
 
+    parting = BY_HEADS
     config: LinearConfig
 
     def __init__(self, config: LinearConfig, dims: Dims) -> None:

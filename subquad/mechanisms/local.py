@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from subquad.costs import Cost, visible_pairs, window_sides
-from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
+from subquad.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask, continue_segments
 from subquad.ops.block_columns import BlockColumns, block_columns
@@ -171,6 +171,7 @@ class Stretch(NamedTuple):
 class Local(HeadMixer):
     """Attention inside a sliding window or inside blocks."""
 
+    parting = BY_HEADS
     config: LocalConfig
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> WindowState:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from subquad.costs import Cost, visible_pairs
-from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
+from subquad.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask, continue_segments
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
@@ -89,6 +89,7 @@ class NgramState(State):
 class Ngram(HeadMixer):
     """Attention to the last N - 1 tokens."""
 
+    parting = BY_HEADS
     config: NgramConfig
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> NgramState:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
+from subquad.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.ops.convolution import convolve_heads
 from subquad.ops.landmarks import landmark_attention
@@ -98,6 +98,7 @@ class NystromformerConfig(MixerConfig):
 class Nystromformer(HeadMixer):
     """Attention through landmarks, and a convolution of the values."""
 
+    parting = BY_HEADS
     config: NystromformerConfig
 
     def __init__(self, config: NystromformerConfig, dims: Dims) -> None:

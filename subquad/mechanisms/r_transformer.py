@@ -30,7 +30,7 @@ from subquad.costs import Cost, visible_pairs
 from subquad.heads import Heads, attention_cost, initialise_projection, projection_cost
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.mask import Mask
-from subquad.ops.local_recurrence import GATES, Cell, local_recurrence
+from subquad.ops.local_recurrence import GATES, CellName, local_recurrence
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.patterns.bands import Causal
 from subquad.registry import register
@@ -45,7 +45,7 @@ class RTransformerConfig(MixerConfig):
     family: ClassVar[str] = "recurrent"
     placement: ClassVar[Literal["sublayer", "block"]] = "block"
 
-    cell: Cell = "gru"
+    cell: CellName = "gru"
     """The local network."""
     window: int = 7
     """M, tokens that it reads, the own one included."""
@@ -134,7 +134,7 @@ class LocalNetwork(nn.Module):
 
     def __init__(self, config: RTransformerConfig, dims: Dims) -> None:
         super().__init__()
-        self.cell: Cell = config.cell
+        self.cell: CellName = config.cell
         self.window = config.window
         gates = GATES[config.cell] * dims.embed_dim
         self.norm = nn.LayerNorm(dims.embed_dim)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from subquad.costs import Cost, visible_pairs
-from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
+from subquad.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask
 from subquad.ops.packing import append, has_gaps, put_back, take, valid_first
@@ -126,6 +126,7 @@ class Part(NamedTuple):
 class Streaming(HeadMixer):
     """Attention to a window and to the start of the stream."""
 
+    parting = BY_HEADS
     config: StreamingConfig
 
     def __init__(self, config: StreamingConfig, dims: Dims) -> None:

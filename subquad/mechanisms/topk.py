@@ -25,7 +25,7 @@ from torch import Tensor
 
 from subquad.cache import KeyValueCache, Stored, attend_stored, empty_cache, empty_context, read_context
 from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, projection_cost
+from subquad.heads import BY_HEADS, HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.ops.topk import kept_slots, topk_attention
 from subquad.registry import register
@@ -86,6 +86,7 @@ class TopkConfig(MixerConfig):
 class Topk(HeadMixer):
     """Attention to the largest scores."""
 
+    parting = BY_HEADS
     config: TopkConfig
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:

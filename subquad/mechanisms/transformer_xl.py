@@ -28,20 +28,16 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, projection_cost
+from subquad.heads import Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.ops.memory_attention import Distances, Memory, Reach, memory_attention, project_memory
-from subquad.ops.packing import has_gaps, put_back, take, valid_first
-from subquad.ops.sinusoids import distance_sinusoids
+from subquad.memory_mixer import MemoryMixer, recent_inputs
+from subquad.ops.memory_attention import Distances, Reach, memory_attention
+from subquad.ops.packing import put_back
 from subquad.registry import register
 from subquad.state import State, state_dataclass
-
-DEVIATION = 0.02
-"""Of new u, w and W_r, as in the official code."""
 
 
 @register("transformer_xl")
@@ -172,22 +168,14 @@ class Stream(NamedTuple):
     start: Tensor
 
 
-class TransformerXL(HeadMixer):
+class TransformerXL(MemoryMixer):
     """Attention to a segment and a memory."""
 
     config: TransformerXLConfig
 
     def __init__(self, config: TransformerXLConfig, dims: Dims) -> None:
         super().__init__(config, dims)
-        self.project_distance = nn.Parameter(torch.empty(dims.inner_dim, dims.embed_dim))
-        self.content_bias = nn.Parameter(torch.empty(dims.num_heads, dims.head_dim))
-        self.position_bias = nn.Parameter(torch.empty(dims.num_heads, dims.head_dim))
         self.initialise()
-
-    def initialise(self) -> None:
-        """Draw u, w and W_r."""
-        for parameter in (self.content_bias, self.position_bias, self.project_distance):
-            nn.init.normal_(parameter, std=DEVIATION)
 
     def shared_parameters(self) -> tuple[str, ...]:
         """The u and w of all layers."""
@@ -206,23 +194,21 @@ class TransformerXL(HeadMixer):
         return RecentInputs(length, hidden)
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
-        """Attend to the call and to what is stored; padding is taken out first, so that it takes no position."""
-        (x, q, k, v), valid = heads[:4], heads.mask.valid
-        assert k is not None
-        assert v is not None
-        order = valid_first(valid) if valid is not None and has_gaps(valid) else None
-        if order is not None:
-            x, q, k, v = take(x[:, None], order)[:, 0], *(take(tensor, order) for tensor in (q, k, v))
+        """Attend to the call and to what is stored."""
+        call, valid = self.pack(heads), heads.mask.valid
         before = state if isinstance(state, RecentInputs) else None
-        stream = self._continue(x, before)
-        k, v, memory = self._join(stream, k, v)
+        stream = self._continue(call.x, before)
+        k, v, memory = self.join(stream.hidden, call, apart=self.config.segment_length is not None)
         reach = self._reach(stream)
-        out = memory_attention(q, k, v, self._distances(reach, stream.hidden.shape[1], x), reach, memory)
+        distances = self._distances(reach, stream.hidden.shape[1], call.x)
+        out = memory_attention(call.q, k, v, distances, reach, memory)
         after = None
         if before is not None:
-            added = torch.full_like(before.length, x.shape[1]) if valid is None else valid.sum(dim=1)
-            after = self._store(before, x, added)
-        return (out if order is None else put_back(out, order)), after
+            added = torch.full_like(before.length, call.x.shape[1]) if valid is None else valid.sum(dim=1)
+            length = before.length + added
+            unfinished = None if self.config.segment_length is None else length % self.config.segment_length
+            after = RecentInputs(length, recent_inputs(before.hidden, call.x, added, unfinished))
+        return (out if call.order is None else put_back(out, call.order)), after
 
     def _continue(self, x: Tensor, before: RecentInputs | None) -> Stream:
         """The stream, of what is stored as much as any token can see."""
@@ -234,22 +220,6 @@ class TransformerXL(HeadMixer):
         if not self.config.zero_memory:
             needed = min(needed, int(before.length.max()))
         return Stream(x, before.hidden[:, before.hidden.shape[1] - needed :].to(x.dtype), before.length)
-
-    def _join(self, stream: Stream, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Memory | None]:
-        """Keys and values of what is stored and of the call, and once more for the gradient of memory."""
-        joined, past = [], []
-        for layer, new in ((self.project_key, k), (self.project_value, v)):
-            parts = [(stream.x, new)]
-            if stream.hidden.shape[1]:
-                parts.insert(0, (stream.hidden, self.split(layer(stream.hidden))))
-            joined.append(torch.cat([heads for _, heads in parts], dim=2) if len(parts) > 1 else new)
-            if self.config.segment_length is not None and torch.is_grad_enabled():
-                again = [
-                    self.split(project_memory(heads.transpose(1, 2).flatten(2), x, layer.weight, layer.bias))
-                    for x, heads in parts
-                ]
-                past.append(torch.cat(again, dim=2))
-        return joined[0], joined[1], Memory(*past) if past else None
 
     def _reach(self, stream: Stream) -> Reach:
         """Columns of the stored inputs and the call in which a token's segment and what it sees begin."""
@@ -272,20 +242,5 @@ class TransformerXL(HeadMixer):
         columns = stored + torch.arange(x.shape[1], device=x.device)
         farthest = int((columns - reach.first).max())
         count = 1 + (farthest if self.config.clamp_length is None else min(farthest, self.config.clamp_length))
-        encodings = distance_sinusoids(count, x.shape[2], device=x.device, dtype=x.dtype)
-        vectors = F.linear(encodings, self.project_distance).unflatten(-1, (self.dims.num_heads, -1)).transpose(0, 1)
+        vectors = self.encode(count, self.project_distance, x)
         return Distances(vectors, self.content_bias, self.position_bias)
-
-    def _store(self, before: RecentInputs, x: Tensor, added: Tensor) -> RecentInputs:
-        """The state after a call whose first `added` (int64 (B,)) tokens are valid."""
-        stored, length = before.hidden.shape[1], before.length + added
-        age = torch.arange(stored - 1, -1, -1, device=x.device)  # 0 for the newest column
-        unfinished = length % (self.config.segment_length or 1)  # tokens of a segment that goes on
-        old = before.hidden
-        if bool((unfinished <= added).all()):
-            old = old.detach()  # so that no graph grows from segment to segment
-        joined = torch.cat((old, x.to(old.dtype)), dim=1)
-        hidden = take(joined[:, None], added[:, None] + stored - 1 - age)[:, 0]
-        if self.config.segment_length is None:
-            return RecentInputs(length, hidden.detach())
-        return RecentInputs(length, torch.where(age[:, None] < unfinished[:, None, None], hidden, hidden.detach()))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from subquad.costs import Cost
-from subquad.interface import ChannelMixer, FeedforwardConfig, TokenMixer
+from subquad.interface import FeedforwardConfig, MixerConfig
 from subquad.mask import Mask
-from subquad.models.axial import AxialPositions
-from subquad.models.block import Block, run_blocks
+from subquad.models.block import Block, ContextFacts, LayerStates, layers_of
+from subquad.models.cache import SubquadCache, open_states
 from subquad.models.configuration import SubquadConfig
 from subquad.models.embedding import Embedding
+from subquad.models.pooling import pool
+from subquad.models.pretrained import SubquadPreTrainedModel
 from subquad.models.reversible import check_reversible, run_reversibly
+from subquad.models.stack import StackInputs, run_blocks
+from subquad.models.token_facts import TokenFacts, behind_stream, context_mask
 
 
 @dataclass
@@ -30,47 +34,12 @@ class SubquadOutput(BaseModelOutputWithPooling):
         pooler_output: (B, D), or None without pooling.
         hidden_states: the stream before each block and at the end, if asked for, with the prepended vectors: a global
             stream, then the one that is pooled.
+        past_key_values: what to go on from, if a cache was given or asked for.
         aux_loss: sum of the layers' auxiliary losses, or None.
     """
 
+    past_key_values: SubquadCache | None = None
     aux_loss: Tensor | None = None
-
-
-class SubquadPreTrainedModel(PreTrainedModel):
-    """Initialisation, loading and saving, shared by all models."""
-
-    config_class = SubquadConfig
-    config: SubquadConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]  # noqa: RUF012 - transformers declares it without ClassVar
-
-    def __init__(self, config: SubquadConfig) -> None:
-        super().__init__(config)
-        self.supports_gradient_checkpointing = config.residual == "standard"  # the other computes again by itself
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, Embedding):
-            init.normal_(module.tokens.weight)
-            if isinstance(module.positions, nn.Embedding):
-                init.normal_(module.positions.weight, std=0.02)
-            if module.cls is not None:
-                init.zeros_(module.cls)
-            if module.stream is not None:
-                init.normal_(module.stream)
-        elif isinstance(module, AxialPositions):
-            for table in module.tables:
-                init.normal_(table)
-        elif isinstance(module, TokenMixer | ChannelMixer):
-            module.initialise()
 
 
 class SubquadModel(SubquadPreTrainedModel):
@@ -79,16 +48,25 @@ class SubquadModel(SubquadPreTrainedModel):
     Args:
         config: sizes and mixers.
         add_pooling: whether to pool as `config.pooling` says; with "cls" this adds the learned vector.
+        cross_mixers: of a decoder, the mixer of each layer between decoder and encoder.
     """
 
-    def __init__(self, config: SubquadConfig, add_pooling: bool = True) -> None:
+    def __init__(
+        self, config: SubquadConfig, add_pooling: bool = True, cross_mixers: Sequence[MixerConfig] | None = None
+    ) -> None:
         super().__init__(config)
         self.add_pooling = add_pooling
+        self.has_cross_mixers = cross_mixers is not None
         prepend_cls = add_pooling and config.pooling == "cls"
         self.prepended = int(prepend_cls)
         self.global_stream = config.global_stream()
         self.embedding = Embedding(config, prepend_cls=prepend_cls)
-        layers = zip(config.layer_mixers(), config.layer_feedforwards(), strict=True)
+        layers = zip(
+            config.layer_mixers(),
+            config.layer_feedforwards(),
+            cross_mixers or [None] * config.num_hidden_layers,
+            strict=True,
+        )
         self.blocks = nn.ModuleList(
             Block(
                 mixer,
@@ -96,11 +74,17 @@ class SubquadModel(SubquadPreTrainedModel):
                 config.mixer_dims(index, prepended=self.global_stream + self.prepended),
                 norm=config.norm,
                 feedforward_chunk=config.feedforward_chunk,
+                cross_mixer=cross_mixer,
             )
-            for index, (mixer, feedforward) in enumerate(layers)
+            for index, (mixer, feedforward, cross_mixer) in enumerate(layers)
         )
         if config.residual == "reversible":
             check_reversible(self.blocks)
+        if config.causal and self.global_stream:
+            raise ValueError(
+                f"{config.layer_mixers()[0].name}: its global stream stands before the input and sees all of it, which "
+                "causal=True forbids; use causal=False"
+            )
         self.final_norm = nn.LayerNorm(config.hidden_size) if config.norm == "pre" else nn.Identity()
         self._tied_weights_keys = _tied_to_first_layer(self.blocks)
         self.post_init()
@@ -122,46 +106,81 @@ class SubquadModel(SubquadPreTrainedModel):
         global_attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        encoder_segment_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> SubquadOutput:
         """Run the stack.
 
         Args:
             input_ids: int (B, L); or inputs_embeds.
-            attention_mask: (B, L), nonzero for real tokens.
+            attention_mask: (B, L), nonzero for real tokens; with a cache also (B, past + L), for all tokens so far.
             segment_ids: int (B, L), non-decreasing; packed documents don't mix.
             global_attention_mask: (B, L), nonzero for global tokens.
             inputs_embeds: (B, L, D) instead of input_ids.
             output_hidden_states: return the stream between blocks.
+            past_key_values: a `SubquadCache` to go on from; left as it is.
+            use_cache: return a cache; None for whether one is given.
+            encoder_hidden_states: (B, S, D), what the cross mixers of a decoder read.
+            encoder_attention_mask: (B, S), nonzero for real tokens of it.
+            encoder_segment_ids: int (B, S), non-decreasing, which packed document each of them belongs to.
             **kwargs: what trainers pass to every model, such as `num_items_in_batch`.
 
         Raises:
-            ValueError: both or neither kind of input, a mask that a mixer refuses, or what reversible residuals can't
-                do in training: a state, and the stream between blocks.
+            ValueError: both or neither kind of input, tokens outside the vocabulary, a mask that a mixer refuses, a
+                cache where there can't be one or of another model, or what reversible residuals can't do in training:
+                a state, and the stream between blocks.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("SubquadModel: pass exactly one of input_ids and inputs_embeds")
-        if self.config.residual == "reversible" and self.training and kwargs.get("past_key_values") is not None:
+        self.refuse_foreign(kwargs)
+        if encoder_hidden_states is not None and not self.has_cross_mixers:
+            raise ValueError("SubquadModel: got encoder_hidden_states, but this stack has no cross mixers to read them")
+        x = self.embedding.prepend_cls(self.embedding.vectors_of(input_ids, inputs_embeds))
+        states = self._states(past_key_values, use_cache, x.shape[0])
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        given = TokenFacts(attention_mask, segment_ids, global_attention_mask)
+        mask = self._mask(x, given, past, states)
+        x = self.embedding(x, mask, None if states is None else states[0].own.length)
+        stream_mask = behind_stream(mask, self.global_stream)
+        wants_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        run = run_reversibly if self.config.residual == "reversible" else run_blocks
+        facts = ContextFacts(context_mask(encoder_attention_mask, encoder_segment_ids), in_states=past > 0)
+        inputs = StackInputs(stream_mask, states, encoder_hidden_states, facts, bool(wants_hidden))
+        x, collected, aux_loss, new_states = run(self.blocks, x, inputs)
+        x = self.final_norm(x)
+        x = x if stream_mask is None else stream_mask.zero_invalid(x)
+        tokens = x[:, self.global_stream :]
+        keeps = use_cache or (use_cache is None and past_key_values is not None)
+        return SubquadOutput(
+            last_hidden_state=tokens[:, self.prepended :],
+            pooler_output=pool(tokens, mask, self.config.pooling) if self.add_pooling else None,
+            hidden_states=(*collected[:-1], x) if wants_hidden else None,
+            past_key_values=SubquadCache(new_states, past + x.shape[1]) if keeps else None,
+            aux_loss=aux_loss,
+        )
+
+    def _states(self, cache: Cache | None, use_cache: bool | None, batch_size: int) -> list[LayerStates] | None:
+        if cache is None and not use_cache:
+            return None
+        if self.config.residual == "reversible" and self.training:
             raise ValueError(
                 "SubquadModel: residual='reversible' can't train with a state, which it couldn't go back to; call "
                 "eval() to go on from past_key_values, or train on whole sequences"
             )
-        vectors = self.embedding.tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x = self.embedding.prepend_cls(vectors)
-        mask = self._mask(x, attention_mask, segment_ids, global_attention_mask)
-        x, stream_mask = self.embedding(x, mask), self._behind_global_stream(mask)
-        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        run = run_reversibly if self.config.residual == "reversible" else run_blocks
-        x, collected, aux_loss = run(self.blocks, x, stream_mask, collect=bool(wants_states))
-        x = self.final_norm(x)
-        x = x if stream_mask is None else stream_mask.zero_invalid(x)
-        tokens = x[:, self.global_stream :]
-        return SubquadOutput(
-            last_hidden_state=tokens[:, self.prepended :],
-            pooler_output=_pool(tokens, mask, self.config.pooling) if self.add_pooling else None,
-            hidden_states=(*collected[:-1], x) if wants_states else None,
-            aux_loss=aux_loss,
-        )
+        return open_states(self.blocks, cache, batch_size, prepended=self.prepended + self.global_stream)
+
+    def _mask(self, x: Tensor, given: TokenFacts, past: int, states: Sequence[LayerStates] | None) -> Mask | None:
+        """The mask over x, the prepended vector included, the global stream not yet."""
+        if given.segments is not None and states is not None and self.config.positions not in ("rotary", "none"):
+            raise ValueError(
+                f"SubquadModel: with positions={self.config.positions!r} a position counts from the beginning of its "
+                "segment, which a cache doesn't keep; pass segment_ids without a cache, or use positions='rotary'"
+            )
+        begins = torch.ones_like(x[:, 0, 0], dtype=torch.bool) if states is None else states[0].own.length == 0
+        newest = given.newest(x.shape[0], x.shape[1] - self.prepended, past)
+        return newest.mask(x, self.prepended, first_is_global=begins if self.config.global_tokens == "first" else None)
 
     def cost(self, length: int, *, dtype_bytes: int = 4) -> Cost:
         """Price of all mixers for one sequence of `length` input tokens; embeddings, norms and head are not counted.
@@ -169,7 +188,12 @@ class SubquadModel(SubquadPreTrainedModel):
         A parameter that layers share counts once. With reversible residuals `activation_bytes` are the two streams and
         the sublayer that keeps most, of all those that the backward pass computes again one by one; of a feed-forward
         in chunks, its input and one chunk.
+
+        Raises:
+            ValueError: this stack has cross mixers.
         """
+        if self.has_cross_mixers:
+            raise ValueError("SubquadModel.cost: the price of a decoder depends on its source too and isn't offered")
         prepended = self.global_stream + self.prepended
         tokens, width = length + prepended, self.config.hidden_size
         prices = []
@@ -194,72 +218,18 @@ class SubquadModel(SubquadPreTrainedModel):
         of_chunk = feedforward.cost(width, chunk, dtype_bytes).activation_bytes
         return replace(price, activation_bytes=dtype_bytes * tokens * width + of_chunk)
 
-    def _mask(
-        self, x: Tensor, attention: Tensor | None, segments: Tensor | None, global_tokens: Tensor | None
-    ) -> Mask | None:
-        """The mask over x, the prepended vector included, the global stream not yet."""
-        shape = (x.shape[0], x.shape[1] - self.prepended)
-        named = (("attention_mask", attention), ("segment_ids", segments), ("global_attention_mask", global_tokens))
-        for name, given in named:
-            if given is not None and tuple(given.shape) != shape:
-                raise ValueError(f"SubquadModel: {name} must have shape (B, L) = {shape}, got {tuple(given.shape)}")
-        valid = None if attention is None else _behind(attention != 0, self.prepended, fill=True)
-        segment_ids = None if segments is None else _behind(segments, self.prepended, fill=None)
-        is_global = None if global_tokens is None else _behind(global_tokens != 0, self.prepended, fill=False)
-        if self.config.global_tokens == "first":
-            first = _first_valid(valid, x)
-            is_global = first if is_global is None else is_global | first
-        if valid is None and segment_ids is None and is_global is None:
-            return None
-        return Mask(valid, segment_ids, is_global)
-
-    def _behind_global_stream(self, mask: Mask | None) -> Mask | None:
-        """The mask over what the mixers see."""
-        if mask is None:
-            return None
-        valid = None if mask.valid is None else _behind(mask.valid, self.global_stream, fill=True)
-        segments = None if mask.segments is None else _behind(mask.segments, self.global_stream, fill=None)
-        is_global = None if mask.global_tokens is None else _behind(mask.global_tokens, self.global_stream, fill=False)
-        return Mask(valid, segments, is_global)
-
-
-def _behind(facts: Tensor, count: int, *, fill: bool | None) -> Tensor:
-    """Facts (B, L) behind those of `count` prepended vectors: `fill`, or None to copy the first token's."""
-    first = facts[:, :1] if fill is None else torch.full_like(facts[:, :1], fill)
-    return torch.cat((first.expand(-1, count), facts), dim=1) if count else facts
-
-
-def _first_valid(valid: Tensor | None, x: Tensor) -> Tensor:
-    places = torch.arange(x.shape[1], device=x.device)
-    if valid is None:
-        return (places == 0).expand(x.shape[0], -1)
-    return valid & (valid.cumsum(dim=1) == 1)
-
-
-def _pool(x: Tensor, mask: Mask | None, pooling: str) -> Tensor:
-    """One vector per example, (B, D), of x (B, L, D), whose invalid tokens are 0."""
-    if pooling == "cls":
-        return x[:, 0]
-    if mask is None or mask.valid is None:
-        return {"first": x[:, 0], "last": x[:, -1]}[pooling] if pooling != "mean" else x.mean(dim=1)
-    if pooling == "mean":
-        return x.sum(dim=1) / mask.valid.sum(dim=1, keepdim=True).clamp_min(1)
-    places = torch.arange(x.shape[1], device=x.device)
-    if pooling == "first":
-        index = torch.where(mask.valid, places, x.shape[1] - 1).amin(dim=1)
-    else:
-        index = torch.where(mask.valid, places, 0).amax(dim=1)
-    return x[torch.arange(x.shape[0], device=x.device), index]
-
 
 def _tied_to_first_layer(blocks: nn.ModuleList) -> dict[str, str]:
     """Parameters that layers of equal config share: name in a later layer -> name in the first."""
     tied: dict[str, str] = {}
-    first_with: dict[object, int] = {}
-    for index, block in enumerate(blocks):
-        assert isinstance(block, Block)
-        shared = block.mixer.shared_parameters()
-        first = first_with.setdefault(block.mixer.config, index) if shared else index
-        if first != index:
-            tied |= {f"blocks.{index}.mixer.{name}": f"blocks.{first}.mixer.{name}" for name in shared}
+    first_with: dict[object, str] = {}
+    for index, block in enumerate(layers_of(blocks)):
+        for slot, mixer in (("mixer", block.mixer), ("cross_mixer", block.cross_mixer)):
+            shared = () if mixer is None else mixer.shared_parameters()
+            if mixer is None or not shared:
+                continue
+            place = f"blocks.{index}.{slot}"
+            first = first_with.setdefault((slot, mixer.config), place)
+            if first != place:
+                tied |= {f"{place}.{name}": f"{first}.{name}" for name in shared}
     return tied

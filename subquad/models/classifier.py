@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from subquad.models.backbone import SubquadModel, SubquadPreTrainedModel
+from subquad.models.backbone import SubquadModel
 from subquad.models.configuration import SubquadConfig
+from subquad.models.pretrained import SubquadPreTrainedModel, add_aux_loss
 
 
 @dataclass
@@ -44,14 +45,6 @@ class SubquadForSequenceClassification(SubquadPreTrainedModel):
         self.head = ClassificationHead(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The token table."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token table."""
-        self.model.set_input_embeddings(value)
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -75,6 +68,7 @@ class SubquadForSequenceClassification(SubquadPreTrainedModel):
             output_hidden_states: return the stream between blocks.
             **kwargs: passed to the loss, as trainers expect.
         """
+        self.refuse_foreign(kwargs)
         output = self.model(
             input_ids,
             attention_mask,
@@ -87,7 +81,7 @@ class SubquadForSequenceClassification(SubquadPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-            loss = loss if output.aux_loss is None else loss + output.aux_loss
+            loss = add_aux_loss(loss, output.aux_loss, labels, **kwargs)
         return SubquadClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, aux_loss=output.aux_loss
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from subquad.build import make_dims
 from subquad.config import nearest
-from subquad.interface import Dims, FeedforwardConfig, MixerConfig
+from subquad.interface import Dims, FeedforwardConfig, MixerConfig, mixers_with
 from subquad.models.axial import AxialGrid, axial_grid
 
 Written = str | Mapping[str, Any] | None
@@ -21,6 +22,7 @@ _CHOICES = {
     "residual": ("standard", "reversible"),
     "pooling": ("cls", "first", "mean", "last"),
     "global_tokens": ("none", "first"),
+    "pair_features": ("interaction", "concat"),
 }
 
 
@@ -36,8 +38,11 @@ class SubquadConfig(PreTrainedConfig):
         intermediate_size: F, hidden width of the feed-forward and of the classification head.
         mixer: the token mixer: a name, `{"name": "local", "window": 129}`, or a list of these tiled over depth.
         feedforward: the channel mixer, in the same forms; None with mixers that own theirs.
-        cross_mixer: the mixer between decoder and encoder.
+        cross_mixer: the mixer between decoder and encoder, in the same forms.
         encoder_layers: depth of the encoder in encoder-decoder models; None for `num_hidden_layers`.
+        encoder_mixer: the token mixer of the encoder in encoder-decoder models, in the same forms, where `mixer` is the
+            decoder's; None for the same.
+        encoder_feedforward: the channel mixer of that encoder, in the same forms; None for the same, `[None]` for none.
         positions: sinusoidal, learned or axial vectors added to the embeddings, rotary queries and keys, or none.
         axial_pos_shape: sides of the grid of axial positions, whose product is the number of positions; None for the
             smallest that is nearly square and holds all.
@@ -51,11 +56,19 @@ class SubquadConfig(PreTrainedConfig):
         global_tokens: "first" asks for the first valid token to be global.
         max_position_embeddings: longest input of learned positions and of mixers with parameters per position.
         pad_token_id: id of padding.
+        bos_token_id: id of the beginning of a text.
+        eos_token_id: id of its end, where generation stops.
+        decoder_start_token_id: the first token that a decoder reads; None for `bos_token_id`, and without that for
+            `pad_token_id`.
+        pair_features: what a classifier of pairs reads of the two vectors u, v: "interaction" for [u, v, u * v, u - v],
+            "concat" for [u, v].
+        tie_word_embeddings: one matrix for the token vectors and the weights of the language head.
         bias: whether the mixers' projections have biases.
         dropout: rate on embeddings and on the output of every sublayer.
     """
 
     model_type = "subquad"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers declares it without ClassVar
 
     vocab_size: int = 257
     hidden_size: int = 512
@@ -67,6 +80,8 @@ class SubquadConfig(PreTrainedConfig):
     feedforward: str | dict | list | None = "mlp"
     cross_mixer: str | dict | list = "full"
     encoder_layers: int | None = None
+    encoder_mixer: str | dict | list | None = None
+    encoder_feedforward: str | dict | list | None = None
     positions: Literal["sinusoidal", "learned", "axial", "rotary", "none"] = "sinusoidal"
     axial_pos_shape: list[int] | None = None
     axial_pos_embds_dim: list[int] | None = None
@@ -78,6 +93,10 @@ class SubquadConfig(PreTrainedConfig):
     global_tokens: Literal["none", "first"] = "none"
     max_position_embeddings: int = 4096
     pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    decoder_start_token_id: int | None = None
+    pair_features: Literal["interaction", "concat"] = "interaction"
     bias: bool = True
     dropout: float = 0.0
     tie_word_embeddings: bool = True
@@ -121,6 +140,49 @@ class SubquadConfig(PreTrainedConfig):
             places=places, width=self.hidden_size, shape=self.axial_pos_shape, dims=self.axial_pos_embds_dim
         )
 
+    def with_changes(self, **changes: Any) -> SubquadConfig:
+        """A copy with other values in these fields."""
+        changed = copy.deepcopy(self)
+        for field, value in changes.items():
+            setattr(changed, field, value)
+        return changed
+
+    def of_encoder(self) -> SubquadConfig:
+        """Config of the encoder of an encoder-decoder model.
+
+        Raises:
+            ValueError: a mixer that sees the past only.
+        """
+        config = self.with_changes(
+            mixer=self.mixer if self.encoder_mixer is None else self.encoder_mixer,
+            feedforward=self.feedforward if self.encoder_feedforward is None else self.encoder_feedforward,
+            num_hidden_layers=self.num_hidden_layers if self.encoder_layers is None else self.encoder_layers,
+            causal=False,
+            is_encoder_decoder=False,
+        )
+        unable = sorted({mixer.name for mixer in config.layer_mixers() if not mixer.traits.bidirectional})
+        if unable:
+            raise ValueError(
+                f"{', '.join(unable)}: sees the past only, and an encoder reads both sides; keep it as the decoder's "
+                f"mixer, and choose encoder_mixer among {', '.join(mixers_with('bidirectional'))}"
+            )
+        return config
+
+    def of_decoder(self) -> SubquadConfig:
+        """Config of the decoder of an encoder-decoder model.
+
+        Raises:
+            ValueError: a mixer without a causal form.
+        """
+        config = self.with_changes(causal=True, is_encoder_decoder=False)
+        unable = sorted({mixer.name for mixer in config.layer_mixers() if not mixer.traits.causal})
+        if unable:
+            raise ValueError(
+                f"{', '.join(unable)}: has no causal form, and a decoder sees the past only; use it as encoder_mixer, "
+                f"and choose mixer, the decoder's, among {', '.join(mixers_with('causal'))}"
+            )
+        return config
+
     def layer_mixers(self) -> list[MixerConfig]:
         """The mixer of each layer.
 
@@ -129,6 +191,15 @@ class SubquadConfig(PreTrainedConfig):
         """
         written = _tile(self.mixer, self.num_hidden_layers, "mixer")
         return [MixerConfig.from_dict(_as_dict(layer, "mixer")) for layer in written]
+
+    def layer_cross_mixers(self) -> list[MixerConfig]:
+        """The cross mixer of each layer of a decoder.
+
+        Raises:
+            ValueError: unknown name or option.
+        """
+        written = _tile(self.cross_mixer, self.num_hidden_layers, "cross_mixer")
+        return [MixerConfig.from_dict(_as_dict(layer, "cross_mixer")) for layer in written]
 
     def layer_feedforwards(self) -> list[FeedforwardConfig | None]:
         """The channel mixer of each layer, with this config's width and dropout where the layer names none.

@@ -27,25 +27,41 @@ from torch.autograd.function import once_differentiable
 
 from subquad.build import list_mixers
 from subquad.interface import Mixed
-from subquad.mask import Mask
-from subquad.models.block import Block, add_losses
+from subquad.models.block import Block, LayerStates, add_losses
 from subquad.models.replay import Replay
+from subquad.models.stack import StackInputs, StackOutput
 from subquad.registry import MIXERS
+from subquad.state import State
 
 
 class Sublayer(NamedTuple):
-    """A function of one stream (B, L, D), what it adds to the other, and the modules that it runs."""
+    """A function of one stream (B, L, D), what it adds to the other.
+
+    Attributes:
+        modules: that it runs, and whose parameters it reads.
+        mix: the function, of the stream and of what is in `reads`.
+        reads: tensors that it reads besides, and through which gradients flow: the context of a cross mixer.
+    """
 
     modules: tuple[nn.Module, ...]
-    mix: Callable[[Tensor], Mixed]
+    mix: Callable[..., Mixed]
+    reads: tuple[Tensor, ...] = ()
 
 
 class Streams(NamedTuple):
-    """The two streams (B, L, D), the one that is read next at the end, and the sum of the auxiliary losses so far."""
+    """The two streams (B, L, D), the one that is read next at the end, and what has come out beside them so far.
+
+    Attributes:
+        first: read after the next sublayer.
+        second: read by the next sublayer.
+        aux_loss: sum of the auxiliary losses.
+        states: new states of the sublayers that were given one, in their order.
+    """
 
     first: Tensor
     second: Tensor
     aux_loss: Tensor | None = None
+    states: tuple[State, ...] = ()
 
     def join(self) -> Tensor:
         """Their mean (B, L, D)."""
@@ -54,68 +70,85 @@ class Streams(NamedTuple):
 
 def couple(sublayers: Sequence[Sublayer], streams: Streams) -> Streams:
     """The definition: every sublayer reads one stream and adds to the other, which is read next."""
-    first, second, aux_loss = streams
+    first, second, aux_loss, states = streams
     for sublayer in sublayers:
-        mixed = sublayer.mix(second)
+        mixed = sublayer.mix(second, *sublayer.reads)
         first, second = second, first + mixed.y
         aux_loss = add_losses(aux_loss, mixed.aux_loss)
-    return Streams(first, second, aux_loss)
+        states = states if mixed.state is None else (*states, mixed.state)
+    return Streams(first, second, aux_loss, states)
 
 
 def couple_reversibly(sublayers: Sequence[Sublayer], streams: Streams) -> Streams:
     """The same, in values and gradients; keeps the last streams instead of what happens in the sublayers.
 
-    Whatever a sublayer reads besides its stream and the parameters of its modules is taken as constant. There is no
-    second derivative.
+    Whatever a sublayer reads besides its stream, its `reads` and the parameters of its modules is taken as constant.
+    There is no second derivative.
     """
-    parameters = _parameters(sublayers)
-    first, second, aux_loss = _Reversible.apply(tuple(sublayers), streams.first, streams.second, *parameters)
+    inputs = _inputs(sublayers)
+    first, second, aux_loss = _Reversible.apply(tuple(sublayers), streams.first, streams.second, *inputs)
     return Streams(first, second, add_losses(streams.aux_loss, aux_loss))
 
 
-def run_reversibly(
-    blocks: nn.ModuleList, x: Tensor, mask: Mask | None, *, collect: bool
-) -> tuple[Tensor, list[Tensor], Tensor | None]:
+def run_reversibly(blocks: nn.ModuleList, x: Tensor, given: StackInputs) -> StackOutput:
     """The stream x (B, L, D) through all blocks, with reversible residuals.
 
+    States can't be gone back to: with them autograd keeps what it keeps of ordinary layers.
+
     Returns:
-        The stream at the end, the dtype of x; with `collect`, the streams before each block and at the end; and the sum
-        of the auxiliary losses.
+        The stream at the end has the dtype of x.
 
     Raises:
         ValueError: the streams between the blocks are asked for where gradients are computed.
     """
-    if collect and torch.is_grad_enabled():
+    if given.collect and torch.is_grad_enabled():
         raise ValueError(
             "output_hidden_states=True keeps the stream between all layers, which residual='reversible' is there to "
             "avoid; ask for it under torch.no_grad(), or use residual='standard'"
         )
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     streams = Streams(wide, wide)
-    if torch.is_grad_enabled():
-        sublayers = [sublayer for block in blocks for sublayer in sublayers_of(block, mask)]
+    if torch.is_grad_enabled() and given.states is None:
+        sublayers = [sublayer for block in blocks for sublayer in sublayers_of(block, given)]
         streams = couple_reversibly(sublayers, streams)
-        return streams.join().to(x.dtype), [], streams.aux_loss
-    collected = [x]
-    for block in blocks:
-        streams = couple(sublayers_of(block, mask), streams)
-        if collect:
+        return StackOutput(streams.join().to(x.dtype), [], streams.aux_loss, [])
+    collected, new_states = [x], []
+    for block, states in given.of_layers(blocks):
+        streams = couple(sublayers_of(block, given, states), streams)
+        if given.collect:
             collected.append(streams.join().to(x.dtype))
-    return streams.join().to(x.dtype), collected, streams.aux_loss
+        if streams.states:
+            new_states.append(LayerStates(*streams.states))
+            streams = streams._replace(states=())
+    return StackOutput(streams.join().to(x.dtype), collected, streams.aux_loss, new_states)
 
 
-def sublayers_of(block: nn.Module, mask: Mask | None) -> list[Sublayer]:
-    """The token mixer of a block and its feed-forward, if it has one, each behind its norm."""
+def sublayers_of(block: nn.Module, given: StackInputs, states: LayerStates | None = None) -> list[Sublayer]:
+    """The token mixer of a block, its cross mixer and its feed-forward, where it has them, each behind its norm."""
     assert isinstance(block, Block)
-    mix: list[tuple[nn.LayerNorm | None, nn.Module | None, Callable[[Tensor], Mixed]]] = [
-        (block.mixer_norm, block.mixer, lambda x: block.mixer(x, mask=mask)),
-        (block.feedforward_norm, block.feedforward, lambda x: block.feed_forward(x, mask)),
+    mask, own = given.mask, None if states is None else states.own
+    reads = () if given.context is None else (given.context,)
+    mix: list[tuple[nn.LayerNorm | None, nn.Module | None, Callable[..., Mixed], tuple[Tensor, ...]]] = [
+        (block.mixer_norm, block.mixer, lambda x: block.mixer(x, mask=mask, state=own), ()),
+        (
+            block.cross_norm,
+            block.cross_mixer,
+            lambda x, context=None: block.cross_mix(x, mask, states, context, given.context_facts),
+            reads,
+        ),
+        (block.feedforward_norm, block.feedforward, lambda x: block.feed_forward(x, mask), ()),
     ]
-    return [_behind_norm(norm, module, call) for norm, module, call in mix if norm is not None and module is not None]
+    return [
+        _behind_norm(norm, module, call, of_call)
+        for norm, module, call, of_call in mix
+        if norm is not None and module is not None
+    ]
 
 
-def _behind_norm(norm: nn.LayerNorm, module: nn.Module, call: Callable[[Tensor], Mixed]) -> Sublayer:
-    return Sublayer((norm, module), lambda stream: call(norm(stream.to(norm.weight.dtype))))
+def _behind_norm(
+    norm: nn.LayerNorm, module: nn.Module, call: Callable[..., Mixed], reads: tuple[Tensor, ...]
+) -> Sublayer:
+    return Sublayer((norm, module), lambda stream, *read: call(norm(stream.to(norm.weight.dtype)), *read), reads)
 
 
 def check_reversible(blocks: nn.ModuleList) -> None:
@@ -134,31 +167,32 @@ def check_reversible(blocks: nn.ModuleList) -> None:
             )
 
 
-def _parameters(sublayers: Sequence[Sublayer]) -> list[nn.Parameter]:
-    """Those of all sublayers, each once, however many share it."""
+def _inputs(sublayers: Sequence[Sublayer]) -> list[Tensor]:
+    """What sublayers read besides the streams, parameters included, each once, however many share it."""
     modules = (module for sublayer in sublayers for module in sublayer.modules)
-    return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
+    parameters = (parameter for module in modules for parameter in module.parameters())
+    return list(dict.fromkeys([*(tensor for sublayer in sublayers for tensor in sublayer.reads), *parameters]))
 
 
 class _Reversible(torch.autograd.Function):
-    """All sublayers as one node of the graph; the parameters are inputs of it, so that their gradients are results."""
+    """All sublayers as one node of the graph; what they read are inputs of it, so that its gradients are results."""
 
     @staticmethod
     def forward(
-        ctx: Any, sublayers: tuple[Sublayer, ...], first: Tensor, second: Tensor, *parameters: nn.Parameter
+        ctx: Any, sublayers: tuple[Sublayer, ...], first: Tensor, second: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         aux_loss, runs, kept = None, [], []
         for sublayer in sublayers:
             replay = Replay(sublayer.modules, second)
             with replay.record():
-                mixed = sublayer.mix(second)
+                mixed = sublayer.mix(second, *sublayer.reads)
             first, second = second, first + mixed.y
             aux_loss = add_losses(aux_loss, mixed.aux_loss)
             tensors = replay.tensors()
             runs.append((sublayer, replay, len(tensors)))
             kept += tensors
-        ctx.runs, ctx.parameters = runs, parameters
-        ctx.versions = [parameter._version for parameter in parameters]
+        ctx.runs, ctx.inputs = runs, inputs
+        ctx.versions = [tensor._version for tensor in inputs]
         ctx.save_for_backward(first, second, *kept)
         return first, second, aux_loss
 
@@ -167,26 +201,27 @@ class _Reversible(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
         ctx: Any, grad_first: Tensor, grad_second: Tensor, grad_loss: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        _check_unchanged(ctx.runs, ctx.parameters, ctx.versions)
+        _check_unchanged(ctx.runs, ctx.inputs, ctx.versions)
         first, second, *kept = ctx.saved_tensors
         gradients: dict[Tensor, Tensor] = {}
         for sublayer, replay, count in reversed(ctx.runs):
             kept, tensors = kept[: len(kept) - count], kept[len(kept) - count :]
+            copies = {tensor: tensor.detach().requires_grad_(tensor.requires_grad) for tensor in sublayer.reads}
             with torch.enable_grad(), replay.again(tensors):
                 read = first.detach().requires_grad_()
-                mixed = sublayer.mix(read)
+                mixed = sublayer.mix(read, *copies.values())
                 added = mixed.y.to(second.dtype)
             first, second = second - added.detach(), first
-            trained = [parameter for parameter in _parameters([sublayer]) if parameter.requires_grad]
+            trained = [tensor for tensor in _inputs([sublayer]) if tensor.requires_grad]
             outputs = (
                 {added: grad_second} if mixed.aux_loss is None else {added: grad_second, mixed.aux_loss: grad_loss}
             )
-            grad_read, *found = _gradients(outputs, [read, *trained])
+            grad_read, *found = _gradients(outputs, [read, *(copies.get(tensor, tensor) for tensor in trained)])
             grad_first, grad_second = grad_second, grad_first if grad_read is None else grad_first + grad_read
-            for parameter, gradient in zip(trained, found, strict=True):
+            for tensor, gradient in zip(trained, found, strict=True):
                 if gradient is not None:
-                    gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
-        return None, grad_first, grad_second, *(gradients.get(parameter) for parameter in ctx.parameters)
+                    gradients[tensor] = gradients[tensor] + gradient if tensor in gradients else gradient
+        return None, grad_first, grad_second, *(gradients.get(tensor) for tensor in ctx.inputs)
 
 
 def _gradients(outputs: Mapping[Tensor, Tensor | None], inputs: list[Tensor]) -> Sequence[Tensor | None]:
@@ -198,11 +233,11 @@ def _gradients(outputs: Mapping[Tensor, Tensor | None], inputs: list[Tensor]) ->
 
 
 def _check_unchanged(
-    runs: Sequence[tuple[Sublayer, Replay, int]], parameters: Sequence[nn.Parameter], versions: Sequence[int]
+    runs: Sequence[tuple[Sublayer, Replay, int]], inputs: Sequence[Tensor], versions: Sequence[int]
 ) -> None:
-    now = _parameters([sublayer for sublayer, _, _ in runs])
-    same = len(now) == len(parameters) and all(a is b for a, b in zip(now, parameters, strict=True))
-    if not same or [parameter._version for parameter in parameters] != versions:
+    now = _inputs([sublayer for sublayer, _, _ in runs])
+    same = len(now) == len(inputs) and all(a is b for a, b in zip(now, inputs, strict=True))
+    if not same or [tensor._version for tensor in inputs] != versions:
         raise RuntimeError(
             "residual='reversible' computes the layers again in the backward pass, but their parameters have changed "
             "since the forward pass; call backward before the parameters are updated or exchanged"

@@ -3,9 +3,9 @@
     y_i = σ(q_i) ⊙ Σ_j exp(k_j + w_ij) ⊙ v_j / Σ_j exp(k_j + w_ij)
 
 w is a number for a pair of positions, the same for all channels of a group, so that the sums inside its reach are
-matrix products of exp(w) with exp(k) ⊙ v and exp(k); outside of it w is 0 and the sums are those of prefixes and
-suffixes. A key that a query doesn't see can't hide those that it sees: where a row of the product of both stabilised
-factors would be lost, the pairs of that strip are summed one by one.
+matrix products of exp(w) with exp(k) ⊙ v and exp(k), for a strip of queries at a time; outside of it w is 0, and what
+all queries of a strip see there is one more column, a mean. A key that a query doesn't see can't hide those that it
+sees: where a row of the product of both stabilised factors would be lost, that strip is summed pair by pair.
 """
 
 from __future__ import annotations
@@ -17,25 +17,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from subquad.ops.far_means import Far
 from subquad.ops.position_bias import PositionBias
 from subquad.ops.precision import full_precision
 from subquad.ops.recomputed import recomputed
-from subquad.ops.running_means import NOTHING, Means, earlier_gradients, earlier_means, join_
-from subquad.ops.strip_means import backward_strip, strip_means, strips
-
-
-class Reach(NamedTuple):
-    """How far the bias reaches, and what is seen.
-
-    Attributes:
-        left: columns before a query; None for all.
-        right: columns after it; None for all, 0 in causal means.
-        causal: no column after a query is seen; else those beyond `right` are, without a bias.
-    """
-
-    left: int | None
-    right: int | None
-    causal: bool
+from subquad.ops.running_means import NOTHING, Means, running_gradients, running_means
+from subquad.ops.strip_geometry import Reach, strips
+from subquad.ops.strip_means import Tokens, Wanted, add_strip_gradients_, pair_gradients, strip_means
+from subquad.ops.weighted_columns import weighted_columns
 
 
 def biased_means_by_pairs(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach) -> Tensor:
@@ -79,6 +68,13 @@ def _gated_mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q.to(wide).sigmoid() * (k.to(wide).softmax(dim=2) * v.to(wide)).sum(dim=2, keepdim=True)).to(q.dtype)
 
 
+class _Parts(NamedTuple):
+    """What the backward pass goes on with: the far means of strips, which are few, and which strips were products."""
+
+    far: Far
+    factored: list[bool]
+
+
 class _BiasedMeans(Function):
     """Keeps q, k, v, the means before the gate and the logarithms of their weights."""
 
@@ -89,10 +85,10 @@ class _BiasedMeans(Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         wide_bias = None if bias is None else bias.of(*(tensor.to(wide) for tensor in tensors))
         with full_precision(q.device):
-            means, ctx.factored = _means(k.to(wide), v.to(wide), wide_bias, reach, q.shape[2])
+            means, ctx.parts = _means(k.to(wide), v.to(wide), wide_bias, reach, q.shape[2])
         ctx.bias, ctx.reach = None if bias is None else bias.of(*(tensor.new_empty(0) for tensor in tensors)), reach
-        ctx.save_for_backward(q, k, v, means.total, means.of[0], *tensors)
-        return (q.to(wide).sigmoid() * means.of[0]).to(q.dtype)
+        ctx.save_for_backward(q, k, v, means.total, means.mean, *tensors)
+        return (q.to(wide).sigmoid() * means.mean).to(q.dtype)
 
     @staticmethod
     @once_differentiable
@@ -102,84 +98,71 @@ class _BiasedMeans(Function):
         q, k, v, total, mean, *tensors = ctx.saved_tensors
         wide = mean.dtype
         bias = None if ctx.bias is None else ctx.bias.of(*(tensor.to(wide) for tensor in tensors))
-        gate, grad = q.to(wide).sigmoid(), grad.to(wide)
-        of_q = grad * mean * gate * (1 - gate)
+        gate = q.to(wide).sigmoid()
+        of_mean = grad.to(wide) * gate
+        of_weights = of_mean * mean
+        of_q = torch.addcmul(of_weights, of_weights, gate, value=-1)
+        wanted = _of_real_queries(Wanted(Means(total, mean), of_mean, of_weights.sum_to_size(total.shape)), k)
         with full_precision(q.device):
-            result = Means(total, (mean,))
-            of_k, of_v, *of_bias = _gradients(
-                k.to(wide), v.to(wide), bias, ctx.reach, result, grad * gate, ctx.factored
-            )
+            of_k, of_v, *of_bias = _gradients(k.to(wide), v.to(wide), bias, ctx.reach, wanted, ctx.parts)
         of_tensors = (found.to(tensor.dtype) for found, tensor in zip(of_bias, tensors, strict=True))
         return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), None, None, *of_tensors
 
 
-def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length: int) -> tuple[Means, list[bool]]:
-    """Means for all queries, and which strips were products."""
-    start = k.shape[2] - length
+def _of_real_queries(wanted: Wanted, k: Tensor) -> Wanted:
+    """Without the gradients of queries that have no key themselves."""
+    real = k[:, :, k.shape[2] - wanted.grad.shape[2] :, :1] > NOTHING / 2
+    if bool(real.all()):
+        return wanted
+    grad, of_weights = (x.masked_fill(~real, 0.0) for x in (wanted.grad, wanted.of_weights))
+    return Wanted(wanted.result, grad, of_weights)
+
+
+def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length: int) -> tuple[Means, _Parts | None]:
+    """Means for all queries, and what they are made of if not running means."""
     if bias is None:
-        return earlier_means(k, v, start, length), []
-    result = Means(k.new_empty((*k.shape[:2], length, k.shape[3])), (v.new_empty((*v.shape[:2], length, v.shape[3])),))
-    factored = []
-    for strip in strips(length, k.shape[2], reach.left, reach.right):
-        part, product = strip_means(k, v, bias, strip)
-        result.total[:, :, strip.queries], result.of[0][:, :, strip.queries] = part.total, part.of[0]
-        factored.append(product)
-    if reach.left is not None and start + length > reach.left + 1:
-        join_(result, earlier_means(k, v, start - reach.left - 1, length))
-    if reach.right is not None and not reach.causal and length > reach.right + 1:
-        join_(result, _later_means(k, v, reach.right, length))
-    return result, factored
+        start = k.shape[2] - length
+        return Means(*(x[:, :, start:] for x in running_means(k, v))), None
+    tokens, all_strips, factored = Tokens(k, v, bias), strips(length, k.shape[2], reach), []
+    result = Means(k.new_empty((*k.shape[:2], length, k.shape[3])), v.new_empty((*v.shape[:2], length, v.shape[3])))
+    far = Far.of(k, v, all_strips)
+    for columns in weighted_columns(k, v, all_strips):
+        for i in columns.strips:
+            part, product = strip_means(tokens, all_strips[i], columns, far.seen(i))
+            result.total[:, :, all_strips[i].queries] = part.total
+            result.mean[:, :, all_strips[i].queries] = part.mean
+            factored.append(product)
+    return result, _Parts(far, factored)
 
 
 def _gradients(
-    k: Tensor,
-    v: Tensor,
-    bias: PositionBias | None,
-    reach: Reach,
-    result: Means,
-    grad: Tensor,
-    factored: list[bool],
+    k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, wanted: Wanted, parts: _Parts | None
 ) -> tuple[Tensor, ...]:
-    """Gradients of k, v and what the bias is made of, from that of the means (B, G, L, E).
+    """Gradients of k, v and what the bias is made of.
 
     With total_i, the weight of a pair is exp(k_j + w_ij - total_i), whatever part of the sums it was in.
     """
-    length, start = grad.shape[2], k.shape[2] - grad.shape[2]
-    real = k[:, :, start:] > NOTHING / 2
-    inverse = torch.where(real, -result.total, NOTHING)
-    of_weights = (grad * result.of[0]).sum_to_size(inverse.shape)
-    if bias is None:
-        return earlier_gradients(k, v, start, inverse, grad, of_weights)
+    if bias is None or parts is None:
+        return running_gradients(k, v, wanted.result.total, wanted.grad, wanted.of_weights)
+    tokens, all_strips = Tokens(k, v, bias), strips(wanted.grad.shape[2], k.shape[2], reach)
     of_k, of_v, of_bias = torch.zeros_like(k), torch.zeros_like(v), tuple(map(torch.zeros_like, bias.tensors))
-    for strip, product in zip(strips(length, k.shape[2], reach.left, reach.right), factored, strict=True):
-        found = backward_strip(k, v, bias, strip, result, grad, product=product)
-        of_k[:, :, strip.columns] += found.of_k
-        of_v[:, :, strip.columns] += found.of_v
-        bias.add_gradients(of_bias, found.of_scores, strip.queries, strip.columns, strip.offset)
-    if reach.left is not None and start + length > reach.left + 1:
-        _add((of_k, of_v), earlier_gradients(k, v, start - reach.left - 1, inverse, grad, of_weights))
-    if reach.right is not None and not reach.causal and length > reach.right + 1:
-        last_k, last_v, of_last, grad, of_weights = _flip(k, v, inverse, grad, of_weights)
-        found = earlier_gradients(last_k, last_v, -reach.right - 1, of_last, grad, of_weights)
-        _add((of_k, of_v), _flip(*found))
+    far, of_far = parts.far, []
+    for columns in weighted_columns(k, v, all_strips):
+        of_weighted = torch.zeros_like(columns.weighted)
+        for i in columns.strips:
+            strip, seen, own = all_strips[i], far.seen(i), wanted.of(all_strips[i].queries)
+            if parts.factored[i]:
+                of_scores, found = add_strip_gradients_(of_weighted, tokens, strip, columns, seen, own)
+            else:
+                more_k, more_v, of_scores, found = pair_gradients(tokens, strip, seen, own)
+                of_k[:, :, strip.columns] += more_k
+                of_v[:, :, strip.columns] += more_v
+            of_far.append(found)
+            bias.add_gradients(of_bias, of_scores, strip.queries, strip.columns, strip.offset)
+        columns.add_gradients_((of_k, of_v), of_weighted)
+    far.add_gradients_((of_k, of_v), k, v, of_far)
     return of_k, of_v, *of_bias
 
 
 def _at_most(distance: Tensor, bound: int | None) -> Tensor:
     return torch.ones_like(distance, dtype=torch.bool) if bound is None else distance <= bound
-
-
-def _flip(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.flip(2) for tensor in tensors)
-
-
-def _later_means(k: Tensor, v: Tensor, right: int, length: int) -> Means:
-    """For each query the mean over the columns more than `right` after it; there are as many columns as queries."""
-    last_k, last_v = _flip(k, v)
-    means = earlier_means(last_k, last_v, -right - 1, length)
-    return Means(means.total.flip(2), _flip(*means.of))
-
-
-def _add(sums: tuple[Tensor, ...], more: tuple[Tensor, ...]) -> None:
-    for mine, other in zip(sums, more, strict=True):
-        mine.add_(other)

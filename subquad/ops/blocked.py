@@ -8,6 +8,7 @@ the backward pass but q, k, v, the result and the log-sum-exp.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ def _saves_nothing(q: Tensor, k: Tensor, request: Request) -> bool:
     (_, num_heads, length, _), key_length = q.shape, k.shape[2]
     if 0 in (*q.shape, key_length):
         return False
-    shape = _shape(q, k, request.offset(0))
+    shape = replace(_shape(q, k, request.offset(0)), examples=len(q))
     if not plan_pattern(request.pattern, num_heads, shape, sliced=request.facts.anything).dense:
         return False
     leave_receipt(

@@ -59,17 +59,18 @@ def compile_pattern(pattern: Pattern, shape: Shape, *, sliced: bool) -> HeadPlan
         shape: of the problem.
         sliced: whether masks may be added when it runs, so that strips must stay small.
     """
-    plans = [_by_terms(pattern, shape, sliced=sliced), _in_slices(pattern, shape)]
+    slices = _in_slices(pattern, shape)
+    plans = [slices, _by_terms(pattern, shape, sliced=sliced)]
     if pattern.block is not None:
         plans.append(compile_tiles(pattern, shape))
-    best = int(np.argmin([_price(pieces, shape) for pieces in plans]))
-    return HeadPlan(tuple(plans[best]), dense=best == 1)
+    prices = [_price(pieces, shape, shape.call_pairs) for pieces in plans]
+    prices[0] = _price(slices, shape, shape.call_pairs // shape.examples)
+    best = int(np.argmin(prices))
+    return HeadPlan(tuple(plans[best]), dense=best == 0)
 
 
-def _price(pieces: list[Piece], shape: Shape) -> float:
-    return sum(piece.price(shape.call_pairs) for piece in pieces) + PIECE_PAIRS * shape.queries * max(
-        0, len(pieces) - 1
-    )
+def _price(pieces: list[Piece], shape: Shape, call_pairs: int) -> float:
+    return sum(piece.price(call_pairs) for piece in pieces) + PIECE_PAIRS * shape.queries * max(0, len(pieces) - 1)
 
 
 def _in_slices(pattern: Pattern, shape: Shape) -> list[Piece]:

@@ -42,22 +42,34 @@ def router_probabilities(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Logits and probabilities, both (..., X).
     """
+    logits = router_logits(x, weight)
+    return logits, logits.softmax(dim=-1)
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """The first of `router_probabilities`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     with full_precision(x.device):
-        logits = F.linear(x.to(wide), weight.to(wide))
-        return logits, logits.softmax(dim=-1)
+        return F.linear(x.to(wide), weight.to(wide))
 
 
 def expert_rows_by_tokens(
-    chosen: Tensor, experts: int, *, valid: Tensor | None = None, capacity: Tensor | None = None
+    chosen: Tensor,
+    experts: int,
+    *,
+    valid: Tensor | None = None,
+    capacity: Tensor | None = None,
+    priority: Tensor | None = None,
 ) -> ExpertRows:
     """The definition: token after token takes a seat, as long as there is one. Arguments as in `expert_rows`."""
     groups, length, _ = chosen.shape
+    wish = torch.zeros(groups, length) if priority is None else priority
+    turns = [sorted(range(length), key=[-rank for rank in ranks].__getitem__) for ranks in wish.tolist()]
     rows: list[list[tuple[int, int]]] = [[] for _ in range(experts)]
     dropped = 0
     for group in range(groups):
         taken: Counter[int] = Counter()
-        for token in range(length):
+        for token in turns[group]:
             if valid is not None and not valid[group, token]:
                 continue
             for choice, expert in enumerate(chosen[group, token].tolist()):
@@ -72,7 +84,12 @@ def expert_rows_by_tokens(
 
 
 def expert_rows(
-    chosen: Tensor, experts: int, *, valid: Tensor | None = None, capacity: Tensor | None = None
+    chosen: Tensor,
+    experts: int,
+    *,
+    valid: Tensor | None = None,
+    capacity: Tensor | None = None,
+    priority: Tensor | None = None,
 ) -> ExpertRows:
     """Sort choices by expert; a stable sort keeps the order of the tokens, so the first ones have the seats.
 
@@ -81,8 +98,13 @@ def expert_rows(
         experts: X.
         valid: bool (G, N); the other tokens go nowhere and take no seat.
         capacity: int64 (G,), seats of every expert in a group; None for as many as are wanted.
+        priority: (G, N); tokens take their seats from the largest to the smallest. None for the order of the tokens.
     """
-    groups, _, top_k = chosen.shape
+    groups, length, top_k = chosen.shape
+    turns = None if priority is None else priority.argsort(dim=1, descending=True, stable=True)
+    if turns is not None:
+        chosen = chosen.gather(1, turns[..., None].expand_as(chosen))
+        valid = None if valid is None else valid.gather(1, turns)
     group = torch.arange(groups, device=chosen.device)
     runs = chosen * groups + group[:, None, None]  # an expert's seats in a group are a run of the sorted choices
     if valid is not None:
@@ -99,7 +121,10 @@ def expert_rows(
         order = order[rank < seats.repeat_interleave(sizes)]
         sizes = torch.minimum(sizes, seats)
     counts = sizes.view(experts, groups).sum(dim=1).tolist()
-    return ExpertRows(order // top_k, order % top_k, tuple(counts), wanted - order.numel())
+    tokens = order // top_k
+    if turns is not None:
+        tokens = (turns + group[:, None] * length).flatten()[tokens]
+    return ExpertRows(tokens, order % top_k, tuple(counts), wanted - order.numel())
 
 
 def seats(tokens: Tensor, *, experts: int, top_k: int, factor: float, least: int) -> Tensor:

@@ -147,10 +147,11 @@ class _Experts(torch.autograd.Function):
             upstream = grad.index_select(0, run.tokens)
             of_hidden = product(upstream, weights.contract[e].mT)
             if ctx.dropout:
-                passed = kept[len(kept) // 2 + index] / (1 - ctx.dropout)
+                passed = kept[len(kept) // 2 + index].to(x.dtype) / (1 - ctx.dropout)
                 hidden, of_hidden = hidden * passed, of_hidden * passed
-            out_times_upstream = (of_hidden * hidden).sum(dim=-1) + upstream @ weights.contract_bias[e]
-            of_gates[run.tokens, run.choices] = out_times_upstream.to(gates.dtype)
+            if ctx.needs_input_grad[3]:
+                out_times_upstream = (of_hidden * hidden).sum(dim=-1) + upstream @ weights.contract_bias[e]
+                of_gates[run.tokens, run.choices] = out_times_upstream.to(gates.dtype)
             gate = gates[run.tokens, run.choices].to(x.dtype)[:, None]
             upstream.mul_(gate)
             of_before = ctx.activation.backward(of_hidden.mul_(gate), before)

@@ -9,19 +9,20 @@ lstm    i, f, g, o = σ, σ, tanh, σ (a + b)      c' = f ⊙ c + i ⊙ g      h
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from subquad.ops.onednn import product
 from subquad.ops.precision import full_precision
+from subquad.ops.recurrent_cells import Cell, Gru, Lstm, Rnn, States, Step
 
-Cell = Literal["rnn", "gru", "lstm"]
-States = tuple[Tensor, ...]
-"""What a cell hands on: h first."""
+CellName = Literal["rnn", "gru", "lstm"]
 
 GATES: dict[str, int] = {"rnn": 1, "gru": 3, "lstm": 4}
 """Vectors as wide as the state that a cell needs of each token."""
@@ -29,9 +30,11 @@ GATES: dict[str, int] = {"rnn": 1, "gru": 3, "lstm": 4}
 SLICE = 2**20
 """Numbers in the gates of all windows that run together, so that a step finds them in the cache."""
 
+CELLS: dict[str, Cell] = {"rnn": Rnn(), "gru": Gru(), "lstm": Lstm()}
+
 
 def local_recurrence_by_windows(
-    given: Tensor, weights: Tensor, biases: Tensor | None, *, cell: Cell, window: int
+    given: Tensor, weights: Tensor, biases: Tensor | None, *, cell: CellName, window: int
 ) -> Tensor:
     """The definition, one window after the other; arguments and result as in `local_recurrence`."""
     rows = []
@@ -43,7 +46,7 @@ def local_recurrence_by_windows(
     return torch.stack(rows, dim=1)
 
 
-def local_recurrence(given: Tensor, weights: Tensor, biases: Tensor | None, *, cell: Cell, window: int) -> Tensor:
+def local_recurrence(given: Tensor, weights: Tensor, biases: Tensor | None, *, cell: CellName, window: int) -> Tensor:
     """All windows side by side, in float32 or wider and not narrowed by autocast; autograd keeps the arguments alone.
 
     A slice of windows runs at a time, and again in the backward pass.
@@ -58,66 +61,100 @@ def local_recurrence(given: Tensor, weights: Tensor, biases: Tensor | None, *, c
     Returns:
         (B, L, D), the dtype of `given`.
     """
-    return _LocalRecurrence.apply(given, weights, biases, STEPS[cell], window)  # pyright: ignore[reportReturnType] - untyped
+    return _LocalRecurrence.apply(given, weights, biases, cell, window)  # pyright: ignore[reportReturnType] - untyped
 
 
 class _LocalRecurrence(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, given: Tensor, weights: Tensor, biases: Tensor | None, step: Callable[..., States], window: int
-    ) -> Tensor:
+    def forward(ctx: Any, given: Tensor, weights: Tensor, biases: Tensor | None, cell: CellName, window: int) -> Tensor:
         ctx.save_for_backward(given, weights, biases)
-        ctx.step, ctx.window = step, window
-        wide = torch.promote_types(given.dtype, torch.float32)
-        weights, biases = weights.to(wide), None if biases is None else biases.to(wide)
+        ctx.cell, ctx.window = cell, window
+        run = _Run.of(given, weights, biases, cell)
+        out = given.new_empty(given.shape[0], given.shape[1] - window + 1, weights.shape[1])
         with full_precision(given.device):
-            parts = [_run(step, tokens, weights, biases) for _, tokens in _slices(given, window, wide)]
-        return torch.cat(parts, dim=1).to(given.dtype)
+            for windows in _slices(given, window):
+                last = deque(run.steps(windows, window), maxlen=1).pop()
+                out[:, windows] = last.states[0]
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        given, *saved = ctx.saved_tensors
+        given, weights, biases = ctx.saved_tensors
+        run = _Run.of(given, weights, biases, ctx.cell)
+        of_given, of_weights = (torch.zeros_like(x, dtype=run.weights.dtype) for x in (given, weights))
+        of_biases = of_weights.new_zeros(len(weights))
+        with full_precision(given.device):
+            for windows in _slices(given, ctx.window):
+                steps, gradients = list(run.steps(windows, ctx.window)), run.last_gradients(grad[:, windows])
+                for shift, step in reversed(list(enumerate(steps))):
+                    gradients = run.cell.step_back_(step, gradients, of_given[:, _shifted(windows, shift)])
+                    of_hidden = step.gates.flatten(0, 1)
+                    of_biases += of_hidden.sum(dim=0)
+                    if shift:
+                        of_weights.addmm_(of_hidden.mT, step.before[0].flatten(0, 1))
+                        gradients[0].add_(product(of_hidden, run.weights.mT).view_as(gradients[0]))
+        found = None if biases is None else of_biases.to(biases.dtype)
+        return of_given.to(given.dtype), of_weights.to(weights.dtype), found, None, None
+
+
+class _Run(NamedTuple):
+    """What all steps of a call share, in float32 or wider but for the tokens.
+
+    Attributes:
+        given: (B, M - 1 + L, G D).
+        weights: (G D, D).
+        biases: (G D,) or None.
+        cell: which.
+    """
+
+    given: Tensor
+    weights: Tensor
+    biases: Tensor | None
+    cell: Cell
+
+    @classmethod
+    def of(cls, given: Tensor, weights: Tensor, biases: Tensor | None, cell: CellName) -> _Run:
+        """The arguments of `local_recurrence`."""
         wide = torch.promote_types(given.dtype, torch.float32)
-        learned = [tensor.detach().to(wide).requires_grad_() for tensor in saved if tensor is not None]
-        weights, biases = learned[0], learned[1] if len(learned) > 1 else None
-        of_given, totals = torch.zeros_like(given, dtype=wide), [torch.zeros_like(tensor) for tensor in learned]
-        for start, tokens in _slices(given, ctx.window, wide):
-            leaves = [token.detach().requires_grad_() for token in tokens]
-            count = leaves[0].shape[1]
-            with torch.enable_grad(), full_precision(given.device):
-                out = _run(ctx.step, leaves, weights, biases)
-            wanted = grad[:, start : start + count].to(wide)
-            found = torch.autograd.grad(out, [*leaves, *learned], wanted, allow_unused=True, materialize_grads=True)
-            for shift, of_tokens in enumerate(found[: ctx.window]):
-                of_given[:, start + shift : start + shift + count] += of_tokens
-            for total, part in zip(totals, found[ctx.window :], strict=True):
-                total += part
-        of_biases = totals[1].to(saved[1].dtype) if biases is not None else None
-        return of_given.to(given.dtype), totals[0].to(saved[0].dtype), of_biases, None, None
+        return cls(given, weights.to(wide), None if biases is None else biases.to(wide), CELLS[cell])
+
+    def steps(self, windows: slice, window: int) -> Iterator[Step]:
+        """All steps of neighbouring windows."""
+        states = _empty(self.given[:, windows].to(self.weights.dtype), self.weights)
+        for shift in range(window):
+            step = self.step(states, _shifted(windows, shift), first=shift == 0)
+            states = step.states
+            yield step
+
+    def last_gradients(self, grad: Tensor) -> States:
+        """Those of the last states, of which only h is seen."""
+        grad = grad.to(self.weights.dtype)
+        return grad, torch.zeros_like(grad)
+
+    def step(self, states: States, tokens: slice, *, first: bool) -> Step:
+        """A step; of a state of 0 the product is known."""
+        given = self.given[:, tokens].to(self.weights.dtype)
+        if first:
+            hidden = torch.zeros_like(given, memory_format=torch.contiguous_format)
+            hidden = hidden if self.biases is None else hidden.add_(self.biases)
+        else:
+            hidden = product(states[0].flatten(0, 1), self.weights, self.biases).view(given.shape)
+        return self.cell.step_(given, hidden, states)
 
 
-def _slices(given: Tensor, window: int, dtype: torch.dtype) -> list[tuple[int, list[Tensor]]]:
-    """The first window of each slice, and the slice's first, second, ... tokens, M times (B, N, G D)."""
+def _slices(given: Tensor, window: int) -> list[slice]:
+    """The windows that run together."""
     batch_size, tokens, width = given.shape
     length = tokens - window + 1
     size = max(1, SLICE // (max(1, batch_size) * width))
-    return [
-        (start, [given[:, start + s : min(start + size, length) + s].to(dtype) for s in range(window)])
-        for start in range(0, length, size)
-    ]
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _run(step: Callable[..., States], tokens: list[Tensor], weights: Tensor, biases: Tensor | None) -> Tensor:
-    """The last h (B, N, D) of windows whose tokens are given one by one; of a state of 0 the product is known."""
-    states = _empty(tokens[0], weights)
-    of_nothing = torch.zeros_like(tokens[0][:1, :1]) if biases is None else biases
-    states = step(tokens[0], of_nothing, states)
-    for token in tokens[1:]:
-        states = step(token, F.linear(states[0], weights, biases), states)
-    return states[0]
+def _shifted(windows: slice, shift: int) -> slice:
+    return slice(windows.start + shift, windows.stop + shift)
 
 
 def _empty(token: Tensor, weights: Tensor) -> States:

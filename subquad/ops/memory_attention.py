@@ -68,6 +68,14 @@ def memory_attention_by_table(
     q: Tensor, k: Tensor, v: Tensor, distances: Distances, reach: Reach, memory: Memory | None = None
 ) -> Tensor:
     """The definition of `memory_attention`, with an r for every pair; arguments and result as there."""
+    scores, own = memory_scores_by_table(q, k, distances, reach, memory)
+    return read_by_table(scores.softmax(dim=-1), own, v, memory)
+
+
+def memory_scores_by_table(
+    q: Tensor, k: Tensor, distances: Distances, reach: Reach, memory: Memory | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scores (B, H, L, S), -inf where hidden, and which pairs lie in one segment, bool (B or 1, 1, L, S)."""
     i = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
     j = torch.arange(k.shape[2], device=q.device)
     table = distances.vectors[:, (i - j).clamp(0, distances.vectors.shape[1] - 1)]
@@ -76,13 +84,24 @@ def memory_attention_by_table(
     q_content, q_position = q + distances.content_bias[:, None], q + distances.position_bias[:, None]
     content = torch.where(own, q_content @ k.mT, q_content @ past.mT)
     scores = (content + torch.einsum("bhle,hlse->bhls", q_position, table)) / math.sqrt(q.shape[-1])
-    weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
+    return scores.masked_fill(~visible, -math.inf), own
+
+
+def read_by_table(weights: Tensor, own: Tensor, v: Tensor, memory: Memory | None) -> Tensor:
+    """What queries read with weights (B, H, L, S), of memory from its values apart."""
     return (weights * own) @ v + (weights * ~own) @ (v if memory is None else memory.v)
 
 
 def memory_attention(
     q: Tensor, k: Tensor, v: Tensor, distances: Distances, reach: Reach, memory: Memory | None = None
 ) -> Tensor:
+    """Attend; arguments and result as the first of `memory_attention_with_lse`."""
+    return memory_attention_with_lse(q, k, v, distances, reach, memory)[0]
+
+
+def memory_attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, distances: Distances, reach: Reach, memory: Memory | None = None
+) -> tuple[Tensor, Tensor]:
     """Attend.
 
     Args:
@@ -94,7 +113,8 @@ def memory_attention(
         memory: takes the gradient of keys and values before a query's own segment; None where k and v take all of it.
 
     Returns:
-        (B, H, L, E), the dtype of q, laid out as (B, L, H, E).
+        out (B, H, L, E), the dtype of q, laid out as (B, L, H, E), and the log-sum-exp (B, H, L) of the scores, in
+        float32 or wider.
     """
     past = (None, None) if memory is None else memory
     return _MemoryAttention.apply(q, k, v, *distances, *past, reach)  # pyright: ignore[reportReturnType] - untyped
@@ -118,7 +138,7 @@ class Slice(NamedTuple):
     own: Tensor | None
 
 
-def _slices(q: Tensor, k: Tensor, count: int, reach: Reach) -> Iterator[Slice]:
+def slices(q: Tensor, k: Tensor, count: int, reach: Reach) -> Iterator[Slice]:
     """All slices; `count` is the number of distances with an r of their own."""
     batch, num_heads, length, _ = q.shape
     before, device = k.shape[2] - length, q.device
@@ -137,11 +157,11 @@ def _slices(q: Tensor, k: Tensor, count: int, reach: Reach) -> Iterator[Slice]:
 
 def attend_slice(q: Tensor, k: Tensor, v: Tensor, distances: Distances, part: Slice) -> tuple[Tensor, Tensor]:
     """What the queries of a slice read, (B, H, rows, E), and the log-sum-exp of their scores, (B, H, rows)."""
-    scores = _slice_scores(q, k, distances, part)
+    scores = slice_scores(q, k, distances, part)
     return scores.softmax(dim=-1) @ v, scores.logsumexp(dim=-1)
 
 
-def _slice_scores(q: Tensor, k: Tensor, distances: Distances, part: Slice) -> Tensor:
+def slice_scores(q: Tensor, k: Tensor, distances: Distances, part: Slice) -> Tensor:
     """Scores of the queries q (B, H, rows, E) and the keys k (B, H, columns, E) of a slice, -inf where hidden."""
     position = (q + distances.position_bias[:, None]) @ distances.vectors[:, part.indices].mT
     content = (q + distances.content_bias[:, None]) @ k.mT
@@ -169,7 +189,7 @@ class _MemoryAttention(torch.autograd.Function):
         memory_k: Tensor | None,
         memory_v: Tensor | None,
         reach: Reach,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
         batch, num_heads, length, width = q.shape
         out = q.new_empty(batch, length, num_heads, width).transpose(1, 2)
@@ -177,18 +197,18 @@ class _MemoryAttention(torch.autograd.Function):
         distances = Distances(*(tensor.to(wide) for tensor in (vectors, content_bias, position_bias)))
         wide_k, wide_v = k.to(wide), v.to(wide)
         with full_precision(q.device):
-            for part in _slices(q, k, vectors.shape[1], reach):
+            for part in slices(q, k, vectors.shape[1], reach):
                 part_k, part_v = wide_k[:, :, part.columns], wide_v[:, :, part.columns]
                 result = attend_slice(q[:, :, part.rows].to(wide), part_k, part_v, distances, part)
                 out[:, :, part.rows], lse[:, :, part.rows] = result[0].to(q.dtype), result[1]
         ctx.save_for_backward(q, k, v, vectors, content_bias, position_bias, out, lse)
         ctx.reach, ctx.apart = reach, memory_k is not None
-        return out
+        return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
-        ctx: Any, grad: Tensor
+        ctx: Any, grad: Tensor, grad_lse: Tensor
     ) -> tuple[Tensor | None, ...]:
         q, k, v, *of_distances, out, lse = ctx.saved_tensors
         wide, scale = lse.dtype, q.shape[-1] ** -0.5
@@ -197,12 +217,13 @@ class _MemoryAttention(torch.autograd.Function):
         grads = [torch.zeros_like(tensor) for tensor in (wide_q, wide_k, wide_v, *distances)]
         past = [torch.zeros_like(tensor) for tensor in (wide_k, wide_v)] if ctx.apart else None
         with full_precision(q.device):
-            for part in _slices(q, k, of_distances[0].shape[1], ctx.reach):
+            for part in slices(q, k, of_distances[0].shape[1], ctx.reach):
                 part_q, part_k = wide_q[:, :, part.rows], wide_k[:, :, part.columns]
-                weights = _slice_scores(part_q, part_k, distances, part).sub_(lse[:, :, part.rows, None]).exp_()
+                weights = slice_scores(part_q, part_k, distances, part).sub_(lse[:, :, part.rows, None]).exp_()
                 upstream = grad[:, :, part.rows].to(wide)
                 change = upstream @ wide_v[:, :, part.columns].mT
-                change.sub_((upstream * out[:, :, part.rows]).sum(dim=-1, keepdim=True)).mul_(weights).mul_(scale)
+                common = grad_lse[:, :, part.rows] - (upstream * out[:, :, part.rows]).sum(dim=-1)
+                change.add_(common[..., None]).mul_(weights).mul_(scale)
                 _add_query_gradients(grads, change, part_q, part_k, distances, part)
                 content = part_q + distances.content_bias[:, None]
                 for index, (pairs, rows) in enumerate(((change, content), (weights, upstream))):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.ops.stacked_products import add_stacked_product_, stacked_product
+
 
 class PositionBias(Protocol):
     """A bias; i counts the queries of a call and j its columns, which queries are the last of."""
@@ -60,15 +62,15 @@ class FactorisedBias:
 
     def scores(self, queries: slice, columns: slice, offset: int) -> Tensor:
         """(B or 1, 1, R, S)."""
-        return (self.rows[:, queries] @ self.columns[:, columns].mT)[:, None]
+        return stacked_product(self.rows[:, None, queries], self.columns[:, None, columns].mT)
 
     def add_gradients(
         self, gradients: tuple[Tensor, ...], of_scores: Tensor, queries: slice, columns: slice, offset: int
     ) -> None:
         """Two products."""
-        found = of_scores.sum(dim=1)
-        gradients[0][:, queries] += found @ self.columns[:, columns]
-        gradients[1][:, columns] += found.mT @ self.rows[:, queries]
+        of_rows, of_columns = gradients
+        add_stacked_product_(of_rows[:, None, queries], of_scores, self.columns[:, None, columns])
+        add_stacked_product_(of_columns[:, None, columns], of_scores.mT, self.rows[:, None, queries])
 
 
 @dataclass(frozen=True)

@@ -1,182 +1,150 @@
-"""Means over the columns that the bias reaches, for a strip of queries at a time.
+"""Means for a strip of queries, over columns in reach of the bias and, as one column each, those on either side.
 
     Σ_j exp(k_j + w_ij) v_j = exp(top_i + peak) Σ_j exp(w_ij - top_i) exp(k_j - peak) v_j
 
-top_i is the largest w of a row, peak the largest k of the strip in each channel. A row whose sum of weights comes out
-too small has its weight on columns that are small in both, or sees no column near the peak, and would lose digits.
+top_i is the largest w of a row, peak about the largest k in each channel. A row whose sum of weights comes out too
+small has its weight on columns that are small in both, or sees no column near the peak, and would lose digits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.ops.pair_means import gradients_by_pairs, means_by_pairs
 from subquad.ops.position_bias import PositionBias
 from subquad.ops.running_means import NOTHING, Means
-
-SHORTEST, LONGEST = 32, 256
-"""Queries of a strip: as many as the bias reaches columns, within these bounds."""
-
-PAIRS = 2**22
-"""Weights of pairs and channels that are held at once where products won't do."""
+from subquad.ops.stacked_products import add_stacked_product_, stacked_product
+from subquad.ops.strip_geometry import Strip
+from subquad.ops.weighted_columns import Columns
 
 
-class Strip(NamedTuple):
-    """A rectangle of pairs.
+class Tokens(NamedTuple):
+    """What a call weighs.
 
     Attributes:
-        queries: which.
-        columns: those that one of the queries sees with a bias.
-        offset: query i is column `offset` + i.
-        left: how many columns before itself a query sees; None for all.
-        right: after itself; None for all.
-    """
-
-    queries: slice
-    columns: slice
-    offset: int
-    left: int | None
-    right: int | None
-
-    @property
-    def pairs(self) -> int:
-        """All of the rectangle."""
-        return (self.queries.stop - self.queries.start) * (self.columns.stop - self.columns.start)
-
-    def hidden(self, device: torch.device) -> Tensor | None:
-        """Bool (R, W), True for a pair out of reach; None where there is none."""
-        if self.left is None and self.right is None:
-            return None
-        i = torch.arange(self.queries.start, self.queries.stop, device=device)[:, None] + self.offset
-        distance = i - torch.arange(self.columns.start, self.columns.stop, device=device)
-        far = torch.zeros_like(distance, dtype=torch.bool)
-        far = far if self.left is None else far | (distance > self.left)
-        return far if self.right is None else far | (-distance > self.right)
-
-
-class StripGradients(NamedTuple):
-    """Gradients of the columns of a strip.
-
-    Attributes:
-        of_k: (B, G, W, E or 1).
-        of_v: (B, G, W, E).
-        of_scores: (B or 1, G or 1, R, W), as the scores are.
-    """
-
-    of_k: Tensor
-    of_v: Tensor
-    of_scores: Tensor
-
-
-def strips(length: int, total: int, left: int | None, right: int | None) -> Iterator[Strip]:
-    """The strips of `length` queries, the last of `total` columns."""
-    reach = total if left is None or right is None else left + right + 1
-    size, offset = min(LONGEST, max(SHORTEST, 1 << (reach - 1).bit_length())), total - length
-    for first in range(0, length, size):
-        last = min(first + size, length)
-        begin = 0 if left is None else max(0, offset + first - left)
-        end = total if right is None else min(total, offset + last + right)
-        yield Strip(slice(first, last), slice(begin, end), offset, left, right)
-
-
-def strip_means(k: Tensor, v: Tensor, bias: PositionBias, strip: Strip) -> tuple[Means, bool]:
-    """Means for the queries of a strip, and whether products gave them.
-
-    Args:
         k: (B, G, S, E or 1), `NOTHING` where there is no key.
         v: (B, G, S, E).
         bias: of the positions.
-        strip: the pairs.
     """
-    scores, own = _scores(bias, strip, k.device), k[:, :, strip.columns]
-    factors = _factors(scores, own)
-    values = v[:, :, strip.columns]
-    sums = factors.rows @ torch.cat((factors.columns * values, factors.columns), dim=3)
-    numerators, weights = sums.split((v.shape[3], k.shape[3]), dim=3)
-    real = k[:, :, strip.offset + strip.queries.start : strip.offset + strip.queries.stop] > NOTHING / 2
-    smallest = torch.finfo(k.dtype).tiny
-    if bool((weights.masked_fill(~real, 1.0) < smallest**0.5).any()):
-        return _means_by_pairs(scores, own, values), False
-    weights = weights.clamp_min(smallest)
-    return Means(weights.log() + factors.top + factors.peak, (numerators / weights,)), True
+
+    k: Tensor
+    v: Tensor
+    bias: PositionBias
 
 
-def backward_strip(
-    k: Tensor, v: Tensor, bias: PositionBias, strip: Strip, result: Means, grad: Tensor, *, product: bool
-) -> StripGradients:
-    """Gradients by a strip.
+class Wanted(NamedTuple):
+    """What the gradients of a strip follow from; all of its R queries.
+
+    Attributes:
+        result: means and logarithms of all weights.
+        grad: (B, G, R, E), of the means.
+        of_weights: (B, G, R, E or 1), grad times mean, summed over the channels that share k.
+    """
+
+    result: Means
+    grad: Tensor
+    of_weights: Tensor
+
+    def of(self, queries: slice) -> Wanted:
+        """The part of some queries."""
+        total, mean, grad, of_weights = (x[:, :, queries] for x in (*self.result, self.grad, self.of_weights))
+        return Wanted(Means(total, mean), grad, of_weights)
+
+
+def strip_means(tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Means]) -> tuple[Means, bool]:
+    """Means for the queries of a strip, and whether products gave them.
 
     Args:
-        k: (B, G, S, E or 1).
-        v: (B, G, S, E).
-        bias: of the positions.
+        tokens: of the call.
         strip: the pairs.
-        result: means and logarithms of all weights, for all queries (B, G, L, ·), whatever they are joined from.
-        grad: (B, G, L, E), of the means.
-        product: whether products gave the means.
+        columns: the weighted columns, of this strip and others.
+        far: means over columns that no bias of the strip reaches, seen by all of its queries.
     """
-    scores, own, values = _scores(bias, strip, k.device), k[:, :, strip.columns], v[:, :, strip.columns]
-    total, mean, grad = (x[:, :, strip.queries] for x in (result.total, result.of[0], grad))
-    if not product:
-        return _gradients_by_pairs(scores, own, values, Means(total, (mean,)), grad)
-    factors = _factors(scores, own)
-    of_numerators = grad * (factors.top + factors.peak - total).exp_()
-    of_weights = -(of_numerators * mean).sum_to_size(total.shape)
-    of_sums = torch.cat((of_numerators, of_weights), dim=3)
-    weighted = factors.columns * values
-    from_rows = factors.rows.mT @ of_sums
-    of_numerators, of_weights = from_rows.split((v.shape[3], k.shape[3]), dim=3)
-    of_scores = of_sums @ torch.cat((weighted, factors.columns), dim=3).mT
-    of_k = (weighted * of_numerators).sum_to_size(own.shape) + factors.columns * of_weights
-    of_v = factors.columns * of_numerators
-    return StripGradients(of_k, of_v, of_scores.sum_to_size(scores.shape).mul_(factors.rows))
+    scores, width = strip.hide_(_scores(tokens.bias, strip)), tokens.v.shape[3]
+    top = _top(scores, far)
+    sums = stacked_product((scores - top).exp_(), columns.of(strip, columns.weighted))
+    for mean in far:
+        sums.addcmul_((-top).exp_(), columns.far(mean))
+    weights = sums[..., width:]
+    if _too_small(weights, tokens.k, strip):
+        return means_by_pairs(_with_far(scores, far), *_joined(tokens, strip, far)), False
+    weights = weights.clamp_min(torch.finfo(weights.dtype).tiny)
+    return Means(weights.log().add_(top).add_(columns.peak), sums[..., :width] / weights), True
 
 
-class _Factors(NamedTuple):
-    """The two factors of weights; rows (B or 1, G or 1, R, W), top (·, ·, R, 1), columns as k, peak (B, G, 1, ·)."""
+def add_strip_gradients_(
+    sums: Tensor, tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Means], wanted: Wanted
+) -> tuple[Tensor, list[Means]]:
+    """Gradients of a strip whose means products gave: of its scores, limited as they are, and of the far means.
 
-    rows: Tensor
-    top: Tensor
-    columns: Tensor
-    peak: Tensor
-
-
-def _factors(scores: Tensor, k: Tensor) -> _Factors:
-    top, peak = scores.amax(dim=3, keepdim=True), k.amax(dim=2, keepdim=True)
-    return _Factors((scores - top).exp_(), top, (k - peak).exp_(), peak)
-
-
-def _scores(bias: PositionBias, strip: Strip, device: torch.device) -> Tensor:
-    scores, hidden = bias.scores(strip.queries, strip.columns, strip.offset), strip.hidden(device)
-    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
-
-
-def _row_slices(k: Tensor, rows: int) -> Iterator[slice]:
-    size = max(1, PAIRS // max(1, k.numel()))
-    return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
-
-
-def _means_by_pairs(scores: Tensor, k: Tensor, v: Tensor) -> Means:
-    """Pair by pair: scores (B or 1, G or 1, R, W), k (B, G, W, E or 1), v (B, G, W, E)."""
-    totals, means = [], []
-    for rows in _row_slices(v, scores.shape[2]):
-        logits = scores[:, :, rows, :, None] + k[:, :, None]
-        totals.append(logits.logsumexp(dim=3))
-        means.append((logits.softmax(dim=3) * v[:, :, None]).sum(dim=3))
-    return Means(torch.cat(totals, dim=2), (torch.cat(means, dim=2),))
+    Args:
+        sums: (B, G, W, ·), to which the gradients of the weighted columns of all strips are added.
+        tokens: of the call.
+        strip: the pairs.
+        columns: the weighted columns.
+        far: as in `strip_means`.
+        wanted: of the strip's queries.
+    """
+    scores, width = strip.hide_(_scores(tokens.bias, strip)), tokens.v.shape[3]
+    top = _top(scores, far)
+    scale = (top + columns.peak).sub_(wanted.result.total).exp_()
+    of_sums = sums.new_empty((*wanted.grad.shape[:3], sums.shape[3]))
+    torch.mul(wanted.grad, scale, out=of_sums[..., :width])
+    torch.mul(wanted.of_weights, scale.neg_(), out=of_sums[..., width:])
+    of_far: list[Means] = []
+    for mean in far:
+        of_column = (-top).exp_().mT @ of_sums
+        of_values, of_weights = of_column.split((width, of_column.shape[3] - width), dim=3)
+        weight = (mean.total - columns.peak).exp_()
+        of_total = (of_values * mean.mean).sum_to_size(weight.shape).add_(of_weights).mul_(weight)
+        of_far.append(Means(of_total, of_values * weight))
+    rows = scores.sub_(top).exp_()
+    add_stacked_product_(columns.of(strip, sums), rows.mT, of_sums)
+    of_rows = stacked_product(of_sums, columns.of(strip, columns.weighted).mT)
+    return strip.limit_(of_rows.sum_to_size(rows.shape).mul_(rows)), of_far
 
 
-def _gradients_by_pairs(scores: Tensor, k: Tensor, v: Tensor, result: Means, grad: Tensor) -> StripGradients:
-    """The same of the gradients; `result` and `grad` are those of the rows."""
-    of_k, of_v, of_scores = torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(scores)
-    for rows in _row_slices(v, scores.shape[2]):
-        logits = scores[:, :, rows, :, None] + k[:, :, None]
-        of_values = (logits - result.total[:, :, rows, None]).exp_() * grad[:, :, rows, None]
-        of_logits = of_values * (v[:, :, None] - result.of[0][:, :, rows, None])
-        of_v += of_values.sum(dim=2)
-        of_k += of_logits.sum(dim=2).sum_to_size(k.shape)
-        of_scores[:, :, rows] = of_logits.sum(dim=4).sum_to_size(scores[:, :, rows].shape)
-    return StripGradients(of_k, of_v, of_scores)
+def pair_gradients(
+    tokens: Tokens, strip: Strip, far: Sequence[Means], wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor, list[Means]]:
+    """Gradients of a strip pair by pair: of its k and v, its scores, and the far means."""
+    scores = _with_far(strip.hide_(_scores(tokens.bias, strip)), far)
+    joined = _joined(tokens, strip, far)
+    of_k, of_v, of_scores = gradients_by_pairs(scores, *joined, wanted.result, wanted.grad)
+    own = strip.columns.stop - strip.columns.start
+    of_far = [Means(of_k[:, :, i : i + 1], of_v[:, :, i : i + 1]) for i in range(own, own + len(far))]
+    return of_k[:, :, :own], of_v[:, :, :own], strip.limit_(of_scores[..., :own].contiguous()), of_far
+
+
+def _scores(bias: PositionBias, strip: Strip) -> Tensor:
+    return strip.limit_(bias.scores(strip.queries, strip.columns, strip.offset))
+
+
+def _top(scores: Tensor, far: Sequence[Means]) -> Tensor:
+    """The largest score of each row; far columns have a bias of 0."""
+    top = scores.amax(dim=3, keepdim=True)
+    return top.clamp_min_(0.0) if far else top
+
+
+def _too_small(weights: Tensor, k: Tensor, strip: Strip) -> bool:
+    """Whether a query that has a key itself would lose digits."""
+    smallest = torch.finfo(weights.dtype).tiny ** 0.5
+    if not weights.numel() or not bool(weights.amin() < smallest):
+        return False
+    real = k[:, :, strip.offset + strip.queries.start : strip.offset + strip.queries.stop] > NOTHING / 2
+    return bool((weights.masked_fill(~real, 1.0) < smallest).any())
+
+
+def _with_far(scores: Tensor, far: Sequence[Means]) -> Tensor:
+    return F.pad(scores, (0, len(far)))
+
+
+def _joined(tokens: Tokens, strip: Strip, far: Sequence[Means]) -> tuple[Tensor, Tensor]:
+    """K and v of a strip, the far means behind them."""
+    k, v = tokens.k[:, :, strip.columns], tokens.v[:, :, strip.columns]
+    return torch.cat((k, *(mean.total for mean in far)), dim=2), torch.cat((v, *(mean.mean for mean in far)), dim=2)

@@ -25,12 +25,14 @@ class Shape:
         keys: S.
         offset: absolute position of the first query.
         call_pairs: what starting a call costs a head, in pairs of dense attention.
+        examples: how many share the calls of dense attention in slices; pieces are called for each one.
     """
 
     queries: int
     keys: int
     offset: int
     call_pairs: int
+    examples: int = 1
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ SLICE = 2**20
 
 
 def toeplitz_matrix(lags: Tensor, length: int) -> Tensor:
-    """The matrix (L, L) of lags as in `toeplitz_product`."""
+    """The matrix (L, L) of lags (2 L - 1,), or (L,) for a lower triangular one."""
     places = torch.arange(length, device=lags.device)
     index = places[:, None] - places + len(lags) - length
     return lags[index.clamp_min(0)].masked_fill(index < 0, 0.0)
 
 
 def toeplitz_product_by_matrix(lags: Tensor, x: Tensor) -> Tensor:
-    """The definition; arguments and result as in `toeplitz_product`."""
+    """The definition; as in `toeplitz_product`, or with lags (L,), from 0, for a causal matrix."""
     return torch.einsum("ij,bjf->bif", toeplitz_matrix(lags, x.shape[1]).to(x.dtype), x)
 
 
@@ -32,7 +32,7 @@ def toeplitz_product(lags: Tensor, x: Tensor) -> Tensor:
     """The product by Fourier transforms, in float32 or wider; autograd keeps the arguments alone.
 
     Args:
-        lags: (2 L - 1,), w of i - j from 1 - L to L - 1; or (L,), from 0: a causal one.
+        lags: (2 L - 1,), w of i - j from 1 - L to L - 1.
         x: (B, L, F).
 
     Returns:
@@ -56,11 +56,11 @@ class _ToeplitzProduct(torch.autograd.Function):
     def forward(ctx: Any, lags: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(lags, x)
         size, length = transform_length(x.shape[1]), x.shape[1]
-        wide, first = torch.promote_types(x.dtype, torch.float32), len(lags) - length
+        wide = torch.promote_types(x.dtype, torch.float32)
         kernel, y = torch.fft.rfft(lags.to(wide), size), torch.empty_like(x)
-        for some in _channels(x, size):
+        for some in channel_slices(x, size):
             spectrum = torch.fft.rfft(x[..., some].to(wide).mT, size)
-            y[..., some] = torch.fft.irfft(spectrum * kernel, size)[..., first : first + length].mT
+            y[..., some] = torch.fft.irfft(spectrum * kernel, size)[..., length - 1 : 2 * length - 1].mT
         return y
 
     @staticmethod
@@ -70,18 +70,21 @@ class _ToeplitzProduct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         lags, x = ctx.saved_tensors
         size, length = transform_length(x.shape[1]), x.shape[1]
-        wide, first = torch.promote_types(x.dtype, torch.float32), len(lags) - length
+        wide = torch.promote_types(x.dtype, torch.float32)
         kernel, of_x = torch.fft.rfft(lags.to(wide), size).conj(), torch.empty_like(x)
         of_kernel = torch.zeros_like(kernel)
-        for some in _channels(x, size):
-            shifted = torch.nn.functional.pad(grad[..., some].to(wide).mT, (first, 0))
+        for some in channel_slices(x, size):
+            shifted = torch.nn.functional.pad(grad[..., some].to(wide).mT, (length - 1, 0))
             spectrum = torch.fft.rfft(shifted, size)
             of_x[..., some] = torch.fft.irfft(spectrum * kernel, size)[..., :length].mT
             of_kernel += (torch.fft.rfft(x[..., some].to(wide).mT, size).conj() * spectrum).sum(dim=(0, 1))
         return torch.fft.irfft(of_kernel, size)[: len(lags)].to(lags.dtype), of_x
 
 
-def _channels(x: Tensor, size: int) -> Iterator[slice]:
-    """Channels of x (B, L, F) that run together; none of an empty batch, which transforms don't take."""
+def channel_slices(x: Tensor, size: int) -> Iterator[slice]:
+    """Channels of x (B, L, F), filled up to `size` tokens, that run together.
+
+    There are none in an empty batch, which transforms don't take.
+    """
     step = max(1, SLICE // (max(1, x.shape[0]) * size))
     return (slice(start, start + step) for start in range(0, x.shape[2] if len(x) else 0, step))

@@ -55,14 +55,12 @@ class _TokenProduct(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         weights, x = ctx.saved_tensors
         of_rows, tokens, wants_weights = _folded(grad), _folded(x), ctx.needs_input_grad[0]
-        of_weights, of_tokens = torch.zeros_like(weights) if wants_weights else None, torch.empty_like(tokens)
+        of_weights, of_tokens = torch.zeros_like(weights) if wants_weights else None, torch.zeros_like(tokens)
         with full_precision(x.device):
             for start in range(0, len(tokens), BLOCK):
-                block = slice(start, start + BLOCK)
-                first, last = (start, start + BLOCK) if ctx.causal else (0, len(tokens))
-                seeing = weights[first:, block]
-                seeing = seeing.tril() if ctx.causal else seeing
-                of_tokens[block] = product(seeing.mT, of_rows[first:].mT)
+                block, last = slice(start, start + BLOCK), start + BLOCK if ctx.causal else len(tokens)
+                rows = weights[block, :last].tril(start) if ctx.causal else weights[block]
+                of_tokens[:last].addmm_(rows.mT, of_rows[block])
                 if of_weights is not None:
                     of_block = product(of_rows[block], tokens[:last])
                     of_weights[block, :last] = of_block.tril(start) if ctx.causal else of_block

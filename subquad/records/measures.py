@@ -8,15 +8,20 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from subquad.records.schema import ProfilePoint, ProfileRecord, binomial_error
+from subquad.records.schema import ProfilePoint, ProfileRecord
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Test accuracies of one set-up, one a seed, each measured on the same `examples` test examples."""
+    """Test scores of one set-up, one a seed, all measured on the same test examples.
+
+    Attributes:
+        values: of the metric.
+        errors: the standard error of each value that the size of the test split causes.
+    """
 
     values: tuple[float, ...]
-    examples: int
+    errors: tuple[float, ...]
 
     @property
     def mean(self) -> float:
@@ -24,21 +29,21 @@ class Summary:
         return statistics.fmean(self.values)
 
     @property
-    def binomial_error(self) -> float:
+    def sampling_error(self) -> float:
         """The standard error that the size of the test split alone causes; more seeds don't shrink it."""
-        return binomial_error(self.mean, self.examples)
+        return math.sqrt(statistics.fmean(error**2 for error in self.errors))
 
     @property
     def standard_error(self) -> float:
-        """The standard error of the mean over the seeds; the binomial one where a single seed was run."""
+        """The standard error of the mean over the seeds; the sampling error where a single seed was run."""
         if len(self.values) == 1:
-            return self.binomial_error
+            return self.sampling_error
         return statistics.stdev(self.values) / math.sqrt(len(self.values))
 
     @property
     def cautious_error(self) -> float:
         """The larger of both errors: two seeds that agree by chance must not make a tie look like a win."""
-        return max(self.standard_error, self.binomial_error)
+        return max(self.standard_error, self.sampling_error)
 
 
 @dataclass(frozen=True)

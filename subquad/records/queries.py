@@ -2,7 +2,7 @@
 
 Runs are comparable when hardware, task with data hash, preset, budget and the size of the model are the same; each such
 group is one `Comparison`, and no figure is ever formed across two of them. Inside a comparison the seeds of one set-up
-are one `Entry`. The majority-class guess depends on the data alone and joins every comparison of its data.
+are one `Entry`. The guess without a model depends on the data alone and joins every comparison of its data.
 
 This module forms means, errors and fronts; which mechanism to use is said by `benchmark.recommendation`.
 """
@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from subquad.records.measures import Speed, Summary, speed_at
+from subquad.records.metrics import MetricKind
 from subquad.records.schema import (
     DENSE,
-    MAJORITY,
     Budget,
-    Metric,
     ProfileRecord,
     ReceiptRecord,
     RunRecord,
-    Score,
     Status,
     TaskInfo,
 )
+from subquad.records.scores import Metric, Score
 from subquad.records.store import Records, canonical_hash, run_hash
 
 PARAMETER_TOLERANCE = 0.10
@@ -109,19 +108,19 @@ class Entry:
 
     @property
     def best(self) -> Summary | None:
-        """Test accuracy at the best-validation step; None without a finished run or with a red probe."""
+        """Test score at the best-validation step; None without a finished run or with a red probe."""
         return self._summary(lambda metric: metric.best_validation)
 
     @property
     def last(self) -> Summary | None:
-        """Test accuracy at the last step, otherwise as `best`."""
+        """Test score at the last step, otherwise as `best`."""
         return self._summary(lambda metric: metric.last_step)
 
     def _summary(self, score: Callable[[Metric], Score]) -> Summary | None:
-        metrics = [run.metric for run in self.finished if run.metric is not None]
-        if self.red_probes or not metrics:
+        scores = [score(run.metric) for run in self.finished if run.metric is not None]
+        if self.red_probes or not scores:
             return None
-        return Summary(tuple(score(metric).test for metric in metrics), metrics[0].examples)
+        return Summary(tuple(s.test for s in scores), tuple(s.test_standard_error for s in scores))
 
     @property
     def speed(self) -> Speed | None:
@@ -129,6 +128,11 @@ class Entry:
         if self.profile is None or self.red_probes:
             return None
         return speed_at(self.profile, self.runs[0].task.max_length)
+
+    @property
+    def carries_state(self) -> bool | None:
+        """Whether the model took its state from window to window; None where the data were no stream, or unknown."""
+        return next((run.carries_state for run in self.finished), None)
 
     @property
     def unequal_parameters(self) -> bool:
@@ -141,13 +145,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All comparable runs of a task: entries in order (dense, by accuracy, failed last) and the majority guess."""
+    """All comparable runs of a task: entries in order (dense, by score, failed last) and the guess without a model."""
 
     protocol: Protocol
     task: TaskInfo
     budget: Budget
     entries: tuple[Entry, ...]
-    majority: RunRecord | None
+    guess: RunRecord | None
+
+    @property
+    def kind(self) -> MetricKind:
+        """What is known of the metric: direction, unit, how it is written."""
+        return self.task.kind
 
     @property
     def is_lra(self) -> bool:
@@ -160,9 +169,14 @@ class Comparison:
         return next((entry for entry in self.entries if entry.name == DENSE), None)
 
     @property
-    def majority_accuracy(self) -> float | None:
-        """Test accuracy of always answering the most frequent class."""
-        metric = self.majority.metric if self.majority else None
+    def guess_label(self) -> str:
+        """What the guess is called, such as "majority class"; "" where it isn't recorded."""
+        return self.guess.mixer_name.replace("_", " ") if self.guess else ""
+
+    @property
+    def guess_score(self) -> float | None:
+        """Test score of the guess."""
+        metric = self.guess.metric if self.guess else None
         return metric.best_validation.test if metric else None
 
 
@@ -190,10 +204,10 @@ def mixer_labels(records: Records) -> dict[str, str]:
 def comparisons(records: Records) -> tuple[Comparison, ...]:
     """Return every comparison, ordered by hardware, task and preset."""
     groups: dict[Protocol, list[RunRecord]] = defaultdict(list)
-    majorities: dict[tuple[str, str], RunRecord] = {}
+    guesses: dict[tuple[str, str], RunRecord] = {}
     for run in records.runs:
-        if run.mixer_name == MAJORITY:
-            majorities.setdefault((run.task.name, run.task.data_hash), run)
+        if run.is_guess:
+            guesses.setdefault((run.task.name, run.task.data_hash), run)
         else:
             groups[protocol_of(run)].append(run)
     labels = mixer_labels(records)
@@ -203,7 +217,7 @@ def comparisons(records: Records) -> tuple[Comparison, ...]:
             task=runs[0].task,
             budget=runs[0].budget,
             entries=_entries(runs, records, labels),
-            majority=majorities.get((protocol.task, protocol.data_hash)),
+            guess=guesses.get((protocol.task, protocol.data_hash)),
         )
         for protocol, runs in sorted(groups.items(), key=lambda item: item[0])
     )
@@ -227,11 +241,13 @@ def _entries(runs: Sequence[RunRecord], records: Records, labels: dict[str, str]
                 red_probes=red.get(mixer_key(first.mixer), ()),
             )
         )
-    return tuple(sorted(entries, key=_rank))
+    kind = runs[0].task.kind
 
+    def rank(entry: Entry) -> tuple[bool, bool, float, str]:
+        goodness = kind.goodness(entry.best.mean) if entry.best else 0.0
+        return entry.name != DENSE, entry.best is None, -goodness, entry.label
 
-def _rank(entry: Entry) -> tuple[bool, bool, float, str]:
-    return entry.name != DENSE, entry.best is None, -(entry.best.mean if entry.best else 0.0), entry.label
+    return tuple(sorted(entries, key=rank))
 
 
 def red_probes(records: Records) -> dict[str, tuple[str, ...]]:

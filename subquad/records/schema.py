@@ -1,7 +1,6 @@
 """The records of a comparison: one training run, one speed profile, and everything needed to believe and repeat them.
 
-A record is one JSON document with a version. JSON has no NaN: a training loss that is not finite is kept as null, every
-other figure must be finite.
+A record is one JSON document with a version. What a run scored is in `scores`.
 
 This module knows nothing of folders (`store`) and draws no conclusion from several records (`queries`).
 """
@@ -14,17 +13,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from subquad.records.strict import Accuracy, Count, FiniteOrNone, PathPart, Sample, Seconds, Strict
+from subquad.records.metrics import MetricKind, metric_kind
+from subquad.records.scores import CurvePoint, Metric
+from subquad.records.strict import Count, PathPart, Sample, Seconds, Strict
 
 SCHEMA_VERSION = 1
 MAX_SAMPLES = 200
 DENSE = "full"
-MAJORITY = "majority_class"
-
-
-def binomial_error(accuracy: float, examples: int) -> float:
-    """Return sqrt(p (1 - p) / n), the standard error of an accuracy p measured on n examples."""
-    return math.sqrt(accuracy * (1 - accuracy) / examples)
 
 
 def utc_now() -> str:
@@ -59,17 +54,33 @@ class Environment(Strict):
 
 
 class TaskInfo(Strict):
-    """A task as data: its name, the hash of its data, the sizes of its splits, and whether it is Long Range Arena."""
+    """A task as data: what is learned, how it is measured, the hash of its data, the sizes of its splits in examples.
+
+    `num_labels` is the number of classes, None where the task has none. `is_lra` says whether it is Long Range Arena.
+    """
 
     name: PathPart
     title: str
     is_lra: bool
+    objective: PathPart
+    metric: str
     data_hash: PathPart
     train_size: Count
     validation_size: Count
     test_size: Count
-    num_labels: Annotated[int, Field(ge=1)]
+    vocab_size: Annotated[int, Field(ge=1)]
+    num_labels: Annotated[int, Field(ge=1)] | None
     max_length: Annotated[int, Field(ge=1)]
+
+    @property
+    def kind(self) -> MetricKind:
+        """What is known of the task's metric."""
+        return metric_kind(self.metric)
+
+    @field_validator("metric")
+    @classmethod
+    def _check_metric(cls, metric: str) -> str:
+        return metric_kind(metric).name
 
 
 class Budget(Strict):
@@ -77,42 +88,6 @@ class Budget(Strict):
 
     kind: Literal["steps", "parameters", "flops", "time"]
     amount: Annotated[float, Field(gt=0)]
-
-
-class Score(Strict):
-    """Accuracy in 0..1 on the validation and test splits after `step` steps."""
-
-    step: Count
-    validation: Accuracy
-    test: Accuracy
-
-
-class Metric(Strict):
-    """The result of a run: the score at the step with the best validation accuracy and the score at the last step."""
-
-    name: str
-    higher_is_better: bool
-    examples: Annotated[int, Field(ge=1)]
-    best_validation: Score
-    last_step: Score
-
-    @property
-    def best_validation_standard_error(self) -> float:
-        """Binomial standard error of the test accuracy at the best-validation step."""
-        return binomial_error(self.best_validation.test, self.examples)
-
-    @property
-    def last_step_standard_error(self) -> float:
-        """Binomial standard error of the test accuracy at the last step."""
-        return binomial_error(self.last_step.test, self.examples)
-
-
-class CurvePoint(Strict):
-    """One point of a learning curve; `train_loss` is None where it was not finite, `validation` where not measured."""
-
-    step: Count
-    train_loss: FiniteOrNone
-    validation: Accuracy | None = None
 
 
 class CostRecord(Strict):
@@ -173,7 +148,7 @@ class Record(Strict):
 
     @property
     def mixer_name(self) -> str:
-        """The name of the mixer; `full` is dense attention, `majority_class` the guess without a model."""
+        """The name of the mixer; `full` is dense attention; the guess without a model has a name here, too."""
         return str(self.mixer["name"])
 
     @model_validator(mode="after")
@@ -184,10 +159,12 @@ class Record(Strict):
 
 
 class RunRecord(Record):
-    """One training run. The majority-class guess is one too: mixer {"name": "majority_class"}, 0 parameters, 0 steps.
+    """One training run, or the guess without a model: placement "none", 0 steps, mixer {"name": "majority_class"}.
 
     `parameters_of_dense` is the size of the same model with dense attention; `saved_bytes` is what autograd keeps for
-    one training step and `peak_bytes` the peak memory, both None where not measured. A run that failed has no metric.
+    one training step and `peak_bytes` the peak memory, both None where not measured. `carries_state` says whether the
+    model took its state from one window of a stream to the next; None where the task was no stream. A run that failed
+    has no metric.
     """
 
     task: TaskInfo
@@ -205,12 +182,20 @@ class RunRecord(Record):
     cost: CostRecord | None = None
     saved_bytes: Count | None = None
     peak_bytes: Count | None = None
+    carries_state: bool | None = None
     probes: tuple[ProbeRecord, ...] = ()
+
+    @property
+    def is_guess(self) -> bool:
+        """Whether this is the guess without a model, which every mechanism has to beat."""
+        return self.placement == "none"
 
     @model_validator(mode="after")
     def _check_metric(self) -> Self:
         if self.status is Status.OK and self.metric is None:
             raise ValueError("a run with status 'ok' needs a metric")
+        if self.metric is not None and self.metric.name != self.task.metric:
+            raise ValueError(f"the task is measured by {self.task.metric}, got the metric {self.metric.name}")
         return self
 
 

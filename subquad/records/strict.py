@@ -11,7 +11,7 @@ def _finite_or_none(value: object) -> object:
 
 
 PathPart = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
-Accuracy = Annotated[float, Field(ge=0, le=1)]
+Measurement = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Sample = Annotated[float, Field(gt=0)]

@@ -4,9 +4,6 @@ Terminal, page and recommendation all write numbers with these functions, so tha
 decimal (1 MB = 1,000,000 bytes).
 """
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-
 _SECONDS = ((1e-6, "µs"), (1e-3, "ms"), (1.0, "s"))
 _BYTES = ("B", "kB", "MB", "GB", "TB", "PB")
 _MAGNITUDES = ("", "k", "M", "G", "T", "P", "E")
@@ -64,25 +61,6 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
-def percent_with_error(value: float, error: float) -> str:
-    """Write an accuracy with its standard error: "61.3 ± 0.5 %"."""
-    return f"{100 * value:.1f} ± {100 * error:.1f} %"
-
-
-def score(value: float, metric: str) -> str:
-    """Write a score in the unit of its metric: "61.3 %", "2.104 bits a byte"."""
-    return _SCORES[metric](value)
-
-
 def times(value: float) -> str:
     """Write a ratio: "1.90×"."""
     return f"{_three_digits(value)}×"
-
-
-_SCORES: Mapping[str, Callable[[float], str]] = MappingProxyType(
-    {
-        "accuracy": percent,
-        "bits_per_byte": "{:.3f} bits a byte".format,
-        "bits_per_dimension": "{:.3f} bits a dimension".format,
-    }
-)

@@ -1,7 +1,7 @@
-"""The figure every paper on this subject draws, as data: accuracy against speed, the area being memory.
+"""The figure every paper on this subject draws, as data: the score against speed, the area being memory.
 
 The page (plotly) and the picture for the README (matplotlib) draw the same `BubbleChart`, so they can't disagree. Only
-entries with an accuracy and a measured speed are points; the others are named in `missing` with the reason.
+entries with a score and a measured speed are points; the others are named in `missing` with the reason.
 """
 
 import math
@@ -10,18 +10,21 @@ from dataclasses import dataclass
 
 from subquad.records import units
 from subquad.records.measures import Speed, Summary, pareto_front
+from subquad.records.metrics import MetricKind
 from subquad.records.queries import Comparison, Entry
 from subquad.report.labels import Bubble, place
 from subquad.report.tables import front_of
 
 LARGEST_DIAMETER = 64.0
 SMALLEST_DIAMETER = 9.0
+FARTHEST_GUESS = 4.0
+"""The guess is drawn where it is no farther from the scores than so many times their spread."""
 WIDTH, HEIGHT = 860.0, 400.0
 
 
 @dataclass(frozen=True)
 class Point:
-    """One bubble: accuracies in 0..1, diameter and label offset in pixels."""
+    """One bubble: score and error as recorded, diameter and label offset in pixels."""
 
     entry: Entry
     summary: Summary
@@ -38,38 +41,55 @@ class Point:
 
 @dataclass(frozen=True)
 class BubbleChart:
-    """The points with the ranges of both axes, the majority accuracy, and the front of accuracy against speed."""
+    """The points with the ranges of both axes, the guess without a model, and the front of score against speed.
 
+    `guess` is None where it isn't recorded or lies so far off that the mechanisms would stand in one line.
+    Scores are as recorded; `kind` says how they are shown and which way is better.
+    """
+
+    kind: MetricKind
     length: int
     points: tuple[Point, ...]
     speed_range: tuple[float, float]
-    accuracy_range: tuple[float, float]
-    majority: float | None
+    score_range: tuple[float, float]
+    guess: float | None
+    guess_label: str
     front: tuple[tuple[float, float], ...]
     missing: tuple[tuple[Entry, str], ...]
 
 
 def bubble_chart(comparison: Comparison) -> BubbleChart:
-    """Return the chart of a comparison; `points` is empty where no entry has both an accuracy and a speed."""
+    """Return the chart of a comparison; `points` is empty where no entry has both a score and a speed."""
     found = [(entry, entry.best, entry.speed) for entry in comparison.entries]
     measured = [(entry, best, speed) for entry, best, speed in found if best is not None and speed is not None]
     missing = tuple((e, _why_missing(e, comparison)) for e, best, speed in found if best is None or speed is None)
     speeds = [speed.relative for _, _, speed in measured]
-    accuracies = [a for _, best, _ in measured for a in _interval(best)]
-    majority = comparison.majority_accuracy
-    if majority is not None:
-        accuracies.append(majority)
-    speed_range, accuracy_range = _speed_range(speeds), _accuracy_range(accuracies)
-    points = _points(measured, front_of(comparison), speed_range, accuracy_range)
+    scores = [bound for _, best, _ in measured for bound in _interval(best)]
+    guess = comparison.guess_score
+    if guess is not None and _is_near(guess, scores):
+        scores.append(guess)
+    speed_range, score_range = _speed_range(speeds), _score_range(scores, 1 / comparison.kind.scale)
+    front = _front_line([(s.relative, b.mean) for e, b, s in measured if e.clean], comparison.kind)
+    points = _points(measured, front_of(comparison), front, speed_range, score_range)
     return BubbleChart(
+        kind=comparison.kind,
         length=comparison.task.max_length,
         points=points,
         speed_range=speed_range,
-        accuracy_range=accuracy_range,
-        majority=majority,
-        front=_front_line([(p.speed.relative, p.summary.mean) for p in points if p.entry.clean]),
+        score_range=score_range,
+        guess=guess if guess in scores else None,
+        guess_label=comparison.guess_label,
+        front=front,
         missing=missing,
     )
+
+
+def _is_near(guess: float, scores: Sequence[float]) -> bool:
+    """Whether the guess leaves enough of the chart to tell the mechanisms apart."""
+    if not scores:
+        return True
+    low, high = min(scores), max(scores)
+    return max(low - guess, guess - high) <= FARTHEST_GUESS * (high - low)
 
 
 def _why_missing(entry: Entry, comparison: Comparison) -> str:
@@ -90,39 +110,40 @@ def _speed_range(speeds: Sequence[float]) -> tuple[float, float]:
     return low / margin, high * margin
 
 
-def _accuracy_range(accuracies: Sequence[float]) -> tuple[float, float]:
-    if not accuracies:
+def _score_range(scores: Sequence[float], least_margin: float) -> tuple[float, float]:
+    if not scores:
         return 0.0, 1.0
-    low, high = min(accuracies), max(accuracies)
-    margin = max(0.14 * (high - low), 0.01)
+    low, high = min(scores), max(scores)
+    margin = max(0.14 * (high - low), least_margin)
     return low - margin, high + margin
 
 
 def _points(
     measured: Sequence[tuple[Entry, Summary, Speed]],
-    front: frozenset[str],
+    unbeaten: frozenset[str],
+    front: Sequence[tuple[float, float]],
     speed_range: tuple[float, float],
-    accuracy_range: tuple[float, float],
+    score_range: tuple[float, float],
 ) -> tuple[Point, ...]:
     largest = max([1.0, *(speed.saved_bytes for _, _, speed in measured)])
     diameters = [max(LARGEST_DIAMETER * math.sqrt(s.saved_bytes / largest), SMALLEST_DIAMETER) for _, _, s in measured]
-    scale = HEIGHT / (accuracy_range[1] - accuracy_range[0])
+    scale = HEIGHT / (score_range[1] - score_range[0])
 
-    def pixels(relative: float, accuracy: float) -> tuple[float, float]:
+    def pixels(relative: float, score: float) -> tuple[float, float]:
         x = WIDTH * math.log(relative / speed_range[0]) / math.log(speed_range[1] / speed_range[0])
-        return x, scale * (accuracy - accuracy_range[0])
+        return x, scale * (score - score_range[0])
 
     bubbles = [
         Bubble(*pixels(s.relative, b.mean), d / 2, scale * b.standard_error, (e.label, units.size(s.saved_bytes)))
         for (e, b, s), d in zip(measured, diameters, strict=True)
     ]
-    line = [pixels(*place) for place in _front_line([(s.relative, b.mean) for e, b, s in measured if e.clean])]
-    offsets = place(bubbles, line, WIDTH, HEIGHT)
+    offsets = place(bubbles, [pixels(*corner) for corner in front], WIDTH, HEIGHT)
     return tuple(
-        Point(entry, summary, speed, diameter, entry.key in front, offset)
+        Point(entry, summary, speed, diameter, entry.key in unbeaten, offset)
         for (entry, summary, speed), diameter, offset in zip(measured, diameters, offsets, strict=True)
     )
 
 
-def _front_line(places: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    return tuple(sorted(places[index] for index in pareto_front(places)))
+def _front_line(places: Sequence[tuple[float, float]], kind: MetricKind) -> tuple[tuple[float, float], ...]:
+    front = pareto_front([(speed, kind.goodness(score)) for speed, score in places])
+    return tuple(sorted(places[index] for index in front))

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from subquad.records import units
+from subquad.records.metrics import MetricKind
 from subquad.records.queries import Comparison, Entry
 from subquad.records.schema import RunRecord, Status
 from subquad.report.bubbles import BubbleChart, Point
@@ -59,23 +60,22 @@ def layout(xaxis: Figure, yaxis: Figure, *, height: int, **settings: Any) -> Fig
 
 
 def bubble_figure(chart: BubbleChart, inks: dict[str, Ink]) -> Figure:
-    """Return accuracy (y, per cent) against speed relative to dense fused attention (x, log), area: bytes kept."""
+    """Return the score (y) against speed relative to dense fused attention (x, log), area: bytes kept."""
+    scale = chart.kind.scale
     traces: list[Figure] = []
     if len(chart.front) > 1:
         traces.append(_front_trace(chart))
-    traces += [_bubble_trace(point, inks[point.entry.mixer_key]) for point in chart.points]
-    low, high = (100 * bound for bound in chart.accuracy_range)
+    traces += [_bubble_trace(point, chart.kind, inks[point.entry.mixer_key]) for point in chart.points]
     title = f"Speed of forward + backward at {units.count(chart.length)} tokens, relative to dense fused attention (×)"
     ticks = [tick for tick in SPEED_TICKS if chart.speed_range[0] <= tick <= chart.speed_range[1]]
     x = axis(title, type="log", range=[math.log10(bound) for bound in chart.speed_range])
     x |= {"tickvals": ticks, "ticktext": [_tick(tick) for tick in ticks]}
-    y = axis("Test accuracy (%)", range=[low, high])
+    y = axis(chart.kind.label("Test"), range=[scale * bound for bound in chart.score_range])
     shapes = [_rule(x0=1, x1=1, y0=0, y1=1, yref="paper")]
-    annotations = [_label(point) for point in chart.points]
-    if chart.majority is not None:
-        value = 100 * chart.majority
-        shapes.append(_rule(x0=0, x1=1, xref="paper", y0=value, y1=value))
-        annotations.append(_majority_note(value))
+    annotations = [_label(point, scale) for point in chart.points]
+    if chart.guess is not None:
+        shapes.append(_level(scale * chart.guess))
+        annotations.append(_guess_note(chart.guess_label, chart.guess, chart.kind))
     return {"data": traces, "layout": layout(x, y, height=470, shapes=shapes, annotations=annotations)}
 
 
@@ -87,10 +87,14 @@ def _rule(**place: Any) -> Figure:
     return {"type": "line", "layer": "below", "line": {"color": "var(--muted)", "width": 1, "dash": "dot"}, **place}
 
 
-def _majority_note(value: float) -> Figure:
-    text = f"majority class {value:.1f} %"
+def _level(height: float) -> Figure:
+    return _rule(x0=0, x1=1, xref="paper", y0=height, y1=height)
+
+
+def _guess_note(label: str, value: float, kind: MetricKind) -> Figure:
+    text = plot_text(f"{label} {kind.write(value)}")
     font = {"size": 11.5, "color": "var(--muted)"}
-    place = {"x": 1, "xref": "paper", "xanchor": "right", "y": value, "yanchor": "bottom"}
+    place = {"x": 1, "xref": "paper", "xanchor": "right", "y": kind.scale * value, "yanchor": "bottom"}
     return {"text": text, "showarrow": False, "font": font, **place}
 
 
@@ -100,17 +104,17 @@ def _front_trace(chart: BubbleChart) -> Figure:
         "mode": "lines",
         "name": "Pareto front",
         "x": [speed for speed, _ in chart.front],
-        "y": [100 * accuracy for _, accuracy in chart.front],
+        "y": [chart.kind.scale * score for _, score in chart.front],
         "line": {"color": "var(--muted)", "width": 1.5, "dash": "dash"},
         "hoverinfo": "skip",
     }
 
 
-def _bubble_trace(point: Point, ink: Ink) -> Figure:
+def _bubble_trace(point: Point, kind: MetricKind, ink: Ink) -> Figure:
     entry, summary, speed = point.entry, point.summary, point.speed
     lines = [
         f"<b>{plot_text(entry.label)}</b>",
-        f"test accuracy {units.percent_with_error(summary.mean, summary.standard_error)}",
+        kind.on_test(summary.mean, summary.standard_error),
         f"{_seeds(len(summary.values))}, {units.count(entry.runs[0].parameters)} parameters",
         f"forward + backward {units.seconds(speed.seconds)}, dense {units.seconds(speed.dense_seconds)}",
         f"kept for backward {units.size(speed.saved_bytes)}, dense {units.size(speed.dense_saved_bytes)}",
@@ -121,8 +125,13 @@ def _bubble_trace(point: Point, ink: Ink) -> Figure:
         "name": plot_text(entry.label),
         "meta": {"mixer": entry.mixer_key, "row": entry.key},
         "x": [speed.relative],
-        "y": [100 * summary.mean],
-        "error_y": {"type": "data", "array": [100 * summary.standard_error], "color": ink.color, "thickness": 1.6},
+        "y": [kind.scale * summary.mean],
+        "error_y": {
+            "type": "data",
+            "array": [kind.scale * summary.standard_error],
+            "color": ink.color,
+            "thickness": 1.6,
+        },
         "marker": {
             "size": [point.diameter],
             "color": ink.fill if point.on_front else ink.band,
@@ -138,13 +147,13 @@ def _seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
 
 
-def _label(point: Point) -> Figure:
+def _label(point: Point, scale: float) -> Figure:
     name, size = (plot_text(line) for line in point.lines)
     return {
         "name": point.entry.mixer_key,
         "text": f"<b>{name}</b><br>{size}",
         "x": math.log10(point.speed.relative),
-        "y": 100 * point.summary.mean,
+        "y": scale * point.summary.mean,
         "xshift": point.label_offset[0],
         "yshift": point.label_offset[1],
         "showarrow": False,
@@ -152,19 +161,20 @@ def _label(point: Point) -> Figure:
     }
 
 
-def accuracy_curves(comparison: Comparison, inks: dict[str, Ink]) -> Figure:
-    """Return validation accuracy (per cent) against steps, one line a seed, with the majority guess."""
+def score_curves(comparison: Comparison, inks: dict[str, Ink]) -> Figure:
+    """Return the validation score against steps, one line a seed, with the guess without a model."""
     traces: list[Figure] = []
+    kind = comparison.kind
     for entry, run in _drawn(comparison):
-        places = [(p.step, 100 * p.validation) for p in run.curve if p.validation is not None]
+        places = [(p.step, kind.scale * p.validation) for p in run.curve if p.validation is not None]
         if places:
-            steps, accuracies = [step for step, _ in places], [accuracy for _, accuracy in places]
-            traces.append(_curve(entry, run, steps, accuracies, inks, "%"))
+            steps, scores = [step for step, _ in places], [score for _, score in places]
+            traces.append(_curve(entry, run, steps, scores, inks, kind.unit))
     shapes, notes = [], []
-    if comparison.majority_accuracy is not None:
-        value = 100 * comparison.majority_accuracy
-        shapes, notes = [_rule(x0=0, x1=1, xref="paper", y0=value, y1=value)], [_majority_note(value)]
-    x, y = axis("Training step", rangemode="tozero"), axis("Validation accuracy (%)")
+    if comparison.guess_score is not None:
+        shapes = [_level(kind.scale * comparison.guess_score)]
+        notes = [_guess_note(comparison.guess_label, comparison.guess_score, kind)]
+    x, y = axis("Training step", rangemode="tozero"), axis(kind.label("Validation"))
     return {"data": traces, "layout": layout(x, y, height=340, shapes=shapes, annotations=notes)}
 
 

@@ -4,11 +4,12 @@ from subquad.benchmark.recommendation import Recommendation, recommend
 from subquad.records import units
 from subquad.records.queries import Comparison
 from subquad.report.bubbles import BubbleChart, bubble_chart
-from subquad.report.charts import accuracy_curves, bubble_figure, loss_curves
+from subquad.report.charts import bubble_figure, loss_curves, score_curves
 from subquad.report.html import Html, element, join
-from subquad.report.palette import MAJORITY_INK, Ink
+from subquad.report.palette import GUESS_INK, Ink
 from subquad.report.pictures import seed_dots
-from subquad.report.tables import COLUMNS, Row, cells, rows_of
+from subquad.report.positions import has_places, position_curves
+from subquad.report.tables import Row, cells, column_titles, rows_of, stream_note
 from subquad.report.widgets import Figures, card, chips, command, details, name_cell, swatch, table
 
 SORT_KEYS = {
@@ -25,23 +26,29 @@ SORT_KEYS = {
 FIGURES = ("best", "last", "speed", "step_time", "saved", "memory")
 SEEDS_COLUMN = 3
 NOTES = (
-    "Accuracy: mean over the seeds ± one standard error over the seeds (with a single seed the binomial one). ◆ marks "
-    "the Pareto front: no other row is at once as accurate, as fast and as small. * marks a model whose parameters are "
-    "more than 10 % from those of the dense model. Speed, forward + backward and what is kept for backward are those "
-    "of one mixer layer from the speed profile at the task's length, never from the training loop. Training memory is "
-    "the peak of the whole model; ≥ where only what autograd keeps was measured."
+    "Scores ({direction}): mean over the seeds ± one standard error over the seeds (with a single seed that of the "
+    "test split). ◆ marks the Pareto front: no other row is at once as good, as fast and as small. * marks a model "
+    "whose parameters are more than 10 % from those of the dense model. Speed, forward + backward and what is kept for "
+    "backward are those of one mixer layer from the speed profile at the task's length, never from the training loop. "
+    "Training memory is the peak of the whole model; ≥ where only what autograd keeps was measured."
 )
+CAPTION = (
+    "{towards_better} is better, right is faster. Area: bytes kept for backward by one layer (written below the name). "
+    "Bars: ± one standard error. Dashed: Pareto front of score and speed; pale bubbles are beaten in score, speed and "
+    "memory at once, or had a failed seed. Click a bubble for its row."
+)
+POSITIONS = "Each point is the mean over a bucket of positions, and over the seeds; buckets double in length."
 
 
 def comparison_section(comparison: Comparison, index: int, inks: dict[str, Ink], figures: Figures) -> Html:
     """Return the section, adding its charts to `figures`."""
-    rows = rows_of(comparison)
+    kind, rows = comparison.kind, rows_of(comparison)
     chart = bubble_chart(comparison)
     answer = recommend(comparison)
     labels = {entry.mixer_key: entry.label for entry in comparison.entries}
     curves = [
         figures.add(
-            accuracy_curves(comparison, inks), "Validation accuracy", "One line a seed; later seeds are lighter."
+            score_curves(comparison, inks), f"Validation {kind.title}", "One line a seed; later seeds are lighter."
         ),
         figures.add(loss_curves(comparison, inks), "Training loss", "A cross marks where a run diverged or failed."),
     ]
@@ -51,8 +58,9 @@ def comparison_section(comparison: Comparison, index: int, inks: dict[str, Ink],
         chips(labels, inks),
         _bubbles(chart, inks, figures),
         element("h3", "Results"),
-        _table(rows, inks, index),
-        element("p", NOTES, class_="note"),
+        _table(comparison, rows, inks, index),
+        element("p", f"{NOTES.format(direction=kind.direction)} {stream_note(comparison)}".strip(), class_="note"),
+        _positions(comparison, inks, figures),
         element("div", *curves, class_="pair"),
         details("Commands: repeat any point of this comparison", *_commands(rows)),
         id_=f"comparison-{index}",
@@ -70,8 +78,9 @@ def _head(comparison: Comparison) -> Html:
     amount = {"steps": units.count, "time": units.seconds}.get(protocol.budget_kind, units.magnitude)
     unit = {"steps": " steps", "parameters": " parameters", "flops": " FLOP", "time": " of training"}
     budget = f"{amount(protocol.budget_amount)}{unit[protocol.budget_kind]}"
+    answers = f"{task.num_labels} classes" if task.num_labels else f"{units.count(task.vocab_size)} token ids"
     facts = (
-        f"{units.count(task.max_length)} tokens at most, {task.num_labels} classes, {units.count(task.train_size)} / "
+        f"{units.count(task.max_length)} tokens at most, {answers}, {units.count(task.train_size)} / "
         f"{units.count(task.validation_size)} / {units.count(task.test_size)} examples for training / validation / test"
     )
     protocol_text = f"preset {protocol.preset}; equal budget of {budget}{size}; on {protocol.hardware}"
@@ -91,14 +100,11 @@ def _recommendation(answer: Recommendation) -> Html:
 
 
 def _bubbles(chart: BubbleChart, inks: dict[str, Ink], figures: Figures) -> Html:
-    caption = (
-        "Up is more accurate, right is faster. Area: bytes kept for backward by one layer (written below the name). "
-        "Bars: ± one standard error. Dashed: Pareto front of accuracy and speed; pale bubbles are beaten in accuracy, "
-        "speed and memory at once, or had a failed seed. Click a bubble for its row."
-    )
     if not chart.points:
-        return element("p", "No entry has both an accuracy and a measured speed, so there is no chart.", class_="note")
-    figure = figures.add(bubble_figure(chart, inks), "Accuracy, speed and memory", caption, wide=True)
+        return element("p", "No entry has both a score and a measured speed, so there is no chart.", class_="note")
+    title = f"{chart.kind.title}, speed and memory"
+    caption = CAPTION.format(towards_better=chart.kind.towards_better)
+    figure = figures.add(bubble_figure(chart, inks), title[:1].upper() + title[1:], caption, wide=True)
     missing = [
         element("li", swatch(inks[entry.mixer_key]), element("b", entry.label), f": {why}")
         for entry, why in chart.missing
@@ -108,11 +114,20 @@ def _bubbles(chart: BubbleChart, inks: dict[str, Ink], figures: Figures) -> Html
     return join([figure, element("div", "Not in the chart:", element("ul", *missing), class_="note notes")])
 
 
-def _table(rows: list[Row], inks: dict[str, Ink], index: int) -> Html:
-    values = [value for row in rows if row.best and row.entry for value in row.best.values]
-    scale = (min(values, default=0.0), max(values, default=1.0))
+def _positions(comparison: Comparison, inks: dict[str, Ink], figures: Figures) -> Html:
+    if not has_places(comparison):
+        return Html("")
+    title = f"Test {comparison.kind.title} by position in the context"
+    return figures.add(position_curves(comparison, inks), title, POSITIONS, wide=True)
+
+
+def _table(comparison: Comparison, rows: list[Row], inks: dict[str, Ink], index: int) -> Html:
+    kind = comparison.kind
+    values = sorted((v for row in rows if row.best and row.entry for v in row.best.values), key=kind.goodness)
+    scale = (values[0], values[-1]) if values else (0.0, 1.0)
     head = [
-        element("th", element("button", title, type="button"), scope="col", data_sort=name) for name, title in COLUMNS
+        element("th", element("button", title, type="button"), scope="col", data_sort=name)
+        for name, title in column_titles(kind).items()
     ]
     head.insert(SEEDS_COLUMN, element("th", "Seeds", scope="col"))
     body = table(head, [_row(row, inks, scale, index) for row in rows], class_="results")
@@ -125,7 +140,7 @@ def _is_partial(row: Row) -> bool:
 
 
 def _row(row: Row, inks: dict[str, Ink], scale: tuple[float, float], index: int) -> Html:
-    ink = inks[row.entry.mixer_key] if row.entry else MAJORITY_INK
+    ink = inks[row.entry.mixer_key] if row.entry else GUESS_INK
     text = cells(row)
     mark = element("span", " ◆", title="on the Pareto front", class_="front") if row.on_pareto_front else ""
     badge = element("span", row.status, class_="badge good" if row.status == "ok" else "badge bad")
@@ -136,7 +151,7 @@ def _row(row: Row, inks: dict[str, Ink], scale: tuple[float, float], index: int)
         reason = element("td", row.reason, colspan=str(len(FIGURES) + 1), class_="why")
         return element("tr", *first, reason, *model, **attributes)
     figures = [_cell(row, name, text[name]) for name in FIGURES]
-    dots = seed_dots(row.best.values, row.best.mean, *scale, ink.color) if row.entry else "–"
+    dots = seed_dots(row.best, scale, row.comparison.kind, ink.color) if row.entry else "–"
     figures.insert(1, element("td", dots, class_="seeds"))
     return element("tr", *first, *figures, *model, **attributes)
 

@@ -8,7 +8,7 @@ from subquad.report.palette import MUTED, Ink
 from subquad.report.pictures import attention_picture
 from subquad.report.widgets import card, heading_cells, name_cell, swatch, table
 
-UNKNOWN = Ink("ink-majority", *MUTED, "circle")
+UNKNOWN = Ink("ink-guess", *MUTED, "circle")
 
 
 def capability_section(records: Records, inks: dict[str, Ink]) -> Html:

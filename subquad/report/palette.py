@@ -2,13 +2,13 @@
 
 The eight hues are chosen to stay apart under the common colour-vision deficiencies (after Okabe and Ito, yellow
 replaced) and have a light and a dark form; when they are used up they return with another marker. Dense attention is
-neutral and dark, the majority-class guess grey.
+neutral and dark, the guess without a model grey.
 """
 
 from dataclasses import dataclass
 
 from subquad.records.queries import mixer_key
-from subquad.records.schema import DENSE, MAJORITY
+from subquad.records.schema import DENSE
 from subquad.records.store import Records
 
 HUES = (
@@ -54,13 +54,14 @@ class Ink:
 
 
 DENSE_INK = Ink("ink-dense", *NEUTRAL, "circle")
-MAJORITY_INK = Ink("ink-majority", *MUTED, "line-ew")
+GUESS_INK = Ink("ink-guess", *MUTED, "line-ew")
 
 
 def inks(records: Records) -> dict[str, Ink]:
     """Return the ink of each mixer key in `records`; dense attention is neutral, the rest in order of their names."""
     mixers = {(str(r.mixer["name"]), mixer_key(r.mixer)) for r in (*records.runs, *records.profiles)}
-    fixed = {DENSE: DENSE_INK, MAJORITY: MAJORITY_INK}
+    guesses = {run.mixer_name for run in records.runs if run.is_guess}
+    fixed = {DENSE: DENSE_INK, **dict.fromkeys(guesses, GUESS_INK)}
     others = [key for name, key in sorted(mixers) if name not in fixed]
     found = {key: fixed[name] for name, key in mixers if name in fixed}
     for index, key in enumerate(others):
@@ -72,7 +73,7 @@ def inks(records: Records) -> dict[str, Ink]:
 def css(chosen: dict[str, Ink]) -> str:
     """Return the CSS variables of the inks, each for a light and a dark page."""
     lines = []
-    for ink in sorted({DENSE_INK, MAJORITY_INK, *chosen.values()}, key=lambda ink: ink.name):
+    for ink in sorted({DENSE_INK, GUESS_INK, *chosen.values()}, key=lambda ink: ink.name):
         lines.append(f"--{ink.name}:light-dark({ink.light},{ink.dark});")
         for form, opacity in (("band", BAND_OPACITY), ("fill", FILL_OPACITY)):
             light, dark = transparent(ink.light, opacity), transparent(ink.dark, opacity)

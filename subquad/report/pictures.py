@@ -1,13 +1,14 @@
-"""Pictures: who attends whom, in a page and as a figure of its own, and the accuracies of the seeds as dots.
+"""Pictures: who attends whom, in a page and as a figure of its own, and the scores of the seeds as dots.
 
 Drawn as SVG from checked numbers and grids; nothing but those and escaped titles reaches the markup.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from subquad.drawing import Drawing, Layer, Panel, cells_path
-from subquad.records import units
+from subquad.records.measures import Summary
 from subquad.records.mechanisms import Picture
+from subquad.records.metrics import MetricKind
 from subquad.report.html import Html, element
 
 DOTS_WIDTH, DOTS_HEIGHT = 120.0, 18.0
@@ -46,18 +47,21 @@ def mechanism_drawing(name: str, pictures: Mapping[str, Picture], drawn_with: Ma
     return Drawing(panels, f"{name}, {sizes}" if sizes else name)
 
 
-def seed_dots(values: Sequence[float], mean: float, low: float, high: float, color: str) -> Html:
-    """Return one dot a seed on the common scale `low`..`high` (accuracies in 0..1), with a tick at the mean."""
-    span = max(high - low, 1e-9)
+def seed_dots(summary: Summary, scale: tuple[float, float], kind: MetricKind, color: str) -> Html:
+    """Return one dot a seed on a common scale, worst to best from left to right, with a tick at the mean."""
+    worst, best = scale
+    span = best - worst or 1.0
     padding = 6.0
 
     def x(value: float) -> str:
-        return f"{padding + (DOTS_WIDTH - 2 * padding) * (value - low) / span:.1f}"
+        return f"{padding + (DOTS_WIDTH - 2 * padding) * (value - worst) / span:.1f}"
 
     middle = f"{DOTS_HEIGHT / 2:.0f}"
-    dots = [element("circle", cx=x(value), cy=middle, r="3.6", style=f"fill:{color}") for value in values]
-    tick = element("line", x1=x(mean), x2=x(mean), y1="2", y2=f"{DOTS_HEIGHT - 2:.0f}", style=f"stroke:{color}")
+    dots = [element("circle", cx=x(value), cy=middle, r="3.6", style=f"fill:{color}") for value in summary.values]
+    tick = element(
+        "line", x1=x(summary.mean), x2=x(summary.mean), y1="2", y2=f"{DOTS_HEIGHT - 2:.0f}", style=f"stroke:{color}"
+    )
     base = element("line", x1="0", x2=f"{DOTS_WIDTH:.0f}", y1=middle, y2=middle, class_="base")
-    text = "seeds: " + ", ".join(units.percent(value) for value in values)
+    text = "seeds: " + ", ".join(kind.write(value) for value in summary.values)
     box = f"0 0 {DOTS_WIDTH:.0f} {DOTS_HEIGHT:.0f}"
     return element("svg", element("title", text), base, tick, *dots, class_="dots", viewBox=box, role="img")

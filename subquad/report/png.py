@@ -24,7 +24,7 @@ PIXELS_PER_INCH = 100
 RULE = {"light": "#dfe3e8", "dark": "#333b46"}
 CAPTION = (
     "Speed of forward + backward relative to dense fused attention\n"
-    "area: bytes kept for backward; bars: ± one standard error; dashed: Pareto front of accuracy and speed"
+    "area: bytes kept for backward; bars: ± one standard error; dashed: Pareto front of score and speed"
 )
 FORMATS = (".png", ".svg")
 
@@ -39,13 +39,13 @@ def write_bubble_picture(records: Records, comparison: Comparison, path: Path, *
         scheme: for a light or a dark page.
 
     Raises:
-        ValueError: the file name ends otherwise, or no entry has both an accuracy and a measured speed.
+        ValueError: the file name ends otherwise, or no entry has both a score and a measured speed.
     """
     if path.suffix not in FORMATS:
         raise ValueError(f"expected a file name that ends with .png or .svg, got {path.name!r}")
     chart = bubble_chart(comparison)
     if not chart.points:
-        raise ValueError("no entry has both an accuracy and a measured speed; run `subquad profile` first")
+        raise ValueError("no entry has both a score and a measured speed; run `subquad profile` first")
     figure = Figure(figsize=(9.6, 5.4), dpi=PIXELS_PER_INCH)
     FigureCanvasAgg(figure)
     margins = (0.075, 0.15, WIDTH / 960, HEIGHT / 540)
@@ -67,23 +67,25 @@ def _draw(axes: Axes, chart: BubbleChart, chosen: dict[str, Ink], scheme: Scheme
     muted = _pick(MUTED, scheme)
     _dress(axes, chart, scheme)
     axes.axvline(1, color=muted, linewidth=1, linestyle=":", zorder=1)
-    if chart.majority is not None:
-        axes.axhline(100 * chart.majority, color=muted, linewidth=1, linestyle=":", zorder=1)
-        text, place = f"majority class {units.percent(chart.majority)}", (chart.speed_range[1], 100 * chart.majority)
+    if chart.guess is not None:
+        height = chart.kind.scale * chart.guess
+        axes.axhline(height, color=muted, linewidth=1, linestyle=":", zorder=1)
+        text, place = f"{chart.guess_label} {chart.kind.write(chart.guess)}", (chart.speed_range[1], height)
         offset = (-4, 3)
         axes.annotate(text, place, offset, textcoords="offset points", color=muted, fontsize=9, ha="right")
-    xs, ys = [x for x, _ in chart.front], [100 * y for _, y in chart.front]
+    xs, ys = [x for x, _ in chart.front], [chart.kind.scale * y for _, y in chart.front]
     axes.plot(xs, ys, color=muted, linewidth=1.3, linestyle="--", zorder=2)
     for point in chart.points:
         ink = chosen[point.entry.mixer_key]
-        _bubble(axes, point, ink.dark if scheme == "dark" else ink.light, _pick(NEUTRAL, scheme))
+        color = ink.dark if scheme == "dark" else ink.light
+        _bubble(axes, point, chart.kind.scale, color=color, text=_pick(NEUTRAL, scheme))
 
 
 def _dress(axes: Axes, chart: BubbleChart, scheme: Scheme) -> None:
     ticks = [tick for tick in SPEED_TICKS if chart.speed_range[0] <= tick <= chart.speed_range[1]]
     axes.set_xscale("log")
     axes.set_xlim(*chart.speed_range)
-    axes.set_ylim(*(100 * bound for bound in chart.accuracy_range))
+    axes.set_ylim(*(chart.kind.scale * bound for bound in chart.score_range))
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}×" for tick in ticks]))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -94,11 +96,11 @@ def _dress(axes: Axes, chart: BubbleChart, scheme: Scheme) -> None:
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(rule)
     axes.set_xlabel(CAPTION, color=muted, fontsize=10)
-    axes.set_ylabel("Test accuracy (%)", color=muted, fontsize=10)
+    axes.set_ylabel(chart.kind.label("Test"), color=muted, fontsize=10)
 
 
-def _bubble(axes: Axes, point: Point, color: str, text: str) -> None:
-    x, y, error = point.speed.relative, 100 * point.summary.mean, 100 * point.summary.standard_error
+def _bubble(axes: Axes, point: Point, scale: float, *, color: str, text: str) -> None:
+    x, y, error = point.speed.relative, scale * point.summary.mean, scale * point.summary.standard_error
     points_per_pixel = 72 / PIXELS_PER_INCH
     opacity = FILL_OPACITY if point.on_front else BAND_OPACITY
     area = (point.diameter * points_per_pixel) ** 2

@@ -1,22 +1,25 @@
 """The rows of a comparison as data, so that the terminal and the page show the same numbers from one place.
 
-Figures are raw (accuracies in 0..1, seconds, bytes) and None where there is none; `cells` writes them for a reader.
+Figures are raw (scores as recorded, seconds, bytes) and None where there is none; `cells` writes them for a reader.
 A row without figures keeps its place and says why.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from subquad.records import units
 from subquad.records.measures import Summary, pareto_front
+from subquad.records.metrics import MetricKind
 from subquad.records.queries import Comparison, Entry, comparisons
-from subquad.records.schema import MAJORITY, Metric, RunRecord
+from subquad.records.schema import RunRecord
+from subquad.records.scores import Score
 from subquad.records.store import Records
 
 COLUMNS = (
     ("mechanism", "Mechanism"),
     ("status", "Status"),
-    ("best", "Test accuracy, best validation"),
-    ("last", "Test accuracy, last step"),
+    ("best", "Test {metric}, best validation"),
+    ("last", "Test {metric}, last step"),
     ("speed", "Speed vs dense"),
     ("step_time", "Forward + backward"),
     ("saved", "Kept for backward"),
@@ -25,11 +28,17 @@ COLUMNS = (
     ("steps", "Steps"),
     ("train_time", "Training time"),
 )
+"""Names and titles of the columns; {metric} stands for what the task is measured by."""
+
+
+def column_titles(kind: MetricKind, columns: Sequence[tuple[str, str]] = COLUMNS) -> dict[str, str]:
+    """The columns' titles by name, for one metric."""
+    return {name: title.format(metric=kind.title) for name, title in columns}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a comparison's table. `best` and `last` hold an accuracy a seed; errors are over the seeds.
+    """One line of a comparison's table. `best` and `last` hold a score a seed; errors are over the seeds.
 
     `relative_speed` (times dense fused attention), `step_seconds` (forward + backward of one batch of the mixer) and
     `saved_bytes` are the profile's, at the task's length; `kept_bytes` and `peak_bytes` are those of a training step of
@@ -57,28 +66,40 @@ class Row:
 
     @property
     def has_figures(self) -> bool:
-        """Whether the row has an accuracy; a failed or red one has none."""
+        """Whether the row has a score; a failed or red one has none."""
         return self.best is not None
 
 
 def comparison_rows(records: Records) -> list[Row]:
-    """Return the rows of every comparison in `records`, in order; dense attention first, the majority guess last."""
+    """Return the rows of every comparison in `records`, in order; dense attention first, the guess last."""
     return [row for comparison in comparisons(records) for row in rows_of(comparison)]
 
 
 def rows_of(comparison: Comparison) -> list[Row]:
-    """Return the rows of one comparison; its majority-class guess, where recorded, is the last."""
+    """Return the rows of one comparison; the guess without a model, where recorded, is the last."""
     front = front_of(comparison)
     rows = [_row(comparison, entry, entry.key in front) for entry in comparison.entries]
-    if comparison.majority is not None:
-        rows.append(_majority_row(comparison, comparison.majority))
+    if comparison.guess is not None:
+        rows.append(_guess_row(comparison, comparison.guess))
     return rows
 
 
+def stream_note(comparison: Comparison) -> str:
+    """Who took its state from window to window of a stream, in a sentence; "" where the data were none."""
+    entries = [entry for entry in comparison.entries if entry.best and entry.carries_state is not None]
+    if not entries:
+        return ""
+    carrying = ", ".join(entry.label for entry in entries if entry.carries_state) or "none"
+    alone = ", ".join(entry.label for entry in entries if not entry.carries_state) or "none"
+    return f"Windows of a stream: carrying state from one to the next: {carrying}; seeing each alone: {alone}."
+
+
 def front_of(comparison: Comparison) -> frozenset[str]:
-    """Return the keys of the clean entries that none beats in accuracy, speed and memory at once."""
+    """Return the keys of the clean entries that none beats in score, speed and memory at once."""
+    goodness = comparison.kind.goodness
     measured = [(e.key, e.best, e.speed) for e in comparison.entries if e.clean]
-    points = [(key, (b.mean, s.relative, -s.saved_bytes)) for key, b, s in measured if b is not None and s is not None]
+    found = [(key, best, speed) for key, best, speed in measured if best is not None and speed is not None]
+    points = [(key, (goodness(best.mean), speed.relative, -speed.saved_bytes)) for key, best, speed in found]
     return frozenset(points[index][0] for index in pareto_front([point for _, point in points]))
 
 
@@ -107,13 +128,13 @@ def _row(comparison: Comparison, entry: Entry, on_front: bool) -> Row:
     )
 
 
-def _majority_row(comparison: Comparison, run: RunRecord) -> Row:
+def _guess_row(comparison: Comparison, run: RunRecord) -> Row:
     return Row(
         comparison=comparison,
         entry=None,
-        label=MAJORITY.replace("_", " "),
-        best=_single(run.metric.best_validation.test, run.metric) if run.metric else None,
-        last=_single(run.metric.last_step.test, run.metric) if run.metric else None,
+        label=comparison.guess_label,
+        best=_single(run.metric.best_validation) if run.metric else None,
+        last=_single(run.metric.last_step) if run.metric else None,
         relative_speed=None,
         step_seconds=None,
         saved_bytes=None,
@@ -130,8 +151,8 @@ def _majority_row(comparison: Comparison, run: RunRecord) -> Row:
     )
 
 
-def _single(accuracy: float, metric: Metric) -> Summary:
-    return Summary((accuracy,), metric.examples)
+def _single(score: Score) -> Summary:
+    return Summary((score.test,), (score.test_standard_error,))
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -139,10 +160,11 @@ def cells(row: Row) -> dict[str, str]:
 
     Training memory is the peak; where that was not measured, "≥" and what autograd keeps.
     """
+    kind = row.comparison.kind
     return {
         "mechanism": row.label,
-        "best": _accuracy(row.best),
-        "last": _accuracy(row.last),
+        "best": _score(row.best, kind),
+        "last": _score(row.last, kind),
         "speed": "–" if row.relative_speed is None else units.times(row.relative_speed),
         "step_time": "–" if row.step_seconds is None else units.seconds(row.step_seconds),
         "saved": "–" if row.saved_bytes is None else units.size(row.saved_bytes),
@@ -154,8 +176,8 @@ def cells(row: Row) -> dict[str, str]:
     }
 
 
-def _accuracy(summary: Summary | None) -> str:
-    return "–" if summary is None else units.percent_with_error(summary.mean, summary.standard_error)
+def _score(summary: Summary | None, kind: MetricKind) -> str:
+    return "–" if summary is None else kind.write(summary.mean, summary.standard_error)
 
 
 def _training_memory(row: Row) -> str:

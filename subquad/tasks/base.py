@@ -25,12 +25,16 @@ class Guess:
         answer: what it does, such as "always answers 3".
         validation: its score on the validation split, in the metric of the task.
         test: its score on the test split.
+        test_standard_error: the standard error of `test`, as if the answers asked for didn't depend on each other.
+        asked: number of answers asked for in the test split.
     """
 
     name: str
     answer: str
     validation: float
     test: float
+    test_standard_error: float
+    asked: int
 
 
 @dataclass(frozen=True, kw_only=True)

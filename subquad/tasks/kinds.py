@@ -30,14 +30,20 @@ class _Counts(NamedTuple):
     def majority(self) -> Guess:
         """Always the most frequent answer of train (the smallest of equals); scores are accuracies."""
         answer = int(self.train.argmax())
-        shares = (float(counts[answer] / max(counts.sum(), 1)) for counts in (self.validation, self.test))
-        return Guess(MAJORITY_CLASS, f"always answers {answer}", *shares)
+        return self._guess(MAJORITY_CLASS, f"always answers {answer}", (np.arange(len(self.train)) == answer) * 1.0)
 
     def unigram(self) -> Guess:
         """Every token coded by its frequency in train; scores are bits per token."""
         bits = -np.log2((self.train + 1) / (self.train.sum() + len(self.train)))
-        scores = (float(counts @ bits / max(counts.sum(), 1)) for counts in (self.validation, self.test))
-        return Guess(UNIGRAM, "codes each token by its frequency in train", *scores)
+        return self._guess(UNIGRAM, "codes each token by its frequency in train", bits)
+
+    def _guess(self, name: str, answer: str, scores: np.ndarray) -> Guess:
+        """The guess that scores so much where each of the answers is right, float (number of answers,)."""
+        questions = max(int(self.test.sum()), 1)
+        validation = float(self.validation @ scores / max(self.validation.sum(), 1))
+        test = float(self.test @ scores / questions)
+        variance = float(self.test @ (scores - test) ** 2 / questions)
+        return Guess(name, answer, validation, test, float(np.sqrt(variance / questions)), questions)
 
 
 @dataclass(frozen=True, kw_only=True)

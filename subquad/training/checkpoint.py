@@ -17,6 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 _STATE_FILE = "trainer_state.json"
 _WEIGHTS_FILE = "model.safetensors"
+STREAM_FILE = "stream.safetensors"
+"""What the mixers of a model that carries its state held at the end of the step."""
+
 _ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
@@ -45,13 +48,17 @@ def read_state(checkpoint: Path) -> TrainerState:
     return TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
 
 
-def check_checkpoint(checkpoint: Path) -> None:
+def check_checkpoint(checkpoint: Path, *, of_stream: bool = False) -> None:
     """Check that every file of a checkpoint can be read to its end; nothing in them is executed.
+
+    Args:
+        checkpoint: its folder.
+        of_stream: whether the state of a stream has to be there, too.
 
     Raises:
         CheckpointError: naming the file and what to do.
     """
-    for name in (_WEIGHTS_FILE, *_ARCHIVES):
+    for name in (_WEIGHTS_FILE, *_ARCHIVES, *((STREAM_FILE,) if of_stream else ())):
         fault = _fault(checkpoint / name)
         if fault is not None:
             raise CheckpointError(

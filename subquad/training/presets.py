@@ -72,6 +72,9 @@ class TrainingSettings:
     epsilon: float = 1e-8
     gradient_clip: float = 0.0
     """Largest norm of the gradient; 0 leaves it alone."""
+    stream: bool = False
+    """Whether consecutive windows of a document follow each other in a row of the batch; mechanisms whose state has a
+    constant size then carry it from step to step."""
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -197,6 +200,12 @@ def preset_from_tables(task: str, name: str, tables: Mapping[str, Any]) -> Prese
     if tables.keys() != expected or not all(isinstance(table, dict) for table in tables.values()):
         raise ValueError(f"preset {name!r}: expected the tables {sorted(expected)}, got {sorted(tables)}")
     model = make_config(ModelSettings, f"preset {name!r}, [model]", tables["model"])
+    training = make_config(TrainingSettings, f"preset {name!r}, [training]", tables["training"])
+    if training.stream and model.positions in ("learned", "axial"):
+        raise ValueError(
+            f"preset {name!r}: stream = true goes beyond any table of positions, got positions = {model.positions!r}; "
+            "use 'sinusoidal', 'rotary' or 'none'"
+        )
     widths = {"embed_dim": model.hidden_size, "num_heads": model.num_attention_heads}
     return Preset(
         task=task,
@@ -204,6 +213,6 @@ def preset_from_tables(task: str, name: str, tables: Mapping[str, Any]) -> Prese
         source=name,
         data=DataPreset.from_table(name, tables["data"]),
         model=model,
-        training=make_config(TrainingSettings, f"preset {name!r}, [training]", tables["training"]),
+        training=training,
         profile=make_config(ProfileSettings, f"preset {name!r}, [profile]", {**widths, **tables["profile"]}),
     )

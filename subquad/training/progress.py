@@ -10,8 +10,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from subquad.training.arguments import SCORE
+
 Progress = Callable[[int, int, float | None], None]
-"""Called as `progress(step, steps, validation accuracy or None)`."""
+"""Called as `progress(step, steps, validation score or None)`."""
 
 _SECONDS_FILE = "seconds.json"
 
@@ -38,10 +40,10 @@ class ProgressCallback(TrainerCallback):
             self.progress(state.global_step, state.max_steps, None)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Report the validation accuracy."""
-        accuracy = kwargs["metrics"].get("eval_accuracy")
-        if self.progress is not None and accuracy is not None:
-            self.progress(state.global_step, state.max_steps, accuracy)
+        """Report the validation score."""
+        score = kwargs["metrics"].get(f"eval_{SCORE}")
+        if self.progress is not None and score is not None:
+            self.progress(state.global_step, state.max_steps, score)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the time spent."""

@@ -1,93 +1,71 @@
 """The trainer: Hugging Face's `Trainer` under a preset's settings, with honest ends.
 
-Hugging Face's loop brings checkpoints, resume and logging. Added here: the optimiser of the preset, accuracy, a loss
-that stops being finite ends the run at once, progress goes to a callback, and a resumed run continues bit for bit from
-the last checkpoint that was written completely.
+Hugging Face's loop brings checkpoints, resume and logging. Added here: the optimiser of the preset, the order of the
+data, the scores of the objective, the memory of streams; a loss that stops being finite ends the run at once, progress
+goes to a callback, and a resumed run continues bit for bit from the last checkpoint that was written completely.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer
 from transformers.trainer_callback import PrinterCallback
 
-from subquad.models.classifier import SubquadForSequenceClassification
-from subquad.tasks.kinds import ClassificationData
+from subquad.models.pretrained import SubquadPreTrainedModel
+from subquad.tasks.splits import Split
+from subquad.training.arguments import SCORE, training_arguments
 from subquad.training.checkpoint import (
+    STREAM_FILE,
     check_checkpoint,
     checkpoint_path,
     checkpoint_step,
     last_complete_checkpoint,
     read_state,
 )
-from subquad.training.dataset import Collator, SplitDataset
+from subquad.training.dataset import CARRIED
+from subquad.training.feeding import evaluation_dataset, first_batch, training_dataset
+from subquad.training.objectives.base import Objective
+from subquad.training.outcome import DivergenceError, Outcome
 from subquad.training.presets import TrainingSettings
 from subquad.training.progress import Progress, ProgressCallback, read_seconds
-
-EVALUATION_BATCHES = 4
-"""Evaluation needs no gradients, so its batches are this many times larger."""
-
+from subquad.training.scoring import Measured, measure
+from subquad.training.stream import StreamMemory, memory_of
 
 _SPLITS = {"eval": "validation", "test": "test"}
 """Our names of the splits, by the trainer's prefix of their metrics."""
 
 
-class DivergenceError(Exception):
-    """A loss was not finite."""
-
-    def __init__(self, split: str, step: int, loss: float) -> None:
-        super().__init__(f"the {split} loss became {loss} at step {step}; try a lower learning rate")
-        self.step = step
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Test scores of a finished run, as (step, validation accuracy, test accuracy), and its learning curve.
-
-    Attributes:
-        best_validation: at the evaluation with the best validation accuracy, the earliest of equals.
-        last_step: after the last step.
-        curve: (step, training loss since the point before, validation accuracy).
-        seconds: of training, over all sittings if the run was resumed.
-    """
-
-    best_validation: tuple[int, float, float]
-    last_step: tuple[int, float, float]
-    curve: tuple[tuple[int, float, float], ...]
-    seconds: float
-
-
 class SubquadTrainer(Trainer):
-    """Trains a classifier under the settings of a preset."""
+    """Trains a model of an objective under the settings of a preset."""
 
     def __init__(
         self,
-        model: SubquadForSequenceClassification,
-        data: ClassificationData,
+        model: SubquadPreTrainedModel,
+        objective: Objective[Any, Any],
         settings: TrainingSettings,
         *,
         directory: Path,
-        seed: int,
         progress: Progress | None = None,
     ) -> None:
         super().__init__(
             model=model,
-            args=_arguments(settings, directory, seed),
-            train_dataset=SplitDataset(data.train),
-            eval_dataset=SplitDataset(data.validation, by_length=True),
-            data_collator=Collator(data.pad_token_id),
-            compute_metrics=_accuracy,
+            args=training_arguments(settings, objective.kind, directory, objective.seed),
+            train_dataset=training_dataset(objective, settings),
+            eval_dataset=evaluation_dataset(objective, settings, objective.data.validation),
+            data_collator=objective.collator,
+            compute_metrics=self._measure,
             callbacks=[ProgressCallback(progress, directory)],
         )
         self.remove_callback(PrinterCallback)
-        self._data = data
+        self._task, self._settings = objective, settings
+        self._measured: Measured | None = None
+        self._memory = self._new_memory()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -102,24 +80,51 @@ class SubquadTrainer(Trainer):
             raise DivergenceError("training", self.state.global_step + 1, value)
         return loss
 
-    def evaluate(
+    def compute_loss(
         self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss; with a memory, of windows that go on where the step before ended."""
+        arguments = {name: value for name, value in inputs.items() if name != CARRIED}
+        if self._memory is not None:
+            arguments |= {"past_key_values": self._memory.before(inputs[CARRIED]), "use_cache": True}
+        loss, outputs = cast(Any, super().compute_loss(model, arguments, True, num_items_in_batch))
+        if self._memory is not None:
+            self._memory.after(outputs["past_key_values"])
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Loss and sums of a batch; its logits are dropped at once."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            sums = self._task.sums(outputs["logits"], inputs["labels"])
+        return loss.detach(), (sums.totals, sums.totals_by_bucket), (sums.asked, sums.asked_by_bucket)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss and accuracy of a split.
+        """Loss and score of a split.
 
         Raises:
-            DivergenceError: the loss is not finite; an accuracy would say nothing.
+            DivergenceError: the loss is not finite; a score would say nothing.
         """
+        training_memory, self._memory = self._memory, self._new_memory()
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._memory = training_memory
         if not math.isfinite(value := metrics[f"{metric_key_prefix}_loss"]):
             raise DivergenceError(_SPLITS[metric_key_prefix], self.state.global_step, value)
         return metrics
 
     def fit(self) -> Outcome:
         """Train, from the last complete checkpoint if there is one, and score the best and the last model on test.
+
+        The best model stays loaded.
 
         Raises:
             DivergenceError: a loss was not finite.
@@ -128,79 +133,58 @@ class SubquadTrainer(Trainer):
         directory = Path(str(self.args.output_dir))
         checkpoint = last_complete_checkpoint(directory)
         if checkpoint is not None:
-            check_checkpoint(checkpoint)
+            check_checkpoint(checkpoint, of_stream=self._memory is not None)
         if checkpoint is not None and checkpoint_step(checkpoint) >= self.args.max_steps:  # only the scoring is missing
             self._load_weights(checkpoint)
             self.state = read_state(checkpoint)
         else:
+            if checkpoint is not None and self._memory is not None:
+                self._memory.restore(load_file(checkpoint / STREAM_FILE))
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        key, goodness = f"eval_{SCORE}", self._task.kind.goodness
         history = self.state.log_history
-        validation = [(int(entry["step"]), entry["eval_accuracy"]) for entry in history if "eval_accuracy" in entry]
-        best_step, best_accuracy = max(validation, key=lambda point: (point[1], -point[0]))
-        last_step, last_accuracy = validation[-1]
-        last_test = self._test_accuracy()
-        best_test = last_test
+        validation = [(int(entry["step"]), entry[key]) for entry in history if key in entry]
+        best_step, best_score = max(validation, key=lambda point: (goodness(point[1]), -point[0]))
+        last_step, last_score = validation[-1]
+        best_test = last_test = self._test()
         if best_step != last_step:
             best_checkpoint = checkpoint_path(directory, best_step)
             check_checkpoint(best_checkpoint)
             self._load_weights(best_checkpoint)
-            best_test = self._test_accuracy()
+            best_test = self._test()
         losses = {int(entry["step"]): entry["loss"] for entry in history if "loss" in entry}
         return Outcome(
-            best_validation=(best_step, best_accuracy, best_test),
-            last_step=(last_step, last_accuracy, last_test),
-            curve=tuple((step, losses[step], accuracy) for step, accuracy in validation),
+            best_validation=(best_step, best_score, best_test),
+            last_step=(last_step, last_score, last_test),
+            curve=tuple((step, losses[step], score) for step, score in validation),
             seconds=read_seconds(directory),
+            carries_state=self._memory is not None if self._settings.stream else None,
         )
 
     def first_batch(self) -> dict[str, Tensor]:
         """The first examples of the training split as a batch on the model's device: the same for every mechanism."""
-        dataset = SplitDataset(self._data.train)
-        collate = Collator(self._data.pad_token_id)
-        batch = collate([dataset[i] for i in range(min(len(dataset), self.args.train_batch_size))])
+        batch = first_batch(self._task, self.args.train_batch_size)
         return {name: tensor.to(self.args.device) for name, tensor in batch.items()}
 
-    def _test_accuracy(self) -> float:
-        dataset = SplitDataset(self._data.test, by_length=True)
-        return self.evaluate(dataset, metric_key_prefix="test")["test_accuracy"]
+    def _test(self) -> Measured:
+        test: Split = self._task.data.test
+        self.evaluate(evaluation_dataset(self._task, self._settings, test), metric_key_prefix="test")
+        assert self._measured is not None
+        return self._measured
+
+    def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
+        totals, asked = (cast(tuple[Any, Any], pair) for pair in (prediction.predictions, prediction.label_ids))
+        self._measured = measure(totals[0], asked[0], totals[1], asked[1], self._task.bounds)
+        return {SCORE: self._measured.estimate.value}
+
+    def _new_memory(self) -> StreamMemory | None:
+        return memory_of(self.model) if self._settings.stream else None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._memory is not None and output_dir is not None:
+            save_file(self._memory.tensors(), Path(output_dir) / STREAM_FILE)
 
     def _load_weights(self, checkpoint: Path) -> None:
-        assert isinstance(self.model, SubquadForSequenceClassification)
-        best = SubquadForSequenceClassification.from_pretrained(checkpoint)
-        self.model.load_state_dict(best.state_dict())
-
-
-def _arguments(settings: TrainingSettings, directory: Path, seed: int) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(directory),
-        seed=seed,
-        data_seed=seed,
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size * EVALUATION_BATCHES,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1,
-        adam_beta2=settings.beta2,
-        adam_epsilon=settings.epsilon,
-        max_grad_norm=settings.gradient_clip,
-        eval_strategy="steps",
-        eval_steps=settings.evaluate_every,
-        logging_steps=settings.evaluate_every,
-        save_strategy="steps",
-        save_steps=settings.evaluate_every,
-        save_total_limit=2,
-        metric_for_best_model="accuracy",
-        greater_is_better=True,
-        remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=True,
-        logging_nan_inf_filter=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float(np.mean(np.argmax(prediction.predictions, axis=-1) == prediction.label_ids))}
+        assert self.model is not None
+        self.model.load_state_dict(self._task.load(checkpoint).state_dict())

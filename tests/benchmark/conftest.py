@@ -46,6 +46,7 @@ def plan(tiny: Preset, tiny_data: ClassificationData, data_directory: Path, tmp_
 
     def make(text: str, preset: Preset = tiny, seed: int = 0) -> RunPlan:
         named = f"{OWN}:{text}" if text[0].isupper() else text
-        return RunPlan(preset, parse_mixer(named), seed, data_directory, True, tmp_path / "checkpoints")
+        mixer, checkpoints = parse_mixer(named), tmp_path / "checkpoints"
+        return RunPlan(preset, tiny_data.objective, mixer, seed, data_directory, True, checkpoints)
 
     return make

@@ -124,12 +124,20 @@ def test_an_option_that_can_not_be_doubled_is_not_turned(shrunk: MixerConfig) ->
     assert knobs(replace(shrunk, steps=5), make_dims(embed_dim=16, num_heads=2), 10) == {}
 
 
-@pytest.mark.parametrize("name", list_mixers(approximates_softmax=False)[:3])
-def test_what_approximates_something_else_is_refused(name: str) -> None:
-    config = mixer_config(name)
-    able = ", ".join(list_mixers(approximates_softmax=True))
-    with pytest.raises(ValueError, match=f"{name}: an error against softmax attention is not supported; .*: {able}"):
-        approximation_errors(config, [], causal=False)
+def test_a_window_that_holds_all_tokens_has_no_error() -> None:
+    given = random_qkv(20, num_heads=2, head_dim=8, scale=0.5)
+    narrow, whole = approximation_errors(mixer_config("local"), [given], sweeps={"window": [5, 39]}, causal=False)
+    assert whole.mean < 1e-5 < 0.1 < narrow.mean
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("gmlp", "it is a whole block"), ("reformer", r"it doesn't project into heads .* \(project_key\)")],
+)
+def test_what_is_no_attention_over_queries_and_keys_is_refused(name: str, reason: str) -> None:
+    given = random_qkv(8, num_heads=2, head_dim=4, scale=0.5)
+    with pytest.raises(ValueError, match=f"{name}: its error can't be measured, since {reason}"):
+        approximation_errors(mixer_config(name), [given], causal=False)
 
 
 def test_a_form_that_is_not_offered_is_refused() -> None:

@@ -190,7 +190,7 @@ def test_a_sound_mechanism_of_the_users_own_is_compared(run: Compare) -> None:
 def test_a_mechanism_that_fits_no_profile_is_trained_all_the_same(
     run: Compare, observer: Recorder, tiny: Preset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refusing(config: object, settings: object) -> None:
+    def refusing(config: object, settings: object, *, causal: bool) -> None:
         if type(config).__name__ == "LinearConfig":
             raise ValueError("too short")
 

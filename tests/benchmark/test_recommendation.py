@@ -1,4 +1,5 @@
 import json
+import math
 from typing import Any
 
 import pytest
@@ -24,10 +25,13 @@ TASK: dict[str, Any] = {
     "name": "copying",
     "title": "Copying",
     "is_lra": False,
+    "objective": "classification",
+    "metric": "accuracy",
     "data_hash": "abc123",
     "train_size": 100,
     "validation_size": 50,
     "test_size": 10_000,
+    "vocab_size": 10,
     "num_labels": 2,
     "max_length": 1000,
 }
@@ -38,8 +42,9 @@ def runs(name: str, *accuracies: float, **changes: Any) -> list[RunRecord]:
     """One run a seed; 10,000 test examples make the binomial error of 0.5 half a point."""
     records = []
     for seed, accuracy in enumerate(accuracies):
-        score = {"step": 10, "validation": accuracy, "test": accuracy}
-        metric = {"name": "accuracy", "higher_is_better": True, "examples": 10_000}
+        error = math.sqrt(accuracy * (1 - accuracy) / 10_000)
+        score = {"step": 10, "validation": accuracy, "test": accuracy, "test_standard_error": error}
+        metric = {"name": "accuracy", "higher_is_better": True, "examples": 10_000, "asked": 10_000}
         document = {
             "created": "2026-11-22T04:30:00+00:00",
             "command": "subquad compare",
@@ -100,6 +105,19 @@ def profile(name: str, milliseconds: float, *, kilobytes: int = 100, slope: floa
     return ProfileRecord.model_validate_json(json.dumps(document))
 
 
+def bits_runs(name: str, *values: float, **changes: Any) -> list[RunRecord]:
+    """One run a seed on a task that is measured in bits per byte, each with a standard error of 0.01."""
+    task = TASK | {"objective": "causal_lm", "metric": "bits_per_byte", "num_labels": None}
+    metric = {"name": "bits_per_byte", "higher_is_better": False, "examples": 100, "asked": 10_000}
+    records = []
+    for seed, value in enumerate(values):
+        score = {"step": 10, "validation": value, "test": value, "test_standard_error": 0.01}
+        of_seed = {"task": task, "metric": {**metric, "best_validation": score, "last_step": score}, "seed": seed}
+        records += runs(name, 0.5, **{**of_seed, **changes})
+    return records
+
+
+UNIGRAM = bits_runs("unigram", 4.8, parameters=0, model={}, placement="none")
 FULL_PROFILE = profile("full", 10, slope=2)
 MAJORITY = runs("majority_class", 0.1, parameters=0, model={}, placement="none")
 
@@ -130,7 +148,7 @@ def test_a_faster_one_that_is_worse_by_more_than_two_errors_is_not_recommended()
     assert found.winner is not None
     assert found.winner.name == "local"
     assert found.equals == ()
-    assert "2.0 points above the next, linear (48.0 ± 0.5 %)" in found.sentences[0]
+    assert "2.0 points better than the next, linear (48.0 ± 0.5 %)" in found.sentences[0]
 
 
 def test_equal_speed_is_decided_by_memory() -> None:
@@ -167,13 +185,13 @@ def test_a_more_accurate_but_broken_rival_is_named_with_its_reason() -> None:
     assert found.sentences[0].endswith("linear (90.0 ± 0.3 %) can't be recommended: 1 of 2 seeds failed: no.")
 
 
-def test_nothing_above_the_majority_guess_means_train_longer() -> None:
+def test_nothing_better_than_the_guess_means_train_longer() -> None:
     found = answer([*MAJORITY, *runs("full", 0.104), *runs("local", 0.102)], profile("local", 5))
     assert found.verdict is Verdict.TRAIN_LONGER
     assert found.winner is None
     assert found.sentences == (
         "No mechanism has learned the task: train longer. The best, full, reaches 10.4 ± 0.3 % test accuracy, "
-        "which two standard errors don't separate from the majority-class guess of 10.0 %.",
+        "which two standard errors don't separate from the majority class guess of 10.0 %.",
     )
 
 
@@ -198,9 +216,9 @@ def test_dense_attention_may_win_and_the_runner_up_is_named_with_its_crossover()
 def test_dense_attention_may_win_by_accuracy() -> None:
     found = answer([*MAJORITY, *runs("full", 0.6, 0.6), *runs("local", 0.5, 0.5)], profile("local", 5))
     assert found.verdict is Verdict.KEEP_DENSE
-    assert "10.0 points above the next, local" in found.sentences[0]
+    assert "10.0 points better than the next, local" in found.sentences[0]
     assert found.sentences[1] == (
-        "The runner-up, local, is 10.0 points less accurate; by time, it is faster than dense attention from the "
+        "The runner-up, local, is worse by 10.0 points; by time, it is faster than dense attention from the "
         "shortest measured length, 500 tokens, on."
     )
 
@@ -244,10 +262,10 @@ def test_a_single_seed_is_admitted() -> None:
     )
 
 
-def test_a_missing_majority_guess_and_unequal_parameters_are_admitted() -> None:
+def test_a_missing_guess_and_unequal_parameters_are_admitted() -> None:
     found = answer([*runs("full", 0.5, 0.5), *runs("local", 0.5, 0.5, parameters=2000)], profile("local", 5))
     assert found.sentences[2] == (
-        "Note: the majority-class guess is not among the records, so it is open whether the task was learned; the "
+        "Note: the guess without a model is not recorded, so it is open whether the task was learned; the "
         "parameters of local are more than 10 % from those of the dense model."
     )
 
@@ -268,3 +286,36 @@ def test_recommend_takes_one_comparison() -> None:
     records = Records(runs=(*MAJORITY, *runs("full", 0.5, 0.5)), profiles=(FULL_PROFILE,))
     ((comparison, found),) = recommendations(records)
     assert recommend(comparison) == found
+
+
+def test_fewer_bits_win() -> None:
+    found = answer([*UNIGRAM, *bits_runs("local", 1.9, 1.9), *bits_runs("linear", 2.1, 2.1)], profile("local", 5))
+    assert found.winner is not None
+    assert found.winner.name == "local"
+    assert found.sentences[0] == (
+        "Use local: 1.900 ± 0.010 bits/byte on test, 0.200 bits/byte better than the next, linear "
+        "(2.100 ± 0.010 bits/byte)."
+    )
+
+
+def test_bits_within_two_standard_errors_are_equal_and_speed_decides() -> None:
+    records = [*UNIGRAM, *bits_runs("local", 1.9, 1.9), *bits_runs("linear", 1.92, 1.92)]
+    found = answer(records, profile("local", 5), profile("linear", 4))
+    assert found.winner is not None
+    assert found.winner.name == "linear"
+
+
+def test_no_fewer_bits_than_the_unigram_code_means_train_longer() -> None:
+    found = answer([*UNIGRAM, *bits_runs("full", 4.79), *bits_runs("local", 5.5)])
+    assert found.verdict is Verdict.TRAIN_LONGER
+    assert found.sentences[0].startswith("No mechanism has learned the task: train longer. The best, full, reaches ")
+    assert found.sentences[0].endswith(
+        "4.790 ± 0.010 bits/byte on test, which two standard errors don't separate "
+        "from the unigram guess of 4.800 bits/byte."
+    )
+
+
+def test_dense_attention_may_win_by_bits() -> None:
+    found = answer([*UNIGRAM, *bits_runs("full", 1.5, 1.5), *bits_runs("local", 1.9, 1.9)], profile("local", 5))
+    assert found.verdict is Verdict.KEEP_DENSE
+    assert found.sentences[1].startswith("The runner-up, local, is worse by 0.400 bits/byte; by time, it is faster")

@@ -82,10 +82,7 @@ def test_every_approximation_has_a_table(name: str, invoke: Invoke) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (
-            ["local", "--error"],
-            "local: an error against softmax attention is not supported; mechanisms that support it",
-        ),
+        (["gmlp", "--error"], "gmlp: its error can't be measured, since it is a whole block, not attention"),
         (["nystromformer:kernel=0", "--error", "--causal"], "nystromformer: causal=True is not supported"),
         (["performer", "--error", "--option", "featurs=3"], "unknown option 'featurs'; did you mean 'features'?"),
         (["performer", "--error", "--option", "features=a"], "expected whole numbers as features=64,128,256, got"),

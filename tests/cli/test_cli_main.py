@@ -53,7 +53,7 @@ def test_the_version_is_printed(invoke: Invoke) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["lst"], "unknown command 'lst'; did you mean 'list'? Known: compare, data, doctor, list, "),
+        (["lst"], "unknown command 'lst'; did you mean 'list'? Known: compare, data, doctor, generate, list, "),
         (["list", "--jsn"], "unknown option --jsn (did you mean --json?); see `subquad list --help`"),
         (["--versio"], "unknown option --versio (did you mean --version?); see `subquad --help`"),
         (["--json"], "unknown option --json "),

@@ -49,6 +49,13 @@ def test_no_cell_is_cut_in_a_narrow_terminal(width: int, results: Path) -> None:
     assert ("Memory" in text) == (width >= 100)
 
 
+def test_one_task_can_be_chosen_and_an_unknown_one_is_named(results: Path, invoke: Invoke) -> None:
+    assert "ListOps, short trees" in invoke("report", "--task", "listops-quick", "--output", str(results)).out
+    ran = invoke("report", "--task", "listops-quick", "--preset", "paper", "--output", str(results))
+    assert ran.exit_code == 2
+    assert "no such comparison is recorded; there are: listops-quick (quick)." in ran.err
+
+
 def test_a_folder_with_profiles_alone_says_so(results: Path, tmp_path: Path, invoke: Invoke) -> None:
     profiles = next(results.glob("*/profile"))
     shutil.copytree(profiles, tmp_path / profiles.relative_to(results))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from subquad.interface import Mixed
 from subquad.mechanisms import synthesizer
-from subquad.ops import memory_attention, token_product, topk
+from subquad.ops import compressed_attention, memory_attention, most_used, token_product, topk
 from subquad.ops.key_ranges import KeyRanges
 from subquad.ops.memory_attention import Distances, Slice
 from subquad.ops.toeplitz import transform_flops
@@ -52,6 +53,22 @@ def counted_flops(forward: Callable[[], object]) -> int:
         hidden += counted - 3 * products * int(part.visible.sum()) // part.visible.shape[0]
         return result
 
+    def read_rows(q: Tensor, k: Tensor, v: Tensor, *of_distances: Any) -> tuple[Tensor, Tensor]:
+        nonlocal hidden
+        before, part = counter.get_total_flops(), of_distances[-1]
+        result = of_rows(q, k, v, *of_distances)
+        counted, visible = counter.get_total_flops() - before, int(part.visible.sum()) // part.visible.shape[0]
+        hidden += counted - 3 * 2 * q.shape[0] * q.shape[1] * q.shape[3] * visible
+        return result
+
+    def slice_weights(q: Tensor, k: Tensor, distances: Distances, part: Slice, *rows: Any) -> Tensor:
+        nonlocal hidden
+        before = counter.get_total_flops()
+        weights = of_usage(q, k, distances, part, *rows)
+        visible = sum(int(seen.visible.sum()) // seen.visible.shape[0] for seen in (part, rows[1]) if seen is not None)
+        hidden += counter.get_total_flops() - before - 2 * 2 * q.shape[0] * q.shape[1] * q.shape[3] * visible
+        return weights
+
     def visible_product(weights: Tensor, tokens: Tensor, start: int, *, causal: bool) -> Tensor:
         nonlocal hidden
         rows = triangular_product(weights, tokens, start, causal=causal)
@@ -60,7 +77,8 @@ def counted_flops(forward: Callable[[], object]) -> int:
         return rows
 
     topk_scores, synthesised, aten = topk.visible_scores, synthesizer.attend_slice, torch.ops.aten
-    with_memory = memory_attention.attend_slice
+    with_memory, of_rows = memory_attention.attend_slice, compressed_attention.read_rows
+    of_usage = most_used.slice_weights
     triangular_product = token_product.visible_product
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops,
@@ -74,6 +92,8 @@ def counted_flops(forward: Callable[[], object]) -> int:
         patch.object(topk, "visible_scores", visible_scores),
         patch.object(synthesizer, "attend_slice", attend_slice),
         patch.object(memory_attention, "attend_slice", attend_memory),
+        patch.object(compressed_attention, "read_rows", read_rows),
+        patch.object(most_used, "slice_weights", slice_weights),
         patch.object(token_product, "visible_product", visible_product),
         counter,
     ):
@@ -114,6 +134,11 @@ def _transform_flops(x: Tensor, *options: Any, out_val: Tensor) -> int:
 _transform_flops._get_raw = True  # pyright: ignore[reportFunctionMemberAccess] - as below
 _embedding_bag_flops._get_raw = True  # pyright: ignore[reportFunctionMemberAccess] - as below
 _fused_attention_flops._get_raw = True  # pyright: ignore[reportFunctionMemberAccess] - how the counter is told to pass tensors
+
+
+def differentiated(mixed: Mixed) -> Tensor:
+    """What a step of training differentiates: y, with the auxiliary loss where there is one."""
+    return mixed.y if mixed.aux_loss is None else mixed.y.sum() + mixed.aux_loss
 
 
 def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:

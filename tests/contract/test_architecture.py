@@ -101,10 +101,11 @@ def imports_of(path: Path) -> set[str]:
 
 
 LAYERS = (
-    ("mechanisms", ("models", "training", "tasks", "benchmark", "report", "records", "cli")),
-    ("feedforward", ("mechanisms", "models", "training", "tasks", "benchmark", "report", "records", "cli")),
+    ("mechanisms", ("models", "parallel", "training", "tasks", "benchmark", "report", "records", "cli")),
+    ("feedforward", ("mechanisms", "models", "parallel", "training", "tasks", "benchmark", "report", "records", "cli")),
     ("ops", ("interface", "heads", "build", "mechanisms", "feedforward", "models", "benchmark", "records", "cli")),
-    ("models", ("training", "tasks", "benchmark", "report", "records", "cli")),
+    ("models", ("parallel", "training", "tasks", "benchmark", "report", "records", "cli")),
+    ("parallel", ("training", "tasks", "benchmark", "report", "records", "cli")),
     ("report", ("training", "tasks", "models", "mechanisms", "ops", "build", "interface", "cli")),
     ("records", ("report", "benchmark", "training", "tasks", "models", "mechanisms", "ops", "build", "cli")),
 )

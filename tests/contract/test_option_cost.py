@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 from cases import WIDE_HEADS
-from meter import counted_flops, saved_bytes
+from meter import counted_flops, differentiated, saved_bytes
 
 from subquad.build import build_from_config, mixer_config
 from subquad.interface import MixerConfig
@@ -71,6 +71,28 @@ CONFIGS = [
         for options in ({}, {"zero_memory": True}, {"clamp_length": 5})
     ),
     mixer_config("transformer_xl", segment_length=8, memory_length=0, eval_memory_length=30),
+    *(
+        mixer_config(
+            "compressive",
+            compression=compression,
+            loss=loss,
+            cm_positions=positions,
+            dilations=(1, 2),
+            rate=2,
+            memory_length=6,
+            compressed_length=5,
+            segment_length=8,
+            **options,
+        )
+        for compression, loss in (
+            *(("convolution", loss) for loss in ("attention", "autoencoding", "bptt")),
+            *((kind, None) for kind in ("dilated", "mean", "max", "most_used")),
+        )
+        for positions in ("official", "true")
+        for options in ({}, {"zero_memory": True}, {"remainder": "carry"})
+    ),
+    mixer_config("compressive", segment_length=8, memory_length=9, compressed_length=0, rate=3, overlap=2),
+    mixer_config("compressive", segment_length=3, memory_length=0, eval_memory_length=30, eval_compressed_length=7),
     mixer_config("combiner", plan="logsparse", activation="deepset", log_size_bias=True),
     mixer_config("combiner", plan="mixture", mixture="joint", block=4, pooling="mean"),
     *(
@@ -90,6 +112,16 @@ CONFIGS = [
         for weights, attention_dim, hidden_dim in (("full", 5, 14), ("toeplitz", 0, None), ("toeplitz", 8, 20))
     ),
     mixer_config("mlp_mixer", token_hidden_dim=5, hidden_dim=7),
+    *(
+        mixer_config("sparse_mlp", represent=represent, token_experts=3, experts=4, token_top_k=top_k, **options)
+        for represent in ("tokens", "block", "none")
+        for top_k, options in (
+            (1, {}),
+            (2, {"noise": False, "hidden_dim": 7, "represented_length": 11}),
+            (3, {"balance_weight": 0.0, "token_hidden_dim": 5, "represented_dim": 9, "top_k": 1}),
+            (1, {"group": "sequence", "capacity_factor": 50.0}),
+        )
+    ),
     *(
         mixer_config("r_transformer", cell=cell, window=window, local_layers=layers, hidden_dim=7)
         for cell, window, layers in (("rnn", 1, 2), ("lstm", 4, 2), ("gru", 40, 1), ("gru", 7, 0))
@@ -115,7 +147,9 @@ def test_activation_bytes_are_those_that_autograd_saves(
     dims = replace(WIDE_HEADS, causal=config.traits.causal)
     mixer = build_from_config(config, dims).to(dtype)
     x = torch.randn(1, length, 24, dtype=dtype, requires_grad=True)
-    assert config.cost(dims, length, dtype_bytes).activation_bytes == saved_bytes(mixer, lambda: mixer(x).y)
+    assert config.cost(dims, length, dtype_bytes).activation_bytes == saved_bytes(
+        mixer, lambda: differentiated(mixer(x))
+    )
 
 
 @BY_CONFIG

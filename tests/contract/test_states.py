@@ -27,7 +27,7 @@ def mixer(request: pytest.FixtureRequest) -> TokenMixer:
 
 def stops_gradients(mixer: TokenMixer) -> bool:
     """Whether the paper cuts the graph at what the state holds."""
-    return mixer.config.name == "transformer_xl"
+    return mixer.config.name in ("compressive", "transformer_xl")
 
 
 def after_some_tokens(mixer: TokenMixer) -> State:

@@ -20,8 +20,8 @@ Choose = Callable[[Tensor], dict[int, Tensor]]
 def expert_output(module: ExpertMixer, x: Tensor, expert: int) -> Tensor:
     """x (..., D) through one expert."""
     activation = F.gelu if module.config.activation == "gelu" else F.relu
-    hidden = activation(F.linear(x, module.expand[expert], module.expand_bias[expert]))
-    return F.linear(hidden, module.contract[expert], module.contract_bias[expert])
+    hidden = activation(F.linear(x, module.experts.expand[expert], module.experts.expand_bias[expert]))
+    return F.linear(hidden, module.experts.contract[expert], module.experts.contract_bias[expert])
 
 
 def groups_of(module: ExpertMixer, x: Tensor, mask: Mask | None) -> list[list[tuple[int, int]]]:

@@ -59,8 +59,8 @@ def test_one_expert_is_an_mlp() -> None:
     assert isinstance(mlp, Mlp)
     with torch.no_grad():
         for layer, weight, bias in (
-            (mlp.expand, module.expand, module.expand_bias),
-            (mlp.contract, module.contract, module.contract_bias),
+            (mlp.expand, module.experts.expand, module.experts.expand_bias),
+            (mlp.contract, module.experts.contract, module.experts.contract_bias),
         ):
             layer.weight.copy_(weight[0])
             layer.bias.copy_(bias[0])
@@ -71,7 +71,7 @@ def test_one_expert_is_an_mlp() -> None:
 def test_equal_experts_give_their_result_times_the_largest_probability() -> None:
     module, x = switch(capacity_factor=None), torch.randn(2, 9, 6)
     with torch.no_grad():
-        for stacked in (module.expand, module.expand_bias, module.contract, module.contract_bias):
+        for stacked in module.experts.parameters():
             stacked.copy_(stacked[:1].expand_as(stacked).clone())
     expected = expert_output(module, x, 0) * probabilities_of(module, x).amax(dim=-1, keepdim=True)
     torch.testing.assert_close(module(x).y, expected)
@@ -83,13 +83,13 @@ def test_it_is_hugging_faces_layer_in_evaluation_where_each_sequence_is_a_group(
     ours = switch(activation="relu", group="sequence", capacity_factor=1.0).eval()
     with torch.no_grad():
         ours.router.copy_(nn.init.normal_(theirs.router.classifier.weight))
-        ours.expand_bias.zero_()
-        ours.contract_bias.zero_()
+        ours.experts.expand_bias.zero_()
+        ours.experts.contract_bias.zero_()
         for index in range(3):
             expert = theirs.experts[f"expert_{index}"]
             assert isinstance(expert, nn.Module)
-            expert.get_parameter("wi.weight").copy_(ours.expand[index])
-            expert.get_parameter("wo.weight").copy_(ours.contract[index])
+            expert.get_parameter("wi.weight").copy_(ours.experts.expand[index])
+            expert.get_parameter("wo.weight").copy_(ours.experts.contract[index])
     x = torch.randn(2, 12, 6)
     with receipts() as left:
         torch.testing.assert_close(ours(x).y, theirs(x))
@@ -216,11 +216,11 @@ def test_expert_dropout_is_its_own_rate() -> None:
 def test_weights_are_drawn_small() -> None:
     module = build_feedforward("switch", embed_dim=64, experts=4)
     assert isinstance(module, Switch)
-    for weight, inputs in ((module.router, 64), (module.expand, 64), (module.contract, 256)):
+    for weight, inputs in ((module.router, 64), (module.experts.expand, 64), (module.experts.contract, 256)):
         deviation = (0.1 / inputs) ** 0.5
         assert bool((weight.abs() <= 2 * deviation).all())
         assert 0.8 * deviation < float(weight.detach().std()) < deviation
-    assert not module.expand_bias.any()
+    assert not module.experts.expand_bias.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -131,3 +131,33 @@ def test_dims_of_a_layer() -> None:
         embed_dim=16, num_heads=2, max_length=41, positions="rotary", bias=False, dropout=0.5, layer=2, num_global=1
     )
     assert dims == expected
+
+
+def test_a_changed_copy_leaves_the_original_as_it_was() -> None:
+    original = config(mixer=[{"name": "local", "window": 5}])
+    changed = original.with_changes(causal=True)
+    assert isinstance(changed.mixer, list)
+    changed.mixer[0]["window"] = 7
+    assert changed.causal
+    assert (original.causal, original.mixer) == (False, [{"name": "local", "window": 5}])
+
+
+def test_encoder_and_decoder_have_what_is_named_for_them() -> None:
+    both = config(
+        mixer="ngram",
+        feedforward="glu",
+        encoder_mixer=["gmlp", "full"],
+        encoder_feedforward=[None, "mlp"],
+        encoder_layers=2,
+        cross_mixer=["full", {"name": "topk", "top_k": 3}],
+    )
+    encoder, decoder = both.of_encoder(), both.of_decoder()
+    assert [mixer.name for mixer in encoder.layer_mixers()] == ["gmlp", "full"]
+    assert [None if layer is None else layer.name for layer in encoder.layer_feedforwards()] == [None, "mlp"]
+    assert [mixer.name for mixer in decoder.layer_mixers()] == ["ngram"] * 3
+    assert [None if layer is None else layer.name for layer in decoder.layer_feedforwards()] == ["glu"] * 3
+    assert [mixer.name for mixer in both.layer_cross_mixers()] == ["full", "topk", "full"]
+    assert (encoder.causal, decoder.causal) == (False, True)
+    same = config(mixer="full")
+    assert same.of_encoder().mixer == same.of_decoder().mixer == "full"
+    assert same.of_encoder().num_hidden_layers == 3

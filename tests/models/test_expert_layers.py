@@ -99,8 +99,8 @@ def test_a_fresh_model_draws_the_experts_small() -> None:
     for block in blocks_of(model.model):
         assert isinstance(block.feedforward, ExpertMixer)
         deviation = (0.1 / 64) ** 0.5
-        assert float(block.feedforward.expand.detach().abs().max()) <= 2 * deviation
-        assert not block.feedforward.expand_bias.any()
+        assert float(block.feedforward.experts.expand.detach().abs().max()) <= 2 * deviation
+        assert not block.feedforward.experts.expand_bias.any()
 
 
 def test_chunks_are_refused_where_tokens_meet_and_change_nothing_where_not() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_models import batch, blocks_of, classifier, config
+from small_models import batch, blocks_of, causal_lm, classifier, config
 
 from subquad import receipts
 from subquad.interface import MixerConfig
+from subquad.mechanisms.full import FullConfig
 from subquad.models import SubquadForSequenceClassification
+from subquad.registry import register
 
 STREAMS: dict[str, Any] = {"name": "bigbird", "kind": "etc", "num_global": 3, "window": 5, "max_distance": 2}
 POOLINGS = pytest.mark.parametrize("pooling", ["cls", "first", "mean", "last"])
@@ -128,6 +131,22 @@ def test_layers_must_agree_on_the_stream(mixer: Any, found: str) -> None:
 def test_layers_that_agree_may_differ_otherwise() -> None:
     model, (tokens, _) = classifier(mixer=[STREAMS, STREAMS | {"window": 9, "sharing": "qkv"}]), batch()
     assert model(tokens).logits.shape == (3, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedConfig(FullConfig):
+    """Dense attention that asks for a global stream, although it has a causal form."""
+
+    @property
+    def prepended_tokens(self) -> int:
+        return 2
+
+
+def test_a_stream_that_sees_everything_is_refused_where_a_token_may_see_the_past_only() -> None:
+    register("streamed")(StreamedConfig)
+    assert classifier(mixer="streamed").model.global_stream == 2
+    with pytest.raises(ValueError, match=r"streamed: its global stream .* sees all of it, which causal=True forbids"):
+        causal_lm(mixer="streamed")
 
 
 def test_without_such_mixers_there_is_no_stream() -> None:

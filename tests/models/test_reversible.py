@@ -17,7 +17,8 @@ from transformers import Trainer, TrainingArguments
 from subquad import receipts, traits
 from subquad.benchmark.memory import allocated_peak_bytes, saved_bytes
 from subquad.interface import Mixed
-from subquad.models import SubquadForSequenceClassification, reversible
+from subquad.models import SubquadCache, SubquadForSequenceClassification, reversible
+from subquad.models.stack import StackInputs
 from subquad.registry import MIXERS as REGISTERED
 from subquad.registry import register
 
@@ -135,7 +136,7 @@ def test_layers_without_feedforward_serve_the_streams_in_turn(depth: int) -> Non
     for index, block in enumerate(blocks):
         assert block.mixer_norm is not None
         streams[index % 2] = streams[index % 2] + block.mixer(block.mixer_norm(streams[(index + 1) % 2])).y
-    y, _, _ = reversible.run_reversibly(model.model.blocks, x, None, collect=False)
+    y = reversible.run_reversibly(model.model.blocks, x, StackInputs()).x
     torch.testing.assert_close(y, sum(streams) / 2, rtol=1e-12, atol=1e-12)
 
 
@@ -148,7 +149,7 @@ def test_a_layer_is_the_pair_of_sums_of_the_paper() -> None:
     y1 = x1 + block.mixer(block.mixer_norm(x2)).y
     y2 = x2 + block.feedforward(block.feedforward_norm(y1)).y
     for couple in (reversible.couple, reversible.couple_reversibly):
-        streams = couple(reversible.sublayers_of(block, None), reversible.Streams(x1, x2))
+        streams = couple(reversible.sublayers_of(block, StackInputs()), reversible.Streams(x1, x2))
         torch.testing.assert_close((streams.first, streams.second), (y1, y2), rtol=1e-12, atol=1e-12)
 
 
@@ -309,7 +310,7 @@ def test_a_norm_behind_the_sum_is_refused() -> None:
 def test_a_state_is_refused_in_training() -> None:
     model, (tokens, _) = two_streams(), batch()
     with pytest.raises(ValueError, match="residual='reversible' can't train with a state"):
-        model.model(tokens, past_key_values=object())
+        model.model(tokens, past_key_values=SubquadCache())
 
 
 def test_the_stream_between_layers_is_refused_where_gradients_are_computed() -> None:

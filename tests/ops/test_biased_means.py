@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from subquad.ops import running_means, strip_means
-from subquad.ops.biased_means import Reach, biased_means, biased_means_by_pairs
+from subquad.ops import pair_means, running_means, strip_geometry, weighted_columns
+from subquad.ops.biased_means import biased_means, biased_means_by_pairs
 from subquad.ops.position_bias import FactorisedBias, KernelBias, PositionBias
+from subquad.ops.strip_geometry import Reach, strips
+from subquad.ops.strip_means import Tokens, strip_means
 
 LENGTHS = st.sampled_from([1, 2, 5, 8, 17])
 
@@ -27,9 +29,9 @@ def assert_equal_to_the_definition(
     leaves = [*qkv, *(() if bias is None else bias.tensors)]
     with (
         patch.object(running_means, "CHUNK", chunk),
-        patch.object(strip_means, "SHORTEST", 2),
-        patch.object(strip_means, "LONGEST", 8),
-        patch.object(strip_means, "PAIRS", 2**8),
+        patch.object(strip_geometry, "SHORTEST", 2),
+        patch.object(strip_geometry, "LONGEST", 8),
+        patch.object(pair_means, "PAIRS", 2**8),
     ):
         y, expected = biased_means(*qkv, bias, reach), biased_means_by_pairs(*qkv, bias, reach)
         torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
@@ -75,30 +77,56 @@ def test_means_with_kernels_on_a_grid(length: int, width: int, half: int, data: 
     assert_equal_to_the_definition(qkv, bias, Reach(reach, reach, False))
 
 
-@given(length=LENGTHS, more=st.integers(0, 7), causal=st.booleans(), chunk=st.integers(1, 9), data=st.data())
+@given(length=LENGTHS, more=st.integers(0, 7), causal=st.booleans(), chunk=st.integers(2, 9), data=st.data())
 def test_means_without_a_bias(length: int, more: int, causal: bool, chunk: int, data: st.DataObject) -> None:
     columns = length + more if causal else length
     assert_equal_to_the_definition(data.draw(tensors(length, columns)), None, Reach(0, 0, causal), chunk=chunk)
 
 
-@given(length=LENGTHS, chunk=st.integers(1, 9), scale=st.sampled_from([1.0, 500.0]))
+@given(length=LENGTHS, chunk=st.integers(2, 9), scale=st.sampled_from([1.0, 500.0]))
 def test_running_means_equal_the_definition(length: int, chunk: int, scale: float) -> None:
     log_weights, values = leaf(2, 1, length, 3, scale=scale).detach(), leaf(2, 1, length, 3).detach()
     with patch.object(running_means, "CHUNK", chunk):
-        found = running_means.running_means(log_weights, values, 2 * values)
-    expected = running_means.running_means_by_tokens(log_weights, values, 2 * values)
+        found = running_means.running_means(log_weights, values)
+    expected = running_means.running_means_by_tokens(log_weights, values)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def takes_products(tokens: Tokens, reach: Reach) -> bool:
+    (strip,) = strips(20, 20, reach)
+    (columns,) = weighted_columns.weighted_columns(tokens.k, tokens.v, [strip])
+    return strip_means(tokens, strip, columns, [])[1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_not_a_bit_of_a_running_mean_depends_on_later_tokens(scale: float) -> None:
+    k, v = scale * torch.randn(1, 1, 600, 8), torch.randn(1, 1, 600, 8)
+    before = running_means.running_means(k, v)
+    k[:, :, 321:] += 1e4
+    v[:, :, 321:] = torch.nan
+    after = running_means.running_means(k, v)
+    assert torch.equal(before.total[:, :, :321], after.total[:, :, :321])
+    assert torch.equal(before.mean[:, :, :321], after.mean[:, :, :321])
 
 
 def test_ordinary_keys_take_products_and_keys_far_apart_pairs() -> None:
     k, v = torch.randn(1, 1, 20, 3), torch.randn(1, 1, 20, 3)
-    bias = FactorisedBias(torch.randn(1, 20, 2), torch.randn(1, 20, 2))
-    (strip,) = strip_means.strips(20, 20, None, 0)
-    assert strip_means.strip_means(k, v, bias, strip)[1]
+    tokens = Tokens(k, v, FactorisedBias(torch.randn(1, 20, 2), torch.randn(1, 20, 2)))
+    assert takes_products(tokens, Reach(None, 0, True))
     k[:, :, 15] = 200
-    assert not strip_means.strip_means(k, v, bias, strip)[1]
-    (everything,) = strip_means.strips(20, 20, None, None)
-    assert strip_means.strip_means(k, v, bias, everything)[1]
+    assert not takes_products(tokens, Reach(None, 0, True))
+    assert takes_products(tokens, Reach(None, None, False))
+
+
+def test_neighbouring_strips_share_weights_while_keys_do_not_rise_far() -> None:
+    """Strips of 8 queries, 8 columns wide for the first and 16 for the others."""
+    k, v = torch.randn(1, 1, 64, 3), torch.randn(1, 1, 64, 3)
+    with patch.object(strip_geometry, "SHORTEST", 8), patch.object(strip_geometry, "LONGEST", 8):
+        all_strips = strips(64, 64, Reach(4, 0, True))
+    ordinary = [part.strips for part in weighted_columns.weighted_columns(k, v, all_strips)]
+    k[:, :, 20, 1] = 50
+    apart = [part.strips for part in weighted_columns.weighted_columns(k, v, all_strips)]
+    assert (ordinary, apart) == ([range(4), range(4, 8)], [range(2), range(2, 8)])
 
 
 @pytest.mark.parametrize("left", [None, 3])

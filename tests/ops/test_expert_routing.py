@@ -39,11 +39,14 @@ def routed(draw: st.DrawFn, experts: int = 5) -> Routed:
     return Routed(logits, chosen, valid)
 
 
-@given(case=routed(), limits=st.none() | st.lists(st.integers(0, 6), min_size=3, max_size=3))
-def test_rows_are_those_of_tokens_that_take_seats_one_after_the_other(case: Routed, limits: list[int] | None) -> None:
+@given(case=routed(), limits=st.none() | st.lists(st.integers(0, 6), min_size=3, max_size=3), ranked=st.booleans())
+def test_rows_are_those_of_tokens_that_take_seats_one_after_the_other(
+    case: Routed, limits: list[int] | None, ranked: bool
+) -> None:
     capacity = None if limits is None else torch.tensor(limits[: case.chosen.shape[0]])
-    found = expert_rows(case.chosen, 5, valid=case.valid, capacity=capacity)
-    expected = expert_rows_by_tokens(case.chosen, 5, valid=case.valid, capacity=capacity)
+    priority = case.logits.amax(dim=-1).round() if ranked else None  # with equal ones
+    found = expert_rows(case.chosen, 5, valid=case.valid, capacity=capacity, priority=priority)
+    expected = expert_rows_by_tokens(case.chosen, 5, valid=case.valid, capacity=capacity, priority=priority)
     assert torch.equal(found.tokens, expected.tokens)
     assert torch.equal(found.choices, expected.choices)
     assert found[2:] == expected[2:]
@@ -54,6 +57,14 @@ def test_the_first_tokens_have_the_seats() -> None:
     rows = expert_rows(chosen, 2, capacity=torch.tensor([2, 1]))
     assert rows.tokens.tolist() == [1, 8, 0, 2, 5]
     assert rows.counts == (2, 3)
+    assert rows.dropped == 5
+
+
+def test_tokens_of_priority_have_the_seats() -> None:
+    chosen = torch.tensor([[[1], [0], [1], [1], [1]], [[1], [1], [1], [0], [0]]])
+    priority = torch.tensor([[0.1, 0.2, 0.3, 0.9, 0.3], [0.5, 0.5, 0.6, 0.1, 0.2]])
+    rows = expert_rows(chosen, 2, capacity=torch.tensor([2, 1]), priority=priority)
+    assert rows.tokens.tolist() == [1, 9, 3, 2, 7]
     assert rows.dropped == 5
 
 

@@ -70,7 +70,7 @@ def test_dropout_drops_hidden_channels_in_both_passes() -> None:
 
     def run(*leaves: Tensor) -> Tensor:
         torch.manual_seed(0)
-        return experts(leaves[0], gates, ExpertWeights(*leaves[1:]), rows, ACTIVATIONS["gelu"], 0.5)
+        return experts(leaves[0], gates, ExpertWeights(*leaves[1:]), rows, ACTIVATIONS["gelu"], 0.3)
 
     assert torch.autograd.gradcheck(run, (x, *weights))
     ones = ExpertWeights(
@@ -82,6 +82,17 @@ def test_dropout_drops_hidden_channels_in_both_passes() -> None:
     y = experts(torch.zeros(8, WIDTH), torch.ones(8, 1), ones, rows, ACTIVATIONS["relu"], 0.25)
     kept = y * 0.75
     assert 0.65 < float(kept.min()) <= float(kept.max()) < 0.85
+
+
+def test_dropout_is_the_same_in_bfloat16() -> None:
+    rows, weights = drawn_rows(8, 1), drawn_weights(dtype=torch.bfloat16)
+    x, gates = torch.randn(8, WIDTH, dtype=torch.bfloat16, requires_grad=True), torch.rand(8, 1)
+    y = experts(x, gates, weights, rows, ACTIVATIONS["gelu"], 0.3)
+    (y * torch.randn_like(y)).sum().backward()
+    assert y.dtype == torch.bfloat16
+    for leaf in (x, *weights):
+        assert leaf.grad is not None
+        assert bool(leaf.grad.isfinite().all())
 
 
 def test_autocast_narrows_the_products() -> None:

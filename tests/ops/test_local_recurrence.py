@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from subquad.ops import local_recurrence as module
-from subquad.ops.local_recurrence import GATES, Cell, local_recurrence, local_recurrence_by_windows
+from subquad.ops.local_recurrence import GATES, CellName, local_recurrence, local_recurrence_by_windows
 
-CELLS: list[Cell] = ["rnn", "gru", "lstm"]
+CELLS: list[CellName] = ["rnn", "gru", "lstm"]
 WIDTH = 3
 
 
@@ -26,7 +26,7 @@ WIDTH = 3
     numbers=st.sampled_from([1, 50, 10**6]),
 )
 def test_slices_equal_the_definition(
-    cell: Cell, window: int, length: int, batch: int, bias: bool, numbers: int
+    cell: CellName, window: int, length: int, batch: int, bias: bool, numbers: int
 ) -> None:
     size = GATES[cell] * WIDTH
     tokens, weights = (
@@ -49,7 +49,7 @@ def test_slices_equal_the_definition(
 
 
 @pytest.mark.parametrize(("cell", "network"), [("rnn", nn.RNN), ("gru", nn.GRU), ("lstm", nn.LSTM)])
-def test_cells_are_those_of_torch(cell: Cell, network: type[nn.RNN | nn.GRU | nn.LSTM]) -> None:
+def test_cells_are_those_of_torch(cell: CellName, network: type[nn.RNN | nn.GRU | nn.LSTM]) -> None:
     layer = network(2, WIDTH, batch_first=True).double()
     x = torch.randn(2, 9, 2, dtype=torch.float64)
     inputs, weights, of_inputs, biases = layer.all_weights[0]

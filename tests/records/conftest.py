@@ -1,6 +1,7 @@
 """Factories of small valid records, each field of which a test may replace."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +26,13 @@ TASK: dict[str, Any] = {
     "name": "copying",
     "title": "Copying",
     "is_lra": False,
+    "objective": "classification",
+    "metric": "accuracy",
     "data_hash": "abc123",
     "train_size": 100,
     "validation_size": 50,
     "test_size": 400,
+    "vocab_size": 10,
     "num_labels": 2,
     "max_length": 1000,
 }
@@ -36,8 +40,9 @@ COST: dict[str, Any] = {"flops": 10, "activation_bytes": 20, "state_bytes": 0, "
 
 
 def run_document(name: str = "local", seed: int = 0, accuracy: float = 0.5, **changes: Any) -> dict[str, Any]:
-    score = {"step": 10, "validation": accuracy, "test": accuracy}
-    metric = {"name": "accuracy", "higher_is_better": True, "examples": 400}
+    error = math.sqrt(accuracy * (1 - accuracy) / 400)
+    score = {"step": 10, "validation": accuracy, "test": accuracy, "test_standard_error": error}
+    metric = {"name": "accuracy", "higher_is_better": True, "examples": 400, "asked": 400}
     return {
         "schema_version": 1,
         "created": "2026-11-22T04:30:00+00:00",

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -7,10 +8,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from subquad.records.mechanisms import Picture
-from subquad.records.schema import CurvePoint, Metric, ProfileRecord, RunRecord, Score, Timing, utc_now
+from subquad.records.schema import ProfileRecord, RunRecord, Timing, utc_now
+from subquad.records.scores import CurvePoint, Metric, PositionBucket, Score
 
 MakeRun = Callable[..., RunRecord]
 MakeProfile = Callable[..., ProfileRecord]
+
+
+def score(value: float) -> Score:
+    return Score(step=1, validation=value, test=value, test_standard_error=0.1)
+
+
+def bucket(first: int, last: int, value: float = 0.5) -> PositionBucket:
+    return PositionBucket(first=first, last=last, asked=1, value=value)
 
 
 def test_a_run_survives_the_way_to_json_and_back(make_run: MakeRun) -> None:
@@ -67,11 +77,29 @@ def test_a_picture_must_be_square_and_binary() -> None:
         Picture(length=2, rows=("01", "0x"))
 
 
-def test_the_standard_error_of_an_accuracy_is_binomial() -> None:
-    score = Score(step=1, validation=0.5, test=0.2)
-    metric = Metric(name="accuracy", higher_is_better=True, examples=100, best_validation=score, last_step=score)
-    assert metric.best_validation_standard_error == pytest.approx(0.04)
-    assert metric.last_step_standard_error == pytest.approx(0.04)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "f1"}, "unknown metric 'f1'; known: accuracy, bits_per_byte"),
+        ({"higher_is_better": False}, "accuracy: higher is better, got higher_is_better=False"),
+        ({"best_validation": score(1.2)}, "accuracy must be at least 0 and at most 1, got 1.2"),
+        ({"last_step": score(1.2)}, "accuracy must be at least 0 and at most 1, got 1.2"),
+        ({"by_position": (bucket(0, 0, 1.5),)}, "accuracy must be at least 0 and at most 1, got 1.5"),
+        ({"by_position": (bucket(0, 3), bucket(3, 4))}, r"increasing positions, got \[0, 4, 3, 5\]"),
+    ],
+)
+def test_an_impossible_metric_is_refused(changes: dict[str, Any], message: str) -> None:
+    whole = {"name": "accuracy", "higher_is_better": True, "examples": 10, "asked": 10}
+    whole |= {"best_validation": score(0.2), "last_step": score(0.2), "by_position": (bucket(0, 0), bucket(1, 2))}
+    Metric(**whole)
+    with pytest.raises(ValidationError, match=message):
+        Metric(**(whole | changes))
+
+
+def test_the_metric_is_that_of_the_task(make_run: MakeRun) -> None:
+    task = make_run().task.model_dump() | {"metric": "bits_per_byte"}
+    with pytest.raises(ValidationError, match="the task is measured by bits_per_byte, got the metric accuracy"):
+        make_run(task=task)
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=200))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from synthetic_results import write_results
+from synthetic_results import write_bits_results, write_results
 
 from subquad.records.store import Records, read_all
 from subquad.report.page import write_report
@@ -17,6 +17,11 @@ OpenPage = Callable[..., Page]
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_results(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="session")
+def bits_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bits_results(tmp_path_factory.mktemp("bits"))
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Page
-from synthetic_results import LENGTHS, SPECS, accuracy
+from synthetic_results import BUCKETS, LENGTHS, SPECS, accuracy
 from test_report_page import HOSTILE, hostile_records
 
 from subquad.records.queries import comparisons
 from subquad.records.store import Records
-from subquad.report.page import render
+from subquad.report.page import render, write_report
 from subquad.report.tables import COLUMNS, cells, comparison_rows
 
 pytestmark = pytest.mark.browser
@@ -107,3 +107,13 @@ def test_hostile_text_is_shown_and_not_run(tmp_path: Path, open_page: OpenPage) 
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     labels = page.locator(".annotation-text").all_text_contents()
     assert any("<script>alert(1)</script>" in label for label in labels)
+
+
+def test_a_page_of_bits_draws_its_positions_and_fits_a_narrow_screen(bits_results: Path, open_page: OpenPage) -> None:
+    page = open_page(write_report(bits_results), width=390, scheme="dark")
+    drawn = {trace["name"]: trace for trace in traces(page, "Test bits per byte by position in the context")}
+    assert set(drawn) == {"full", "local", "linear", "performer", "linformer", "aft"}
+    assert len(drawn["full"]["x"]) == len(BUCKETS)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator('th[data-sort="best"] button').first.click()
+    assert page.locator(".results tbody tr .name").first.inner_text().startswith("unigram")

@@ -14,7 +14,7 @@ from subquad.records.queries import comparisons
 from subquad.records.schema import RunRecord, Status
 from subquad.records.store import OutputError, Records, read_all, write_mechanisms, write_run
 from subquad.report.bubbles import bubble_chart
-from subquad.report.charts import accuracy_curves, bubble_figure, loss_curves
+from subquad.report.charts import bubble_figure, loss_curves, score_curves
 from subquad.report.html import Html, element, escape, plot_text, script_json
 from subquad.report.page import render, write_report
 from subquad.report.palette import inks
@@ -151,7 +151,7 @@ def test_the_figures_are_valid_for_plotly(records: Records) -> None:
     ((_, lines),) = settings(records).items()
     figures = [
         bubble_figure(bubble_chart(comparison), chosen),
-        accuracy_curves(comparison, chosen),
+        score_curves(comparison, chosen),
         loss_curves(comparison, chosen),
         *[figure(lines, chosen) for figure in (time_figure, memory_figure, flops_figure)],
     ]

@@ -96,5 +96,5 @@ def test_a_still_picture_of_nothing_or_of_another_format_is_refused(records: Rec
     with pytest.raises(ValueError, match=r"expected a file name that ends with \.png or \.svg, got 'a\.pdf'"):
         write_bubble_picture(records, comparison, tmp_path / "a.pdf")
     bare = Records(runs=records.runs)
-    with pytest.raises(ValueError, match="no entry has both an accuracy and a measured speed"):
+    with pytest.raises(ValueError, match="no entry has both a score and a measured speed"):
         write_bubble_picture(bare, comparisons(bare)[0], tmp_path / "a.png")

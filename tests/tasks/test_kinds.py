@@ -40,7 +40,8 @@ def test_the_majority_class_comes_from_train():
     )
     guess = data.guess()
     assert (guess.name, guess.answer) == ("majority_class", "always answers 2")
-    assert (guess.validation, guess.test) == (0.0, 0.25)
+    assert (guess.validation, guess.test, guess.asked) == (0.0, 0.25, 4)
+    assert guess.test_standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
 
 
 def test_the_classes_of_a_split_are_counted():
@@ -57,6 +58,7 @@ def test_the_unigram_guess_codes_what_a_causal_model_is_asked_for():
     assert guess.name == "unigram"
     assert guess.validation == pytest.approx(math.log2(7))
     assert guess.test == pytest.approx((math.log2(7 / 3) + math.log2(7 / 2)) / 2)
+    assert guess.test_standard_error == pytest.approx((math.log2(7 / 2) - math.log2(7 / 3)) / 2 / math.sqrt(2))
 
 
 def test_a_causal_task_with_answers_guesses_the_most_frequent_answer():

@@ -2,40 +2,49 @@ import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_data import labelled
 
-from subquad.tasks.splits import LabelledSplit, Ragged
-from subquad.training.dataset import Collator, SplitDataset
-
-
-def split_of(lengths: list[int]) -> LabelledSplit:
-    """Example i holds i + 1 as often as its length; label i."""
-    tokens = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.uint8), lengths)
-    return LabelledSplit(Ragged.from_lengths(tokens, np.array(lengths)), np.arange(len(lengths)))
-
+from subquad.training.dataset import CARRIED, Collator, SplitDataset, padded
+from subquad.training.order import SortedOrder
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
 
 @given(LENGTHS)
 def test_a_batch_holds_each_example_followed_by_padding(lengths: list[int]) -> None:
-    dataset = SplitDataset(split_of(lengths))
-    batch = Collator(pad_token_id=0)([dataset[i] for i in range(len(dataset))])
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(lengths), max(lengths))
-    assert batch["labels"].tolist() == list(range(len(lengths)))
-    assert batch["attention_mask"].sum(dim=1).tolist() == lengths
-    expected = torch.arange(1, len(lengths) + 1)[:, None] * batch["attention_mask"]
-    assert torch.equal(batch["input_ids"], expected)
+    examples = [{"input_ids": np.full(length, length), "labels": np.asarray(length)} for length in lengths]
+    batch = Collator({"input_ids": 77})(examples)
+    assert batch["labels"].tolist() == lengths
+    for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True):
+        assert row == [length] * length + [77] * (max(lengths) - length)
+    if len(set(lengths)) == 1:
+        assert "attention_mask" not in batch
+    else:
+        assert batch["attention_mask"].sum(dim=1).tolist() == lengths
+        assert torch.equal(batch["attention_mask"] == 1, batch["input_ids"] != 77)
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-@given(LENGTHS)
-def test_ordering_by_length_loses_and_repeats_no_example(lengths: list[int]) -> None:
-    ordered = SplitDataset(split_of(lengths), by_length=True)
-    examples = [ordered[i] for i in range(len(ordered))]
-    assert [len(tokens) for tokens, _ in examples] == sorted(lengths)
-    assert sorted(label for _, label in examples) == list(range(len(lengths)))
+def test_source_and_target_have_masks_of_their_own() -> None:
+    examples = [
+        {"input_ids": np.zeros(3), "decoder_input_ids": np.zeros(2)},
+        {"input_ids": np.zeros(3), "decoder_input_ids": np.zeros(4)},
+    ]
+    batch = Collator({"input_ids": 1, "decoder_input_ids": 1})(examples)
+    assert "attention_mask" not in batch
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
 
 
-def test_padding_takes_the_id_it_is_given() -> None:
-    dataset = SplitDataset(split_of([1, 3]))
-    assert Collator(pad_token_id=7)([dataset[0], dataset[1]])["input_ids"].tolist() == [[1, 7, 7], [2, 2, 2]]
+def test_bytes_become_tokens_of_64_bits() -> None:
+    rows, mask = padded([np.array([255], dtype=np.uint8), np.array([], dtype=np.uint8)], fill=256)
+    assert rows.tolist() == [[255], [256]]
+    assert mask is not None
+    assert mask.tolist() == [[1], [0]]
+
+
+def test_a_dataset_follows_its_order() -> None:
+    split = labelled(9, 0)
+    dataset = SplitDataset(split, SortedOrder(split.lengths), lambda s, visit: {"labels": np.asarray(visit.example)})
+    found = [int(dataset[place]["labels"]) for place in range(len(dataset))]
+    assert [len(split.inputs[example]) for example in found] == sorted(split.lengths)
+    assert not dataset[0][CARRIED]

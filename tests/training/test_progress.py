@@ -53,12 +53,12 @@ def test_no_time_is_known_before_the_first_checkpoint(tmp_path: Path) -> None:
     assert json.dumps(read_seconds(tmp_path)) == "0.0"
 
 
-def test_steps_and_validation_accuracies_are_told_and_test_scores_are_not(tmp_path: Path) -> None:
+def test_steps_and_validation_scores_are_told_and_test_scores_are_not(tmp_path: Path) -> None:
     heard: list[tuple[int, int, float | None]] = []
     callback = ProgressCallback(lambda *event: heard.append(event), tmp_path)
     arguments, control = TrainingArguments(output_dir=str(tmp_path)), TrainerControl()
     state = TrainerState(global_step=3, max_steps=10)
     callback.on_step_end(arguments, state, control)
-    callback.on_evaluate(arguments, state, control, metrics={"eval_accuracy": 0.5})
-    callback.on_evaluate(arguments, state, control, metrics={"test_accuracy": 0.6})
+    callback.on_evaluate(arguments, state, control, metrics={"eval_score": 0.5})
+    callback.on_evaluate(arguments, state, control, metrics={"test_score": 0.6})
     assert heard == [(3, 10, None), (3, 10, 0.5)]

@@ -7,23 +7,25 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from toy_data import trainer_of
 
-from subquad.benchmark.mixers import parse_mixer
-from subquad.benchmark.plan import RunPlan, build_model
+from subquad.records.metrics import Estimate
 from subquad.tasks.kinds import ClassificationData
-from subquad.training import trainer as module
 from subquad.training.checkpoint import CheckpointError, checkpoint_path
-from subquad.training.dataset import Collator, SplitDataset
+from subquad.training.objectives.registry import objective_of
+from subquad.training.order import Visit
+from subquad.training.outcome import DivergenceError, Outcome
 from subquad.training.presets import Preset
 from subquad.training.progress import Progress
-from subquad.training.trainer import DivergenceError, Outcome, SubquadTrainer
+from subquad.training.scoring import Measured
+from subquad.training.trainer import SubquadTrainer
 
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
@@ -38,14 +40,8 @@ class StoppedError(Exception):
 def make(tiny: Preset, tiny_data: ClassificationData) -> Make:
     """A trainer under the tiny preset, as the worker makes it."""
 
-    def make_trainer(
-        directory: Path, progress: Progress | None = None, *, mixer: str = "full", seed: int = 0, **training: float
-    ) -> SubquadTrainer:
-        preset = replace(tiny, training=replace(tiny.training, **training))
-        torch.manual_seed(seed)
-        plan = RunPlan(preset, parse_mixer(mixer), seed, directory, True, directory)
-        model = build_model(plan, tiny_data)
-        return SubquadTrainer(model, tiny_data, preset.training, directory=directory, seed=seed, progress=progress)
+    def make_trainer(directory: Path, progress: Progress | None = None, **options: Any) -> SubquadTrainer:
+        return trainer_of(tiny_data, tiny, directory, progress=progress, **options)
 
     return make_trainer
 
@@ -103,25 +99,39 @@ def test_a_run_interrupted_twice_continues_bit_for_bit(make: Make, whole: tuple[
     assert_same(make(tmp_path).fit(), tmp_path, whole)
 
 
+def scoring(monkeypatch: pytest.MonkeyPatch, scores: list[float], then: float = 0.5) -> None:
+    """Let the evaluations have these scores, one after the other, and then another."""
+    coming = iter(scores)
+
+    def measure(self: SubquadTrainer, prediction: object) -> dict[str, float]:
+        score = next(coming, then)
+        self._measured = Measured(Estimate(score, 0.1), examples=60, asked=60, by_position=())
+        return {"score": score}
+
+    monkeypatch.setattr(SubquadTrainer, "_measure", measure)
+
+
+def values(scored: tuple[int, float, Measured]) -> tuple[int, float, float]:
+    step, validation, test = scored
+    return step, validation, test.estimate.value
+
+
 def test_a_moved_run_keeps_its_best_checkpoint(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracies = iter([0.9, 0.1])
-    monkeypatch.setattr(module, "_accuracy", lambda prediction: {"accuracy": next(accuracies, 0.2)})
+    scoring(monkeypatch, [0.9, 0.1], then=0.2)
     with pytest.raises(StoppedError):
         make(tmp_path / "here", stopping(20, evaluating=False)).fit()
     shutil.move(tmp_path / "here", tmp_path / "there")
-    assert make(tmp_path / "there").fit().best_validation == (8, 0.9, 0.2)
+    assert values(make(tmp_path / "there").fit().best_validation) == (8, 0.9, 0.2)
 
 
 SCRIPT = """
 import os, signal, sys
 import torch
-from dataclasses import replace
 from pathlib import Path
-from subquad.benchmark.mixers import parse_mixer
-from subquad.benchmark.plan import RunPlan, build_model
 from subquad.tasks.registry import load_task
 from subquad.training.presets import load_preset
-from subquad.training.trainer import SubquadTrainer
+sys.path.insert(0, sys.argv[3])
+from toy_data import trainer_of
 
 def progress(step, steps, validation):
     if step == 21:
@@ -131,9 +141,7 @@ torch.set_num_threads(1)
 directory = Path(sys.argv[1])
 preset = load_preset("listops", sys.argv[2])
 data = load_task("listops").prepare(directory / "data", preset.data)
-torch.manual_seed(0)
-model = build_model(RunPlan(preset, parse_mixer("full"), 0, directory, True, directory), data)
-SubquadTrainer(model, data, preset.training, directory=directory, seed=0, progress=progress).fit()
+trainer_of(data, preset, directory, progress=progress).fit()
 """
 
 
@@ -141,7 +149,7 @@ SubquadTrainer(model, data, preset.training, directory=directory, seed=0, progre
 def test_a_killed_process_is_continued_bit_for_bit(
     make: Make, tiny: Preset, whole: tuple[Outcome, Path], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), tiny.source]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), tiny.source, str(Path(__file__).parent)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.returncode == -signal.SIGKILL, ran.stderr
     assert checkpoint_path(tmp_path, 16).exists()
@@ -191,8 +199,7 @@ def test_a_damaged_checkpoint_is_named(make: Make, whole: tuple[Outcome, Path], 
 
 
 def test_a_damaged_best_checkpoint_is_named(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracies = iter([0.9, 0.1, 0.2])
-    monkeypatch.setattr(module, "_accuracy", lambda prediction: {"accuracy": next(accuracies, 0.5)})
+    scoring(monkeypatch, [0.9, 0.1, 0.2])
 
     def damage(step: int, steps: int, validation: float | None) -> None:
         if step == 20:
@@ -205,12 +212,11 @@ def test_a_damaged_best_checkpoint_is_named(make: Make, tmp_path: Path, monkeypa
 def test_the_best_step_is_the_earliest_of_equals_and_its_weights_are_scored(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accuracies = iter([0.1, 0.7, 0.7, 0.5, 0.6])  # three on validation, then the last and the best model on test
-    monkeypatch.setattr(module, "_accuracy", lambda prediction: {"accuracy": next(accuracies)})
+    scoring(monkeypatch, [0.1, 0.7, 0.7, 0.5, 0.6])  # three on validation, then the last and the best model on test
     trainer = make(tmp_path)
     outcome = trainer.fit()
-    assert outcome.best_validation == (16, 0.7, 0.6)
-    assert outcome.last_step == (24, 0.7, 0.5)
+    assert values(outcome.best_validation) == (16, 0.7, 0.6)
+    assert values(outcome.last_step) == (24, 0.7, 0.5)
     best = load_file(checkpoint_path(tmp_path, 16) / "model.safetensors")
     scored = weights_of(trainer)
     assert all(torch.equal(scored[name], weights) for name, weights in best.items())
@@ -253,8 +259,9 @@ def test_an_evaluation_does_not_depend_on_who_is_in_the_batch(
     model = make(tmp_path, mixer=mixer).model
     assert model is not None
     model.eval()
-    dataset, collate = SplitDataset(tiny_data.test), Collator(tiny_data.pad_token_id)
-    examples = [dataset[i] for i in range(24)]
+    objective = objective_of(tiny_data, seed=0)
+    collate = objective.collator
+    examples = [objective.example(tiny_data.test, Visit(index, -1)) for index in range(24)]
     with torch.no_grad():
         together = model(**collate(examples)).logits
         alone = torch.cat([model(**collate([example])).logits for example in examples])
@@ -269,7 +276,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(make: Make, tmp_path: Pa
     assert len(steps) < 24
 
 
-def test_a_validation_loss_that_is_not_finite_is_no_accuracy(make: Make, tmp_path: Path) -> None:
+def test_a_validation_loss_that_is_not_finite_is_no_score(make: Make, tmp_path: Path) -> None:
     trainer = make(tmp_path)
     weights_of(trainer)["head.classify.bias"].fill_(torch.nan)
     with pytest.raises(DivergenceError, match=r"the validation loss became nan at step 0"):

@@ -1,4 +1,4 @@
-"""Whether a pattern's time per token and memory per token stay the same as sequences grow.
+"""Whether a method's time per token and memory per token stay the same as sequences grow.
 
 Times of all lengths are taken by turns in one process; each peak of memory is that of a fresh process, from inputs to
 gradients, above what it held after a step on a short sequence.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from attention_rows import Inputs, step
-from pattern_cases import CASES, Case
+from attention_rows import Inputs, Method, step
 from rich.console import Console
 from rich.text import Text
 from sampling import Spread, prepare_torch, sample_by_turns
@@ -22,8 +21,11 @@ from subquad.cli.console import BAD, GOOD, plain_table
 from subquad.records import units
 
 LENGTHS = (8192, 16384, 32768, 65536)
-MOST_SPREAD, MOST_GROWTH = 0.15, 2.1
+MOST_GROWTH = 2.1
 FIRST_STEP = 512
+
+Find = Callable[[str], Method]
+"""A method by its name: a module's own function, since a fresh process looks it up."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Scaling:
-    """One pattern over lengths."""
+    """One method over lengths."""
 
     name: str
     points: list[Point]
@@ -60,45 +62,45 @@ class Scaling:
         return point.peak_bytes / half[0] if half and half[0] and point.peak_bytes else None
 
 
-def measure_scaling(cases: Sequence[Case], options: argparse.Namespace) -> list[Scaling]:
-    """Times and peaks of all cases."""
-    return [_measure_case(case, options) for case in cases]
+def measure_scaling(names: Sequence[str], find: Find, options: argparse.Namespace) -> list[Scaling]:
+    """Times and peaks of all methods."""
+    return [_measure_method(name, find, options) for name in names]
 
 
-def _measure_case(case: Case, options: argparse.Namespace) -> Scaling:
+def _measure_method(name: str, find: Find, options: argparse.Namespace) -> Scaling:
     lengths = sorted(options.lengths or LENGTHS)
-    peaks = {length: peak_in_fresh_process(case.name, length, options.threads) for length in lengths}
+    peaks = {length: peak_in_fresh_process(name, find, length, options.threads) for length in lengths}
     inputs = {length: Inputs.draw(length) for length in lengths}
-    attentions = {length: case.attention(length) for length in lengths}
+    attentions = {length: find(name).attention(length) for length in lengths}
     taken = sample_by_turns(
         {f"{length:,}": lambda length=length: step(attentions[length], inputs[length]) for length in lengths},
         samples=options.samples,
         warm_up=options.warm_up,
-        title=case.name,
+        title=name,
     )
-    return Scaling(case.name, [Point(length, Spread.of(taken[f"{length:,}"]), peaks[length]) for length in lengths])
+    return Scaling(name, [Point(length, Spread.of(taken[f"{length:,}"]), peaks[length]) for length in lengths])
 
 
-def peak_in_fresh_process(name: str, length: int, threads: int) -> int | None:
-    """Peak of one step of a case, in a process of its own."""
+def peak_in_fresh_process(name: str, find: Find, length: int, threads: int) -> int | None:
+    """Peak of one step of a method, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_of_step, (name, length, threads))
+        return pool.apply(_peak_of_step, (name, find, length, threads))
 
 
-def _peak_of_step(name: str, length: int, threads: int) -> int | None:
+def _peak_of_step(name: str, find: Find, length: int, threads: int) -> int | None:
     prepare_torch(threads)
-    step(CASES[name].attention(FIRST_STEP), Inputs.draw(FIRST_STEP))
+    step(find(name).attention(FIRST_STEP), Inputs.draw(FIRST_STEP))
     memory = PeakMemory()
     memory.restart()
-    step(CASES[name].attention(length), Inputs.draw(length))
+    step(find(name).attention(length), Inputs.draw(length))
     return memory.bytes()
 
 
-def print_scaling(console: Console, report: Sequence[Scaling]) -> None:
-    """A table, and a verdict on each pattern."""
+def print_scaling(console: Console, report: Sequence[Scaling], *, most_spread: float) -> None:
+    """A table, and for each method whether the dearest token costs at most `most_spread` more than the cheapest."""
     table = plain_table()
-    for heading in ("pattern", "length", "ms", "µs per token", "peak", "peak over that at half"):
-        table.add_column(heading, no_wrap=True, justify="left" if heading == "pattern" else "right")
+    for heading in ("method", "length", "ms", "µs per token", "peak", "peak over that at half"):
+        table.add_column(heading, no_wrap=True, justify="left" if heading == "method" else "right")
     for case in report:
         for index, point in enumerate(case.points):
             table.add_row(
@@ -111,8 +113,8 @@ def print_scaling(console: Console, report: Sequence[Scaling]) -> None:
             )
     console.print(table)
     for case in report:
-        mark, style = ("✓", GOOD) if case.spread <= MOST_SPREAD else ("✗", BAD)
-        spread = f"{units.percent(case.spread)} (at most {units.percent(MOST_SPREAD, 0)} wanted)"
+        mark, style = ("✓", GOOD) if case.spread <= most_spread else ("✗", BAD)
+        spread = f"{units.percent(case.spread)} (at most {units.percent(most_spread, 0)} wanted)"
         console.print(Text(f"{mark} {case.name}: time per token differs by {spread}", style))
 
 

@@ -1,0 +1,190 @@
+"""What the verb `generate` does once its options are read: load, check, write byte by byte."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+import transformers
+from torch import Tensor
+
+from subquad.cli.console import print_document, progress_console
+from subquad.models.block import layers_of
+from subquad.models.cache import SubquadCache
+from subquad.models.causal_lm import SubquadForCausalLM
+from subquad.models.sampling import Sampling, choose
+from subquad.models.streaming import StreamingGenerator
+
+BYTES = 256
+"""Ids below are bytes; those from here on are padding and the like, and are never written."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to write; see `Sampling`.
+
+    Attributes:
+        tokens: how many bytes.
+        temperature: 0 for the likeliest byte.
+        top_k: None for all.
+        top_p: None for all.
+        seed: of the random generator.
+    """
+
+    tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+
+    def sampling(self) -> Sampling | None:
+        """How to choose.
+
+        Raises:
+            ValueError: a value out of range, or restrictions beside a temperature of 0.
+        """
+        if self.temperature > 0:
+            return Sampling(self.temperature, self.top_k, self.top_p)
+        if self.top_k is not None or self.top_p is not None:
+            raise ValueError("--temperature 0 takes the likeliest byte; leave out --top-k and --top-p, or raise it")
+        return None
+
+
+def generate(directory: Path, *, prompt: str, prompt_file: Path | None, wish: Wish, as_json: bool) -> None:
+    """Write the prompt and what follows; on standard error, how fast.
+
+    Raises:
+        ValueError: no such model, a model of another kind, a prompt that is empty or not for its vocabulary.
+    """
+    sampling = wish.sampling()
+    beginning = _beginning(prompt, prompt_file)
+    model = load_model(directory)
+    tokens = torch.tensor([list(beginning)], device=model.device)
+    largest = int(tokens.max())
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"the prompt has the byte {largest}, but the model knows {model.config.vocab_size} ids only; it was not "
+            "trained on bytes"
+        )
+    text = _Text(quiet=as_json)
+    text.add(beginning)
+    began = time.perf_counter()
+    for token in written(model, tokens, wish, sampling):
+        text.add(bytes([token]))
+    seconds = time.perf_counter() - began
+    text.end()
+    if as_json:
+        facts = {"text": text.whole, "bytes": wish.tokens, "seconds": seconds, "seed": wish.seed}
+        print_document(facts)
+    progress_console().print(f"{wish.tokens / seconds:,.0f} tokens/second", markup=False)
+
+
+def _beginning(prompt: str, prompt_file: Path | None) -> bytes:
+    if prompt_file is not None and prompt:
+        raise ValueError("give the beginning once: --prompt or --prompt-file")
+    beginning = prompt.encode() if prompt_file is None else prompt_file.read_bytes()
+    if not beginning:
+        raise ValueError("the text needs a beginning of at least one byte: --prompt TEXT or --prompt-file FILE")
+    return beginning
+
+
+def load_model(directory: Path) -> SubquadForCausalLM:
+    """The causal language model in a folder, ready to write.
+
+    Raises:
+        ValueError: no model there, or one of another kind.
+    """
+    config = directory / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{directory}: there is no model (no config.json); `subquad run --save-model` writes one")
+    try:
+        kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{config} is damaged: {error}") from error
+    if SubquadForCausalLM.__name__ not in kinds:
+        named = ", ".join(kinds) or "no class"
+        raise ValueError(f"{directory}: text is written by a {SubquadForCausalLM.__name__}, this is {named}")
+    transformers.utils.logging.disable_progress_bar()
+    model = SubquadForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        model.lm_head.project.bias[BYTES:] = -torch.inf
+    return model
+
+
+def written(model: SubquadForCausalLM, prompt: Tensor, wish: Wish, sampling: Sampling | None) -> Iterator[int]:
+    """The bytes that follow a prompt, int64 (1, L), one by one, in constant memory if the states of all mixers allow.
+
+    Raises:
+        ValueError: more tokens than the model can take.
+    """
+    traits = [layer.mixer.config.traits for layer in layers_of(model.model.blocks)]
+    if all(each.constant_state for each in traits):
+        stream: Iterator[Tensor] = StreamingGenerator(model, prompt, sampling=sampling, seed=wish.seed)
+    else:
+        stream = _growing(model, prompt, wish, sampling, keeps_states=all(each.state for each in traits))
+    for token in itertools.islice(stream, wish.tokens):
+        yield int(token)
+
+
+@torch.no_grad()
+def _growing(
+    model: SubquadForCausalLM, prompt: Tensor, wish: Wish, sampling: Sampling | None, *, keeps_states: bool
+) -> Iterator[Tensor]:
+    """As `StreamingGenerator`, with states that grow; without states the whole text is read again for every byte."""
+    generator = torch.Generator(model.device).manual_seed(wish.seed)
+    cache = SubquadCache() if keeps_states else None
+    tokens = prompt
+    while True:
+        output = model(tokens, past_key_values=cache, logits_to_keep=1)
+        token = choose(output.logits[:, -1], sampling, generator)
+        cache = output.past_key_values if keeps_states else None
+        tokens = token[:, None] if keeps_states else torch.cat((tokens, token[:, None]), dim=1)
+        yield token
+
+
+class _Text:
+    """Bytes as text on standard output, as they come; what is no UTF-8, or would steer a terminal, is made visible."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.whole = ""
+        self._quiet = quiet
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, piece: bytes) -> None:
+        """Show what these bytes complete."""
+        self._show(self._decoder.decode(piece))
+
+    def end(self) -> None:
+        """Show what is left, and end the line."""
+        self._show(self._decoder.decode(b"", final=True))
+        if not self._quiet:
+            sys.stdout.write("\n")
+
+    def _show(self, text: str) -> None:
+        if self._quiet:
+            self.whole += text
+        elif text:
+            sys.stdout.write(visible(text))
+            sys.stdout.flush()
+
+
+def visible(text: str) -> str:
+    """The text with its control characters, but for tabs and ends of lines, as pictures: the escape character is ␛."""
+    return "".join(_PICTURES.get(character, character) for character in text)
+
+
+_PICTURES: Mapping[str, str] = MappingProxyType(
+    {
+        **{chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"},
+        **{chr(code): "\N{REPLACEMENT CHARACTER}" for code in range(0x80, 0xA0)},
+        "\x7f": "\N{SYMBOL FOR DELETE}",
+    }
+)

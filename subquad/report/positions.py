@@ -1,0 +1,87 @@
+"""The score against the position in the context: what a mechanism gains from the tokens it has read.
+
+Runs keep the test score in buckets of positions that double; a point is a bucket, drawn at its geometric middle, the
+mean over the seeds.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from subquad.records import units
+from subquad.records.metrics import MetricKind
+from subquad.records.queries import Comparison, Entry
+from subquad.report.charts import Figure, axis, layout
+from subquad.report.html import plot_text
+from subquad.report.palette import Ink
+
+
+@dataclass(frozen=True)
+class Place:
+    """A bucket of positions `first` to `last`, with the mean of the scores there."""
+
+    first: int
+    last: int
+    score: float
+
+    @property
+    def text(self) -> str:
+        """The positions: "8 to 15", "1"."""
+        first, last = units.count(self.first), units.count(self.last)
+        return first if first == last else f"{first} to {last}"
+
+
+def places_of(entry: Entry) -> tuple[Place, ...]:
+    """The buckets of an entry, scores averaged over its seeds; none where positions were not told apart."""
+    runs = [run.metric.by_position for run in entry.finished if run.metric is not None]
+    if entry.red_probes or not runs:
+        return ()
+    return tuple(
+        Place(buckets[0].first, buckets[0].last, statistics.fmean(bucket.value for bucket in buckets))
+        for buckets in zip(*runs, strict=True)
+    )
+
+
+def has_places(comparison: Comparison) -> bool:
+    """Whether there is anything to draw."""
+    return any(places_of(entry) for entry in comparison.entries)
+
+
+def position_curves(comparison: Comparison, inks: dict[str, Ink]) -> Figure:
+    """Return the test score against the number of tokens in the context (log), one line a mechanism."""
+    drawn = [(entry, places) for entry in comparison.entries if (places := places_of(entry))]
+    bounds = sorted({place.first for _, places in drawn for place in places})
+    x = axis("Position in the context (tokens read before)", type="log", minor={"ticks": ""})
+    x |= {"tickvals": bounds, "ticktext": [units.count(bound) for bound in bounds]}
+    traces = [_trace(entry, places, comparison.kind, inks[entry.mixer_key]) for entry, places in drawn]
+    return {"data": traces, "layout": layout(x, axis(comparison.kind.label("Test")), height=360)}
+
+
+def _trace(entry: Entry, places: Sequence[Place], kind: MetricKind, ink: Ink) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": plot_text(entry.label),
+        "meta": {"mixer": entry.mixer_key},
+        "x": [math.sqrt(place.first * place.last) for place in places],
+        "y": [kind.scale * place.score for place in places],
+        "line": {"color": ink.color, "width": 1.8},
+        "marker": {"size": 6, "symbol": ink.marker, "color": ink.color},
+        "hoverinfo": "text",
+        "hovertext": [
+            f"<b>{plot_text(entry.label)}</b><br>{place.text} tokens before: {kind.write(place.score)}"
+            for place in places
+        ],
+    }
+
+
+def position_note(comparison: Comparison) -> str:
+    """Each mechanism with the least and with the most context, in one sentence; "" where there is nothing to say."""
+    kind = comparison.kind
+    found = [(entry.label, places) for entry in comparison.entries if (places := places_of(entry))]
+    if not found:
+        return ""
+    first, last = found[0][1][0].text, found[0][1][-1].text
+    ends = [f"{label} {kind.number(p[0].score)} → {kind.number(p[-1].score)}" for label, p in found]
+    return f"Test {kind.title} with {first} → {last} tokens of context, in {kind.unit}: {', '.join(ends)}."
