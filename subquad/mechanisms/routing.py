@@ -97,8 +97,8 @@ class RoutingConfig(MixerConfig):
         """Projections, products with the centroids, and attention.
 
         Causal attention is priced as the window in the order of the clusters, whoever is in it. Autograd keeps
-        standardised q and k, v, the deviations of q and k, and, causal, the log-sum-exp; what the auxiliary loss keeps
-        besides is not priced.
+        standardised q and k, v, the deviations of q and k, and, causal, the log-sum-exp; for the auxiliary loss the
+        centroids, once for the whole batch.
         """
         sets, wide, inner = 1 if self.shares(dims) else 2, max(4, dtype_bytes), dims.inner_dim
         size = min(self.window, length)
@@ -108,7 +108,7 @@ class RoutingConfig(MixerConfig):
         spared = 2 - sets  # projections
         return projection_cost(dims, length, dtype_bytes, kept=1) + Cost(
             flops=2 * inner * (sets * length * self.clusters + 2 * pairs - spared * length * dims.embed_dim),
-            activation_bytes=wide * length * kept + copies,
+            activation_bytes=wide * length * kept + copies + dtype_bytes * sets * self.clusters * inner,
             parameters=-spared * inner * (dims.embed_dim + dims.bias),
         )
 

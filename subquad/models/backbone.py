@@ -134,9 +134,7 @@ class SubquadModel(SubquadPreTrainedModel):
                 cache where there can't be one or of another model, or what reversible residuals can't do in training:
                 a state, and the stream between blocks.
         """
-        self.refuse_foreign(kwargs)
-        if encoder_hidden_states is not None and not self.has_cross_mixers:
-            raise ValueError("SubquadModel: got encoder_hidden_states, but this stack has no cross mixers to read them")
+        self._refuse(kwargs, encoder_hidden_states)
         x = self.embedding.prepend_cls(self.embedding.vectors_of(input_ids, inputs_embeds))
         states = self._states(past_key_values, use_cache, x.shape[0])
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -149,8 +147,7 @@ class SubquadModel(SubquadPreTrainedModel):
         facts = ContextFacts(context_mask(encoder_attention_mask, encoder_segment_ids), in_states=past > 0)
         inputs = StackInputs(stream_mask, states, encoder_hidden_states, facts, bool(wants_hidden))
         x, collected, aux_loss, new_states = run(self.blocks, x, inputs)
-        x = self.final_norm(x)
-        x = x if stream_mask is None else stream_mask.zero_invalid(x)
+        x = self._normed(x, stream_mask)
         tokens = x[:, self.global_stream :]
         keeps = use_cache or (use_cache is None and past_key_values is not None)
         return SubquadOutput(
@@ -160,6 +157,16 @@ class SubquadModel(SubquadPreTrainedModel):
             past_key_values=SubquadCache(new_states, past + x.shape[1]) if keeps else None,
             aux_loss=aux_loss,
         )
+
+    def _refuse(self, unknown: dict[str, Any], encoder_hidden_states: Tensor | None) -> None:
+        self.refuse_foreign(unknown)
+        if encoder_hidden_states is not None and not self.has_cross_mixers:
+            raise ValueError("SubquadModel: got encoder_hidden_states, but this stack has no cross mixers to read them")
+
+    def _normed(self, x: Tensor, stream_mask: Mask | None) -> Tensor:
+        """The stream at the end, 0 at invalid positions."""
+        x = self.final_norm(x)
+        return x if stream_mask is None else stream_mask.zero_invalid(x)
 
     def _states(self, cache: Cache | None, use_cache: bool | None, batch_size: int) -> list[LayerStates] | None:
         if cache is None and not use_cache:

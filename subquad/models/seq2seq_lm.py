@@ -114,11 +114,11 @@ class SubquadForSeq2SeqLM(SubquadGeneratingModel):
             decoder_input_ids: int (B, T), the target so far, behind the start token; made from the labels when absent.
             decoder_attention_mask: (B, T), nonzero for real tokens of it; with a cache also (B, past + T).
             labels: int (B, T), the target; -100 where nothing is to be predicted.
-            encoder_outputs: what the encoder returned for this source, so that it isn't run again.
+            encoder_outputs: what the encoder returned for this source.
             past_key_values: a `SubquadCache` to go on from; left as it is.
             use_cache: return a cache; None for whether one is given.
             segment_ids: int (B, S), non-decreasing; packed pairs of source and target don't mix.
-            decoder_segment_ids: int (B, T), the same of the target; given together with segment_ids.
+            decoder_segment_ids: int (B, T), the same of the target.
             global_attention_mask: (B, S), nonzero for global tokens of the source.
             inputs_embeds: (B, S, D) instead of input_ids.
             decoder_inputs_embeds: (B, T, D) instead of decoder_input_ids.
@@ -130,43 +130,47 @@ class SubquadForSeq2SeqLM(SubquadGeneratingModel):
             ValueError: as `SubquadModel`; labels of another shape or outside the vocabulary.
         """
         self.refuse_foreign(kwargs)
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids,
-                attention_mask,
-                segment_ids,
-                global_attention_mask,
-                inputs_embeds,
-                output_hidden_states=output_hidden_states,
-            )
-        assert encoder_outputs is not None
+        source = (input_ids, attention_mask, segment_ids, global_attention_mask, inputs_embeds)
+        encoded = encoder_outputs or self.encoder(*source, output_hidden_states=output_hidden_states)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        source = encoder_outputs[0]
-        assert source is not None
+        target = (decoder_input_ids, decoder_attention_mask, decoder_segment_ids, None, decoder_inputs_embeds)
         output = self.decoder(
-            decoder_input_ids,
-            decoder_attention_mask,
-            decoder_segment_ids,
-            inputs_embeds=decoder_inputs_embeds,
+            *target,
             output_hidden_states=output_hidden_states,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            encoder_hidden_states=source,
+            encoder_hidden_states=encoded[0],
             encoder_attention_mask=attention_mask,
             encoder_segment_ids=segment_ids,
         )
         logits = self.lm_head(output.last_hidden_state, logits_to_keep)
-        aux_loss = add_losses(getattr(encoder_outputs, "aux_loss", None), output.aux_loss)
-        return SubquadSeq2SeqLMOutput(
-            loss=None if labels is None else self.token_loss(logits, labels, aux_loss, **kwargs),
-            logits=logits,
-            past_key_values=output.past_key_values,
-            decoder_hidden_states=output.hidden_states,
-            encoder_last_hidden_state=source,
-            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
-            aux_loss=aux_loss,
-        )
+        aux_loss = add_losses(getattr(encoded, "aux_loss", None), output.aux_loss)
+        return _output(self._loss(logits, labels, aux_loss, kwargs), logits, encoded, output, aux_loss)
+
+    def _loss(
+        self, logits: Tensor, labels: Tensor | None, aux_loss: Tensor | None, options: dict[str, Any]
+    ) -> Tensor | None:
+        return None if labels is None else self.token_loss(logits, labels, aux_loss, **options)
+
+
+def _output(
+    loss: Tensor | None,
+    logits: Tensor,
+    encoded: BaseModelOutput | tuple[Tensor, ...],
+    decoded: Any,  # its cache is not of the class that transformers names in the type
+    aux_loss: Tensor | None,
+) -> SubquadSeq2SeqLMOutput:
+    """What the model returns, of the outputs of its halves."""
+    return SubquadSeq2SeqLMOutput(
+        loss=loss,
+        logits=logits,
+        past_key_values=decoded.past_key_values,
+        decoder_hidden_states=decoded.hidden_states,
+        encoder_last_hidden_state=encoded[0],
+        encoder_hidden_states=getattr(encoded, "hidden_states", None),
+        aux_loss=aux_loss,
+    )
 
 
 def _start_token(config: SubquadConfig) -> int:
