@@ -6,13 +6,16 @@ from types import MappingProxyType
 from subquad.tasks.base import Task
 from subquad.tasks.copy import CopyTask
 from subquad.tasks.duplicate import DuplicateTask
+from subquad.tasks.image_lm import ImageLmTask
 from subquad.tasks.listops import ListopsTask
 from subquad.tasks.mqar import MqarTask
 from subquad.tasks.reverse import ReverseTask
+from subquad.tasks.text import TextTask
+from subquad.tasks.text_lm import TextLmTask
+from subquad.tasks.text_mlm import TextMlmTask
 
-_TASKS = MappingProxyType(
-    {task.name: task for task in (ListopsTask, CopyTask, ReverseTask, DuplicateTask, MqarTask)}
-)
+_CLASSES = (ListopsTask, ImageLmTask, CopyTask, ReverseTask, DuplicateTask, MqarTask, TextTask, TextLmTask, TextMlmTask)
+_TASKS = MappingProxyType({task.name: task for task in _CLASSES})
 
 
 def list_tasks() -> list[str]:

@@ -6,7 +6,7 @@ never holds two documents. A byte left alone at the end asks nothing of a model 
     document "abcdefgh", max_length 3      abc | def | gh        continues    no  yes  yes
 
 Where no splits are given, test and then validation get a tenth of the text each, but no more windows than the preset
-asks for, and train gets all the rest. Whole documents are held out, in an order that depends on their names alone: those
+asks for, and train gets all the rest. Whole documents are held out, in an order that their names alone decide: those
 that fit, or the smallest if none does. A lone document gives up its end: train comes first, then validation, then test.
 
 Files are never held in memory: one that is read as a whole is mapped, several are copied into a temporary file that is
@@ -85,7 +85,7 @@ def read_corpus(path: Path, preset: DataPreset) -> dict[str, LanguageSplit]:
 
 
 def divide(path: Path, documents: list[Document], preset: DataPreset) -> dict[str, LanguageSplit]:
-    """Hold out test and validation; train is all the rest. `path` is what errors call the text. Raises as `hold_out`."""
+    """Hold out test and validation; train is all the rest. Errors call the text `path`. Raises as `hold_out`."""
     train, test = hold_out(path, documents, preset, preset.test)
     train, validation = hold_out(path, train, preset, preset.validation)
     return {

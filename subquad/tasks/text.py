@@ -1,0 +1,135 @@
+"""Text classification: which class a text belongs to, from its bytes.
+
+    tokens   G o o d   f u n .        ids are bytes: 71 111 111 100 32 102 117 110 46
+    label    1                        classes are numbered by name: negative 0, positive 1
+
+The texts are the user's own (`--data PATH`: layouts in `labelled_texts`, splits by name as in `own_files`), or else
+stretches of the standard library of the Python that runs, to be told by the package that they come from, whole files
+held out. Of a longer text the first `max_length` bytes count, as in Long Range Arena; the title says how many are cut.
+Padding is id 256.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from subquad.tasks.base import DataPreset, Progress, Task
+from subquad.tasks.identity import identity
+from subquad.tasks.kinds import ClassificationData
+from subquad.tasks.labelled_texts import LabelledText, read_labelled
+from subquad.tasks.own_files import given_splits, name_rank
+from subquad.tasks.python_text import library_folder
+from subquad.tasks.splits import LabelledSplit, Ragged
+
+PAD_TOKEN_ID = 256
+PACKAGES = ("asyncio", "email", "http", "importlib", "multiprocessing", "unittest", "urllib", "xml")
+"""Of the standard library; those of similar size with several files each."""
+_SHARE = 10
+"""One text in so many is held out for each of validation and test."""
+
+Texts = dict[str, list[LabelledText]]
+
+
+class TextTask(Task):
+    """The class of a text; see the module."""
+
+    name: ClassVar[str] = "text"
+
+    def prepare(
+        self, directory: Path, preset: DataPreset, *, seed: int = 0, workers: int = 1, progress: Progress | None = None
+    ) -> ClassificationData:
+        """As in `Task`: stretches of packages; `directory`, `seed` and `workers` are of no consequence."""
+        texts = {
+            split: list(_stretches(files, preset.max_length)) for split, files in _divide(_package_files()).items()
+        }
+        chosen = {split: _some(texts[split], count) for split, count in preset.counts.items()}
+        return self._gathered(preset, chosen, f"Packages of Python {platform.python_version()}, by their sources")
+
+    def read(self, path: Path, preset: DataPreset) -> ClassificationData:
+        """As in `Task`: folders of classes, or tables."""
+        texts = _read_splits(path)
+        lengths = [len(text.text) for part in texts.values() for text in part]
+        cut = sum(length > preset.max_length for length in lengths)
+        note = f" ({cut:,} of {len(lengths):,} cut to {preset.max_length:,} bytes)" if cut else ""
+        return self._gathered(preset, texts, f"Texts of {path.name}{note}")
+
+    def _gathered(self, preset: DataPreset, texts: Texts, title: str) -> ClassificationData:
+        classes = sorted({text.label for part in texts.values() for text in part})
+        if len(classes) < 2:
+            raise ValueError(f"{title}: expected at least two classes, got {', '.join(classes)}")
+        number = {label: index for index, label in enumerate(classes)}
+        splits = {split: _split(part, number, preset.max_length) for split, part in texts.items()}
+        return ClassificationData(
+            **identity(self.name, preset, splits, title=title),
+            vocab_size=PAD_TOKEN_ID + 1,
+            pad_token_id=PAD_TOKEN_ID,
+            num_labels=len(classes),
+            max_length=preset.max_length,
+            metric="accuracy",
+        )
+
+
+def _split(texts: list[LabelledText], number: dict[str, int], length: int) -> LabelledSplit:
+    cut = [text.text[:length] for text in texts]
+    values = np.frombuffer(b"".join(cut), dtype=np.uint8)
+    inputs = Ragged.from_lengths(values, np.array([len(text) for text in cut], dtype=np.int64))
+    return LabelledSplit(inputs, np.array([number[text.label] for text in texts], dtype=np.int64))
+
+
+def _read_splits(path: Path) -> Texts:
+    """Splits as the names say, or else a tenth of the texts held out for each of validation and test."""
+    given = given_splits(path) if path.is_dir() else None
+    if given is None:
+        return _divide(read_labelled(path))
+    texts = {split: [text for part in parts for text in read_labelled(part)] for split, parts in given.items()}
+    if "validation" not in texts:
+        texts["validation"], texts["train"] = _hold_out(texts["train"])
+    return {split: texts[split] for split in ("train", "validation", "test")}
+
+
+def _divide(texts: list[LabelledText]) -> Texts:
+    test, rest = _hold_out(texts)
+    validation, train = _hold_out(rest)
+    return {"train": train, "validation": validation, "test": test}
+
+
+def _hold_out(texts: list[LabelledText]) -> tuple[list[LabelledText], list[LabelledText]]:
+    """A tenth of every class, at least one, chosen by the names alone; and the rest.
+
+    Raises:
+        ValueError: if a class has too few texts.
+    """
+    held: set[str] = set()
+    for label in sorted({text.label for text in texts}):
+        names = sorted((text.name for text in texts if text.label == label), key=name_rank)
+        if len(names) < 2:
+            raise ValueError(
+                f"class {label!r} has {len(names)} text left to be split: expected at least three in each class, or "
+                "splits called train and test"
+            )
+        held.update(names[: max(1, len(names) // _SHARE)])
+    return [text for text in texts if text.name in held], [text for text in texts if text.name not in held]
+
+
+def _package_files() -> list[LabelledText]:
+    folder = library_folder()
+    files = [(package, path) for package in PACKAGES for path in sorted((folder / package).rglob("*.py"))]
+    texts = [LabelledText(path.relative_to(folder).as_posix(), path.read_bytes(), package) for package, path in files]
+    return [text for text in texts if text.text and "test" not in Path(text.name).parts]
+
+
+def _stretches(files: Iterable[LabelledText], length: int) -> Iterable[LabelledText]:
+    """Files cut into texts of at most `length` bytes."""
+    for file in files:
+        for start in range(0, len(file.text), length):
+            yield LabelledText(f"{file.name}:{start}", file.text[start : start + length], file.label)
+
+
+def _some(texts: list[LabelledText], count: int) -> list[LabelledText]:
+    """At most `count`, in an order that mixes the classes."""
+    return sorted(texts, key=lambda text: name_rank(text.name))[:count]
