@@ -172,6 +172,8 @@ class Task(ABC):
     """A source of `TaskData`. Stateless: everything that decides the examples is an argument."""
 
     name: ClassVar[str]
+    reads_files: ClassVar[bool] = True
+    """Whether `read` takes files of the user's."""
 
     @abstractmethod
     def prepare(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, ClassVar, Generic
 
 from subquad.tasks.base import DataPreset, Progress, Task, TaskData
 from subquad.tasks.random_words import STREAMS, RandomWords
@@ -21,6 +21,8 @@ Draw = Callable[[RandomWords, int], SplitT]
 
 class GeneratedTask(Task, Generic[SplitT]):
     """A task that draws its examples."""
+
+    reads_files: ClassVar[bool] = False
 
     @abstractmethod
     def drawing(self, preset: DataPreset) -> Draw[SplitT]:
