@@ -30,6 +30,8 @@ SCRIPTS = (
     "attention_free_cases",
     "attention_free",
     "hugging_face",
+    "generation",
+    "stream_evaluation",
 )
 ROWS = ("window-513", "window-129", "causal-256", "bigbird", "fixed", "strided", "dilated", "ngram")
 
@@ -250,3 +252,27 @@ def test_hugging_face_longformer_with_our_weights_is_our_longformer(scripts: Sim
     x = torch.randn(2, 16, 16)
     theirs = scripts.hugging_face.HuggingFaceLongformer(mixer, attention_window=4)(x)
     torch.testing.assert_close(mixer(x).y, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stream_is_flat_when_neither_time_nor_memory_grows(
+    scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark, stream = scripts.generation.Mark, scripts.generation.Stream
+    assert stream("linear", mark(1.0, 100), mark(1.09, 200), 8).flat
+    assert not stream("linear", mark(1.0, 100), mark(1.11, 100), 8).flat
+    assert not stream("linear", mark(1.0, 0), mark(1.0, 17_000_000), 8).flat
+    monkeypatch.setattr(scripts.generation, "FIRST", 20)
+    monkeypatch.setattr(scripts.generation, "AROUND", 5)
+    found = scripts.generation.write_stream("aft:kind=simple", 60, 16, torch.get_num_threads())
+    assert found.early.seconds > 0
+    assert found.state_bytes > 0
+
+
+def test_the_curve_of_attention_lengths_is_measured_and_drawn(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    options = SimpleNamespace(width=16, layers=1, samples=2, tokens=256)
+    point = scripts.stream_evaluation.measure(64, options)
+    assert min(point.early_seconds, point.late_seconds, point.window_seconds) > 0
+    figures = scripts.stream_evaluation.Point(512, early_seconds=1.0, late_seconds=1.1, window_seconds=132.0)
+    assert (figures.ratio, figures.apart) == pytest.approx((120.0, 0.1))
+    scripts.stream_evaluation.draw([point, figures], tmp_path / "curve.svg")
+    assert (tmp_path / "curve.svg").read_text().count("<path") > 10

@@ -69,6 +69,11 @@ class PeakMemory:
         return None if now is None or self._before is None else max(0, now - self._before)
 
 
+def resident_bytes() -> int | None:
+    """What this process holds now, shared libraries included; None where the system doesn't tell."""
+    return _status_bytes("VmRSS")
+
+
 def _status_bytes(field: str) -> int | None:
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
