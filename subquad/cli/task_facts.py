@@ -111,9 +111,8 @@ def render(facts: TaskFacts) -> Group:
     """The facts for a terminal."""
     data, guess = facts.data, facts.data.guess()
     described = {
-        "folder": str(facts.directory),
-        "size": f"{units.size(sum(facts.files.values()))} in {len(facts.files)} files",
-        "checksum": f"{data.data_hash}, the same on every machine",
+        **_whereabouts(facts),
+        "checksum": f"{data.data_hash}, which equal examples have on every machine",
         "asked for": data.summary(),
         "vocabulary": f"{data.vocab_size} token ids",
         "longest allowed": f"{units.count(data.max_length)} tokens",
@@ -124,6 +123,14 @@ def render(facts: TaskFacts) -> Group:
     for name, value in described.items():
         table.add_row(f"  {name}", Text(value, overflow="fold"))
     return Group(Text(data.title, "bold"), table, "", Padding(_split_table(facts), (0, 0, 0, 2)))
+
+
+def _whereabouts(facts: TaskFacts) -> dict[str, str]:
+    """Folder and size of the files, if there are any."""
+    if not facts.files:
+        return {"files": "none; the examples are made when they are needed"}
+    size = units.size(sum(facts.files.values()))
+    return {"folder": str(facts.directory), "size": f"{size} in {len(facts.files)} files"}
 
 
 def _split_table(facts: TaskFacts) -> Table:

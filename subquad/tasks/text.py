@@ -124,9 +124,9 @@ def _package_files() -> list[LabelledText]:
 
 
 def _stretches(files: Iterable[LabelledText], length: int) -> Iterable[LabelledText]:
-    """Files cut into texts of at most `length` bytes."""
+    """Files cut into texts of `length` bytes; what is left at the end of a file is dropped."""
     for file in files:
-        for start in range(0, len(file.text), length):
+        for start in range(0, len(file.text) - length + 1, length):
             yield LabelledText(f"{file.name}:{start}", file.text[start : start + length], file.label)
 
 
