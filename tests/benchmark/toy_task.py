@@ -31,5 +31,5 @@ class ToyTask(Task):
     ) -> TaskData[Any]:
         return self.read(directory, preset)
 
-    def read(self, directory: Path, preset: DataPreset) -> TaskData[Any]:
+    def read(self, path: Path, preset: DataPreset) -> TaskData[Any]:
         return toy_data(self.kind, preset=preset.name)
