@@ -22,6 +22,8 @@ def test_compiled_mechanism_has_the_same_values_and_gradients(name):
     mixer = config.build(make_dims(embed_dim=32, num_heads=4, max_length=80, causal=config.traits.causal))
     x = torch.randn(2, 80, 32)
     expected = results(mixer, x)
+    if not torch.equal(expected[0], results(mixer, x)[0]):  # it draws in training, and a compiler draws otherwise
+        expected = results(mixer.eval(), x)
     compiled = torch.compile(mixer)
     for found, right in zip(results(compiled, x), expected, strict=True):
         torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
