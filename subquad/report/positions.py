@@ -16,6 +16,8 @@ from subquad.report.charts import Figure, axis, layout
 from subquad.report.html import plot_text
 from subquad.report.palette import Ink
 
+LEAST_PLACES = 3
+
 
 @dataclass(frozen=True)
 class Place:
@@ -44,8 +46,8 @@ def places_of(entry: Entry) -> tuple[Place, ...]:
 
 
 def has_places(comparison: Comparison) -> bool:
-    """Whether there is anything to draw."""
-    return any(places_of(entry) for entry in comparison.entries)
+    """Whether there is a curve to draw: with fewer than three buckets there is none."""
+    return any(len(places_of(entry)) >= LEAST_PLACES for entry in comparison.entries)
 
 
 def position_curves(comparison: Comparison, inks: dict[str, Ink]) -> Figure:
