@@ -21,6 +21,7 @@ from subquad.patterns.expression import parse_pattern
 from subquad.patterns.picture import LENGTH, draw_pattern
 from subquad.registry import FEEDFORWARDS
 from subquad.report.pictures import mechanism_drawing
+from subquad.tasks.base import Task
 from subquad.tasks.registry import list_tasks, load_task
 from subquad.training.presets import list_presets
 
@@ -72,8 +73,14 @@ def task_table() -> str:
         task = type(load_task(name))
         what = inspect.cleandoc(sys.modules[task.__module__].__doc__ or "").splitlines()[0].partition(": ")[2]
         presets = ", ".join(list_presets(name))
-        rows.append(f"| `{name}` | {what} | {presets} | {'●' if task.reads_files else ''} |")
+        rows.append(f"| `{name}` | {what} | {presets} | {_own_files(task)} |")
     return "\n".join(rows) + "\n"
+
+
+def _own_files(task: type[Task]) -> str:
+    if not task.has_examples:
+        return "only"
+    return "●" if task.reads_files else ""
 
 
 def pattern_pictures() -> dict[Path, str]:

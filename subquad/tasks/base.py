@@ -174,6 +174,8 @@ class Task(ABC):
     name: ClassVar[str]
     reads_files: ClassVar[bool] = True
     """Whether `read` takes files of the user's."""
+    has_examples: ClassVar[bool] = True
+    """Whether `prepare` has examples without them."""
 
     @abstractmethod
     def prepare(

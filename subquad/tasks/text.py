@@ -3,16 +3,12 @@
     tokens   G o o d   f u n .        ids are bytes: 71 111 111 100 32 102 117 110 46
     label    1                        classes are numbered by name: negative 0, positive 1
 
-The texts are the user's own (`--data PATH`: layouts in `labelled_texts`, splits by name as in `own_files`), or else
-stretches of the standard library of the Python that runs, to be told by the package that they come from, whole files
-held out. Of a longer text the first `max_length` bytes count, as in Long Range Arena; the title says how many are cut.
-Padding is id 256.
+All texts are the user's own (`--data PATH`: layouts in `labelled_texts`, splits by name as in `own_files`). Of a longer
+one the first `max_length` bytes count, as in Long Range Arena; the title says how many are cut. Padding is id 256.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,12 +19,9 @@ from subquad.tasks.identity import identity
 from subquad.tasks.kinds import ClassificationData
 from subquad.tasks.labelled_texts import LabelledText, read_labelled
 from subquad.tasks.own_files import given_splits, name_rank
-from subquad.tasks.python_text import library_folder
 from subquad.tasks.splits import LabelledSplit, Ragged
 
 PAD_TOKEN_ID = 256
-PACKAGES = ("asyncio", "email", "http", "importlib", "multiprocessing", "unittest", "urllib", "xml")
-"""Of the standard library; those of similar size with several files each."""
 _SHARE = 10
 """One text in so many is held out for each of validation and test."""
 
@@ -39,16 +32,20 @@ class TextTask(Task):
     """The class of a text; see the module."""
 
     name: ClassVar[str] = "text"
+    has_examples: ClassVar[bool] = False
 
     def prepare(
         self, directory: Path, preset: DataPreset, *, seed: int = 0, workers: int = 1, progress: Progress | None = None
     ) -> ClassificationData:
-        """As in `Task`: stretches of packages; `directory`, `seed` and `workers` are of no consequence."""
-        texts = {
-            split: list(_stretches(files, preset.max_length)) for split, files in _divide(_package_files()).items()
-        }
-        chosen = {split: _some(texts[split], count) for split, count in preset.counts.items()}
-        return self._gathered(preset, chosen, f"Packages of Python {platform.python_version()}, by their sources")
+        """Refused: the texts are the user's.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "task 'text' has no texts of its own: name yours with --data PATH, a folder with a folder for each class, "
+            "or a .csv, .tsv or .parquet file with columns called text and label"
+        )
 
     def read(self, path: Path, preset: DataPreset) -> ClassificationData:
         """As in `Task`: folders of classes, or tables."""
@@ -114,22 +111,3 @@ def _hold_out(texts: list[LabelledText]) -> tuple[list[LabelledText], list[Label
             )
         held.update(names[: max(1, len(names) // _SHARE)])
     return [text for text in texts if text.name in held], [text for text in texts if text.name not in held]
-
-
-def _package_files() -> list[LabelledText]:
-    folder = library_folder()
-    files = [(package, path) for package in PACKAGES for path in sorted((folder / package).rglob("*.py"))]
-    texts = [LabelledText(path.relative_to(folder).as_posix(), path.read_bytes(), package) for package, path in files]
-    return [text for text in texts if text.text and "test" not in Path(text.name).parts]
-
-
-def _stretches(files: Iterable[LabelledText], length: int) -> Iterable[LabelledText]:
-    """Files cut into texts of `length` bytes; what is left at the end of a file is dropped."""
-    for file in files:
-        for start in range(0, len(file.text) - length + 1, length):
-            yield LabelledText(f"{file.name}:{start}", file.text[start : start + length], file.label)
-
-
-def _some(texts: list[LabelledText], count: int) -> list[LabelledText]:
-    """At most `count`, in an order that mixes the classes."""
-    return sorted(texts, key=lambda text: name_rank(text.name))[:count]

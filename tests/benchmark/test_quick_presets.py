@@ -1,4 +1,4 @@
-"""Every task's quick preset can be run: its data can be had, and dense attention can be built for it."""
+"""Of every task that has examples the quick preset can be run: there is data, and a dense model can be built for it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from subquad.benchmark.mixers import parse_mixer
 from subquad.benchmark.plan import RunPlan, read_data, sketch, task_info
 from subquad.records.schema import Status
-from subquad.tasks.registry import list_tasks
+from subquad.tasks.registry import list_tasks, load_task
 from subquad.training.presets import load_preset
 
 
-@pytest.mark.parametrize("task", list_tasks())
+@pytest.mark.parametrize("task", [name for name in list_tasks() if load_task(name).has_examples])
 def test_dense_attention_can_be_built_for_every_task(task: str, tmp_path: Path) -> None:
     preset = load_preset(task, "quick")
     data = read_data(preset, tmp_path, generated=True)

@@ -84,12 +84,9 @@ def test_longer_texts_are_cut_and_the_title_says_so(tmp_path: Path) -> None:
     assert data.title == "Texts of reviews.csv (12 of 12 cut to 9 bytes)"
 
 
-def test_the_embedded_texts_are_told_by_the_package_they_come_from() -> None:
-    data = load_task("text").prepare(Path("unused"), preset())
-    assert isinstance(data, ClassificationData)
-    assert data.num_labels == 8
-    assert [len(split) for split in data.splits.values()] == [100, 50, 50]
-    assert data.data_hash == load_task("text").prepare(Path("elsewhere"), preset()).data_hash
+def test_there_are_no_texts_but_the_users(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'text' has no texts of its own: name yours with --data PATH"):
+        load_task("text").prepare(tmp_path, preset())
 
 
 @pytest.mark.parametrize(
