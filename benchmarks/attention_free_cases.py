@@ -15,10 +15,10 @@ from subquad.build import build_mixer
 from subquad.mechanisms.aft import Aft
 from subquad.mechanisms.gmlp import Gmlp
 from subquad.mechanisms.r_transformer import LocalNetwork, RTransformer
-from subquad.ops.biased_means import biased_means
-from subquad.ops.local_recurrence import GATES, CellName
+from subquad.ops.local_recurrence.network import GATES, CellName
+from subquad.ops.means.biased_means import biased_means
+from subquad.ops.means.strip_geometry import strips
 from subquad.ops.onednn import product
-from subquad.ops.strip_geometry import strips
 
 EMBED_DIM = HEADS * WIDTH
 WINDOW = 7

@@ -37,8 +37,8 @@ from subquad.build import build_feedforward
 from subquad.cli.console import BAD, GOOD, plain_table
 from subquad.expert_mixer import ExpertMixer
 from subquad.interface import Mixed
-from subquad.ops.expert_routing import ExpertRows
-from subquad.ops.experts import Activation, ExpertWeights
+from subquad.ops.experts.grouped import Activation, ExpertWeights
+from subquad.ops.experts.routing import ExpertRows
 from subquad.records import units
 
 LEAST_RATE, MOST_ROUTING = 0.85, 0.12

@@ -17,7 +17,7 @@ from torch import Tensor
 from subquad.build import build_mixer
 from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.mask import Mask
-from subquad.ops.recurrence import recurrence
+from subquad.ops.recurrence.linear import recurrence
 
 PRODUCTS = 3.0
 """Forward and backward over forward, for products of matrices: two backward for each one forward."""

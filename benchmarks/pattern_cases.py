@@ -8,7 +8,7 @@ from itertools import count
 
 from attention_rows import BATCH, HEADS, WIDTH, Attention, Inputs, check_against
 
-from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns import Block, BlockWindow, Causal, Columns, Dilated, Global, Ngram, Random, Strided, Window
 from subquad.patterns.pattern import Pattern
 

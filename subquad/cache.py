@@ -18,7 +18,7 @@ from subquad.heads import Heads
 from subquad.interface import Dims
 from subquad.mask import Mask, continue_segments, token_positions
 from subquad.ops.packing import append, has_gaps, put_back, take, valid_first
-from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.pattern import Pattern
 from subquad.state import State, state_dataclass
 

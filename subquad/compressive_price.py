@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from subquad.costs import Cost
 from subquad.interface import Dims
-from subquad.ops.evictions import Tally
+from subquad.ops.memory.evictions import Tally
 
 
 def attention_price(

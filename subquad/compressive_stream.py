@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from subquad.memory_mixer import recent_inputs
-from subquad.ops.evictions import Eviction, Stand
+from subquad.ops.memory.evictions import Eviction, Stand
+from subquad.ops.memory.stream_layout import Example, Layout
 from subquad.ops.packing import take
-from subquad.ops.stream_layout import Example, Layout
 from subquad.state import State, state_dataclass
 
 

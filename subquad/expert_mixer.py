@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from subquad.costs import Cost
 from subquad.interface import ChannelMixer, FeedforwardConfig, Mixed
 from subquad.mask import Mask
-from subquad.ops.expert_routing import ExpertRows, balance_loss, expert_rows, router_probabilities, seats
+from subquad.ops.experts.routing import ExpertRows, balance_loss, expert_rows, router_probabilities, seats
 from subquad.receipt import leave_receipt
 from subquad.stacked_experts import StackedExperts
 

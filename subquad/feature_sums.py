@@ -15,9 +15,9 @@ from torch import Tensor
 from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Dims
-from subquad.ops.feature_maps import FeatureMap
-from subquad.ops.linear_causal import Settings, causal_sums, segments
-from subquad.ops.linear_sums import Sums, lowest, read_sums, sum_keys
+from subquad.ops.features.causal import Settings, causal_sums, segments
+from subquad.ops.features.maps import FeatureMap
+from subquad.ops.features.sums import Sums, lowest, read_sums, sum_keys
 from subquad.state import State, state_dataclass
 
 

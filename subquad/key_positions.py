@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from subquad.ops.position_bias import FactorisedBias, KernelBias, PositionBias
+from subquad.ops.means.position_bias import FactorisedBias, KernelBias, PositionBias
+from subquad.ops.means.running_means import NOTHING
 from subquad.ops.recomputed import recomputed
-from subquad.ops.running_means import NOTHING
 from subquad.state import State, state_dataclass
 
 KERNEL_EPSILON = 1e-5

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from subquad.heads import HeadMixer, Heads
 from subquad.interface import Dims, MixerConfig
-from subquad.ops.memory_attention import Memory, project_memory
+from subquad.ops.memory.attention import Memory, project_memory
+from subquad.ops.memory.sinusoids import distance_sinusoids
 from subquad.ops.packing import has_gaps, take, valid_first
-from subquad.ops.sinusoids import distance_sinusoids
 
 DEVIATION = 0.02
 """Of new u, w and W_r, as in the official code."""

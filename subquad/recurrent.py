@@ -20,9 +20,9 @@ from subquad.costs import Cost
 from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
 from subquad.mask import Mask
-from subquad.ops.chunks import chunk_size, segment_chunks
 from subquad.ops.recomputed import recomputed
-from subquad.ops.recurrence import recurrence
+from subquad.ops.recurrence.chunks import chunk_size, segment_chunks
+from subquad.ops.recurrence.linear import recurrence
 from subquad.state import State, state_dataclass
 
 NORM_EPSILON = 1e-5

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.ops.expert_routing import expert_rows, router_logits, seats
-from subquad.ops.experts import ACTIVATIONS, ExpertWeights, experts
-from subquad.ops.noisy_routing import add_noise, importance_load_loss
+from subquad.ops.experts.grouped import ACTIVATIONS, ExpertWeights, experts
+from subquad.ops.experts.noisy_routing import add_noise, importance_load_loss
+from subquad.ops.experts.routing import expert_rows, router_logits, seats
 from subquad.receipt import leave_receipt
 
 LEAST_SEATS = 1

@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from subquad.ops.expert_routing import ExpertRows
-from subquad.ops.experts import ACTIVATIONS, ExpertWeights, experts
+from subquad.ops.experts.grouped import ACTIVATIONS, ExpertWeights, experts
+from subquad.ops.experts.routing import ExpertRows
 
 
 class StackedExperts(nn.Module):

@@ -19,8 +19,8 @@ from subquad.costs import Cost, visible_pairs
 from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
 from subquad.mask import Mask
-from subquad.ops.pattern_attention import pattern_attention
-from subquad.ops.relative import RelativeTable, kept_tokens, stream_attention
+from subquad.ops.memory.relative import RelativeTable, kept_tokens, stream_attention
+from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Window
 from subquad.patterns.tokens import Sink
 from subquad.state import State

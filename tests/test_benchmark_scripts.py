@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from subquad.build import build_mixer, cost
 from subquad.heads import HeadMixer
-from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.pattern.attention import pattern_attention
 
 SCRIPTS = (
     "sampling",

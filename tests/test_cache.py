@@ -11,7 +11,7 @@ from subquad import Mask
 from subquad.cache import KeyValueCache, attend_cached, empty_cache, store_keys
 from subquad.heads import Heads
 from subquad.interface import Dims
-from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns import Causal, Strided, Window
 
 DIMS = Dims(embed_dim=6, num_heads=2, head_dim=3, causal=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from subquad.costs import Cost
 from subquad.expert_mixer import ExpertMixer, ExpertMixerConfig
-from subquad.ops.expert_routing import z_loss
+from subquad.ops.experts.routing import z_loss
 from subquad.registry import register
 
 

@@ -40,10 +40,10 @@ from subquad.key_positions import (
     remembered,
 )
 from subquad.mask import Mask
-from subquad.ops.biased_means import biased_means
+from subquad.ops.means.biased_means import biased_means
+from subquad.ops.means.running_means import NOTHING
+from subquad.ops.means.strip_geometry import Reach, strips
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
-from subquad.ops.running_means import NOTHING
-from subquad.ops.strip_geometry import Reach, strips
 from subquad.position_scores import longest_input
 from subquad.registry import register
 from subquad.state import State

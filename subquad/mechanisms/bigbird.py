@@ -31,7 +31,7 @@ from subquad.costs import Cost, visible_pairs
 from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, TokenMixer, Traits
 from subquad.mask import Mask
-from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.blocks import BlockWindow, Random
 from subquad.patterns.pattern import Pattern
 from subquad.patterns.tokens import Global

@@ -40,12 +40,12 @@ from subquad.costs import Cost
 from subquad.heads import BY_HEADS, HeadMixer, Heads, initialise_projection, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask
-from subquad.ops.combiner import Summarize, combiner_attention, combiner_attention_with_summaries
-from subquad.ops.combiner_grid import Horizontal, JointMixture, Rowmajor, Vertical
-from subquad.ops.combiner_levels import Logsparse
-from subquad.ops.combiner_plans import Fixed, Plan
+from subquad.ops.combiner.attention import Summarize, combiner_attention, combiner_attention_with_summaries
+from subquad.ops.combiner.grid import Horizontal, JointMixture, Rowmajor, Vertical
+from subquad.ops.combiner.levels import Logsparse
+from subquad.ops.combiner.plans import Fixed, Plan
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
-from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.blocks import Block
 from subquad.registry import register
 from subquad.state import State

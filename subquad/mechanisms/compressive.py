@@ -42,13 +42,13 @@ from subquad.costs import Cost
 from subquad.heads import Attended, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.memory_mixer import DEVIATION, MemoryMixer, Packed
-from subquad.ops.compressed_attention import CompressedRows, Sight, compressed_attention
-from subquad.ops.evictions import Eviction, tally
-from subquad.ops.memory_attention import Distances, Reach
-from subquad.ops.most_used import Scored, most_used
+from subquad.ops.memory.attention import Distances, Reach
+from subquad.ops.memory.compressed import CompressedRows, Sight, compressed_attention
+from subquad.ops.memory.evictions import Eviction, tally
+from subquad.ops.memory.most_used import Scored, most_used
+from subquad.ops.memory.reconstruction import attention_parts, decoding_parts, mean_of
+from subquad.ops.memory.stream_layout import Layout
 from subquad.ops.packing import put_back
-from subquad.ops.reconstruction import attention_parts, decoding_parts, mean_of
-from subquad.ops.stream_layout import Layout
 from subquad.registry import register
 from subquad.state import State
 

@@ -28,9 +28,9 @@ from subquad.feature_sums import FeatureSumMixer, feature_sum_cost
 from subquad.heads import BY_HEADS, Heads
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask, token_positions
-from subquad.ops.feature_maps import FeatureMap, Ready
-from subquad.ops.linear import DENOMINATOR_EPSILON
-from subquad.ops.linear_causal import CHUNK
+from subquad.ops.features.attention import DENOMINATOR_EPSILON
+from subquad.ops.features.causal import CHUNK
+from subquad.ops.features.maps import FeatureMap, Ready
 from subquad.ops.precision import full_precision
 from subquad.registry import register
 from subquad.state import State

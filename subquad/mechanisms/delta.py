@@ -35,7 +35,7 @@ from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.recomputed import recomputed
-from subquad.ops.short_convolution import short_convolution, unit_vectors
+from subquad.ops.recurrence.short_convolution import short_convolution, unit_vectors
 from subquad.recurrent import (
     RecurrentHeads,
     RecurrentMixer,

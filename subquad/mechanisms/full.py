@@ -24,7 +24,7 @@ from subquad.costs import Cost, visible_pairs
 from subquad.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask
-from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Causal, Strided
 from subquad.registry import register
 from subquad.state import State

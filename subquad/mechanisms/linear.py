@@ -22,8 +22,8 @@ from subquad.costs import Cost
 from subquad.feature_sums import FeatureSumMixer, feature_sum_cost
 from subquad.heads import BY_HEADS
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.ops.feature_maps import EluPlusOne, FeatureMap
-from subquad.ops.linear import DENOMINATOR_EPSILON
+from subquad.ops.features.attention import DENOMINATOR_EPSILON
+from subquad.ops.features.maps import EluPlusOne, FeatureMap
 from subquad.registry import register
 
 

@@ -28,7 +28,7 @@ from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask, continue_segments
 from subquad.ops.block_columns import BlockColumns, block_columns
 from subquad.ops.packing import append, has_gaps, put_back, take, valid_first
-from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Causal, Window
 from subquad.patterns.blocks import BlockWindow
 from subquad.patterns.pattern import Pattern

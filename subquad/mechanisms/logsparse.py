@@ -34,7 +34,7 @@ from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask, token_positions
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
-from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.pattern.attention import pattern_attention
 from subquad.ops.rotary import rotate
 from subquad.patterns.pattern import Pattern
 from subquad.patterns.terms import UNBOUNDED, Classes, Indices, Term, classify

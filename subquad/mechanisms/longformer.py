@@ -32,7 +32,7 @@ from subquad.heads import HeadMixer, Heads, attention_cost, initialise_projectio
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask, token_positions
 from subquad.ops.packing import take, valid_first
-from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.pattern.attention import pattern_attention
 from subquad.ops.rotary import rotate
 from subquad.patterns.bands import Dilated
 from subquad.patterns.pattern import Pattern

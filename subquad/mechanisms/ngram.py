@@ -27,7 +27,7 @@ from subquad.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask, continue_segments
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
-from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Ngram as NgramPattern
 from subquad.registry import register
 from subquad.state import State, state_dataclass

@@ -29,14 +29,14 @@ from subquad.feature_sums import FeatureSumMixer, feature_sum_cost
 from subquad.heads import Heads
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.ops.backward_pass import is_recomputing
-from subquad.ops.feature_maps import (
+from subquad.ops.features.maps import (
     FeatureMap,
     HyperbolicRandom,
     PositiveRandom,
     ReluRandom,
     TrigonometricRandom,
 )
-from subquad.ops.features import random_directions
+from subquad.ops.features.random_features import random_directions
 from subquad.registry import register
 from subquad.state import State
 

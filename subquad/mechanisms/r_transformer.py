@@ -30,7 +30,7 @@ from subquad.costs import Cost, visible_pairs
 from subquad.heads import Heads, attention_cost, initialise_projection, projection_cost
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.mask import Mask
-from subquad.ops.local_recurrence import GATES, CellName, local_recurrence
+from subquad.ops.local_recurrence.network import GATES, CellName, local_recurrence
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.patterns.bands import Causal
 from subquad.registry import register

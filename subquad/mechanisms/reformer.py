@@ -37,8 +37,8 @@ from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask
-from subquad.ops.lsh import continue_in_buckets, list_rule
-from subquad.ops.lsh_hash import (
+from subquad.ops.lsh.attention import continue_in_buckets, list_rule
+from subquad.ops.lsh.hash import (
     LARGEST_FACTOR,
     check_buckets,
     derived_factors,
@@ -47,8 +47,8 @@ from subquad.ops.lsh_hash import (
     random_rotations,
     rotation_columns,
 )
-from subquad.ops.lsh_lists import ListRule
-from subquad.ops.lsh_tiles import attend_in_buckets
+from subquad.ops.lsh.lists import ListRule
+from subquad.ops.lsh.tiles import attend_in_buckets
 from subquad.ops.packing import append
 from subquad.ops.precision import full_precision
 from subquad.registry import register

@@ -34,9 +34,9 @@ from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, Mixed, MixerConfig, Traits
 from subquad.mask import Mask
 from subquad.ops.backward_pass import is_recomputing
-from subquad.ops.cluster_window import cluster_window_attention
-from subquad.ops.clusters import Centroids, commitment, members, moved, nearest, standardise
-from subquad.ops.member_attention import member_attention
+from subquad.ops.clusters.causal_window import cluster_window_attention
+from subquad.ops.clusters.kmeans import Centroids, commitment, members, moved, nearest, standardise
+from subquad.ops.clusters.member_attention import member_attention
 from subquad.ops.packing import has_gaps, put_back, take, token_counts, valid_first
 from subquad.ops.precision import full_precision
 from subquad.ops.rotary import rotate

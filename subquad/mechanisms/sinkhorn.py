@@ -35,8 +35,8 @@ from subquad.heads import HeadMixer, Heads, initialise_projection, projection_co
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.precision import full_precision
-from subquad.ops.sorted_blocks import NullKey, SortedBlocks, sorted_block_attention, sorted_cut_attention
-from subquad.ops.sorting import BlockScores, Sorting, block_descriptors
+from subquad.ops.sorted_blocks.definition import NullKey, SortedBlocks, sorted_block_attention, sorted_cut_attention
+from subquad.ops.sorted_blocks.sorting import BlockScores, Sorting, block_descriptors
 from subquad.registry import register
 from subquad.state import State
 

@@ -33,7 +33,7 @@ from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
-from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Causal, Strided, Window
 from subquad.patterns.blocks import Block
 from subquad.patterns.pattern import Pattern

@@ -30,7 +30,7 @@ from subquad.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask
 from subquad.ops.packing import append, has_gaps, put_back, take, valid_first
-from subquad.ops.pattern_attention import pattern_attention_with_lse
+from subquad.ops.pattern.attention import pattern_attention_with_lse
 from subquad.ops.rotary import rotate
 from subquad.patterns.bands import Causal, Window
 from subquad.patterns.tokens import Sink

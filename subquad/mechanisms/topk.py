@@ -27,7 +27,7 @@ from subquad.cache import KeyValueCache, Stored, attend_stored, empty_cache, emp
 from subquad.costs import Cost
 from subquad.heads import BY_HEADS, HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.ops.topk import kept_slots, topk_attention
+from subquad.ops.topk.attention import kept_slots, topk_attention
 from subquad.registry import register
 from subquad.state import State
 

@@ -34,7 +34,7 @@ from subquad.costs import Cost
 from subquad.heads import Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.memory_mixer import MemoryMixer, recent_inputs
-from subquad.ops.memory_attention import Distances, Reach, memory_attention
+from subquad.ops.memory.attention import Distances, Reach, memory_attention
 from subquad.ops.packing import put_back
 from subquad.registry import register
 from subquad.state import State, state_dataclass

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from subquad.ops.example_facts import ExampleFacts
+from subquad.ops.pattern.example_facts import ExampleFacts
 
 CALL_BYTES = 4 * 2**20
 """Temporaries of one call: small enough to stay in the cache, large enough to keep two threads busy."""

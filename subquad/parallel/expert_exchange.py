@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from subquad.ops.expert_routing import ExpertRows
-from subquad.ops.experts import ACTIVATIONS, ExpertWeights, experts
+from subquad.ops.experts.grouped import ACTIVATIONS, ExpertWeights, experts
+from subquad.ops.experts.routing import ExpertRows
 from subquad.ops.precision import autocast_dtype
 from subquad.parallel.collectives import enter_parts, exchange_counts, exchange_rows, scale_gradient, sum_parts
 from subquad.parallel.grid import DATA, MODEL, Grid, grid_of

@@ -14,10 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from subquad.interface import Mixed
 from subquad.mechanisms import synthesizer
-from subquad.ops import compressed_attention, memory_attention, most_used, token_product, topk
-from subquad.ops.key_ranges import KeyRanges
-from subquad.ops.memory_attention import Distances, Slice
-from subquad.ops.toeplitz import transform_flops
+from subquad.ops.memory import attention as memory_attention
+from subquad.ops.memory import compressed as compressed_attention
+from subquad.ops.memory import most_used
+from subquad.ops.memory.attention import Distances, Slice
+from subquad.ops.positions import token_product
+from subquad.ops.positions.toeplitz import transform_flops
+from subquad.ops.topk import attention as topk
+from subquad.ops.topk.key_ranges import KeyRanges
 
 
 def counted_flops(forward: Callable[[], object]) -> int:

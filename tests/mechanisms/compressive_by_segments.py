@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subquad import Mask
 from subquad.mechanisms.compressive import Compressive
-from subquad.ops.sinusoids import distance_sinusoids
+from subquad.ops.memory.sinusoids import distance_sinusoids
 
 
 class Told(NamedTuple):

@@ -28,7 +28,7 @@ from subquad import Mask
 from subquad.build import build_mixer, cost, make_dims, mixer_config
 from subquad.heads import projection_cost
 from subquad.mechanisms.bigbird import BigBird, BigBirdConfig, random_seed
-from subquad.ops.pattern_attention import pattern_attention
+from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.blocks import Random
 from subquad.patterns.pattern import Pattern
 

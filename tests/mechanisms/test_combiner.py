@@ -14,7 +14,7 @@ from torch import Tensor
 from subquad import Mask
 from subquad.build import build_mixer, traits
 from subquad.mechanisms.combiner import Combiner, RowSummary
-from subquad.ops.combiner import Summarize, combiner_attention_by_regions
+from subquad.ops.combiner.attention import Summarize, combiner_attention_by_regions
 
 BOTH_FORMS = pytest.mark.parametrize("causal", [False, True])
 OPTIONS: list[dict[str, Any]] = [

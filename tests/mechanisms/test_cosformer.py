@@ -22,7 +22,7 @@ from torch import Tensor
 from subquad import Mask
 from subquad.build import build_mixer
 from subquad.heads import HeadMixer
-from subquad.ops.linear import DENOMINATOR_EPSILON
+from subquad.ops.features.attention import DENOMINATOR_EPSILON
 
 LENGTHS = st.sampled_from([1, 2, 3, 5, 9, 13])
 LONGEST = 16

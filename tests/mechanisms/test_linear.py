@@ -22,7 +22,7 @@ from subquad import Mask
 from subquad.build import build_mixer
 from subquad.feature_sums import FeatureSums
 from subquad.heads import HeadMixer
-from subquad.ops.linear import DENOMINATOR_EPSILON
+from subquad.ops.features.attention import DENOMINATOR_EPSILON
 
 LENGTHS = st.sampled_from([1, 2, 3, 4, 5, 9, 13])
 

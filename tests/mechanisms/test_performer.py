@@ -26,7 +26,7 @@ from subquad import Mask
 from subquad.build import build_mixer
 from subquad.feature_sums import FeatureSums
 from subquad.mechanisms.performer import Performer
-from subquad.ops.features import (
+from subquad.ops.features.random_features import (
     hyperbolic_features,
     positive_features,
     relu_features,

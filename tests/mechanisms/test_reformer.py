@@ -18,8 +18,8 @@ from subquad import Mask
 from subquad.benchmark.probes import run_probes
 from subquad.build import build_from_config, build_mixer, make_dims, mixer_config, traits
 from subquad.mechanisms.reformer import BucketCache, Reformer
-from subquad.ops.lsh_hash import hash_into_buckets
-from subquad.ops.lsh_lists import listed_counts
+from subquad.ops.lsh.hash import hash_into_buckets
+from subquad.ops.lsh.lists import listed_counts
 
 INSIDE = {"chunks": "bucket", "buckets": 4}
 OPTIONS: list[dict[str, Any]] = [

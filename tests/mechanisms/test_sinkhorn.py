@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from subquad import Mask
 from subquad.build import build_mixer
 from subquad.mechanisms.sinkhorn import Sinkhorn
-from subquad.ops.sorting import sinkhorn as normalise
+from subquad.ops.sorted_blocks.sorting import sinkhorn as normalise
 
 OPTIONS = [
     {},

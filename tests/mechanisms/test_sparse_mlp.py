@@ -18,7 +18,7 @@ from subquad import Mask, receipts, routed_experts
 from subquad.build import build_mixer, cost, make_dims
 from subquad.mechanisms.mlp_mixer import MlpMixer, MlpMixerConfig
 from subquad.mechanisms.sparse_mlp import SparseMlp, SparseMlpConfig
-from subquad.ops.noisy_routing import importance_load_loss_by_items
+from subquad.ops.experts.noisy_routing import importance_load_loss_by_items
 from subquad.routed_experts import RoutedExperts
 
 LONGEST = 8

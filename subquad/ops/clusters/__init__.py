@@ -1,0 +1,1 @@
+"""Attention among the members of a cluster."""

@@ -1,0 +1,1 @@
+"""Combiner: plans of regions, their summaries, and attention over them."""

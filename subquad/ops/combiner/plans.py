@@ -1,0 +1,187 @@
+"""Plans: how the past of every token, or everything, is split into tokens attended directly and disjoint regions.
+
+A plan states the partition of each token, which is its definition, and lays all of them out as parts of rectangles.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from subquad.ops.combiner.region_pooling import SUM, Pool, Reduction
+from subquad.ops.rectangles import SUMMARIES, TOKENS, Gather, Keys, Part, View
+
+
+class Region(NamedTuple):
+    """Tokens that a query attends through their summary.
+
+    Attributes:
+        tokens: their positions.
+        asking: the token whose query and key summarise them, which may be missing; None where all are pooled.
+    """
+
+    tokens: tuple[int, ...]
+    asking: int | None = None
+
+
+class Partition(NamedTuple):
+    """What one query attends.
+
+    Attributes:
+        direct: positions of tokens.
+        regions: the others, each in one region.
+    """
+
+    direct: list[int]
+    regions: list[Region]
+
+
+class Pairs(NamedTuple):
+    """How many pairs of a query and a key one head computes.
+
+    Attributes:
+        attended: of tokens with tokens and regions.
+        summarised: of regions with their tokens.
+    """
+
+    attended: int
+    summarised: int
+
+
+class Layout(NamedTuple):
+    """A plan for a length, which is a multiple of its unit.
+
+    Attributes:
+        regions: R, different regions.
+        pool: queries or keys of tokens to those of regions.
+        sizes: how many of the tokens that are marked 1 (1, L, 1) are in each region, (R,).
+        summaries: parts with regions for rows and tokens for keys.
+        parts: parts with tokens for rows; the first has all of them.
+    """
+
+    regions: int
+    pool: Pool
+    sizes: Callable[[Tensor], Tensor]
+    summaries: list[Part]
+    parts: list[Part]
+
+
+class Plan(ABC):
+    """A factorisation plan.
+
+    Attributes:
+        bidirectional: whether everything may be split, and not only the past.
+        asks_tokens: whether regions are summarised by the queries of single tokens, so that nothing is pooled.
+        weighted_keys: whether the key of a region is the average of its keys, as its value is of its values.
+    """
+
+    bidirectional = True
+    asks_tokens = False
+    weighted_keys = False
+
+    @abstractmethod
+    def unit(self, length: int) -> int:
+        """Tokens by which a length is filled up."""
+
+    @abstractmethod
+    def partition(self, i: int, length: int, *, causal: bool) -> Partition:
+        """What token i attends; together 0..i, or 0..length - 1, each once."""
+
+    @abstractmethod
+    def layout(self, length: int, *, causal: bool) -> Layout:
+        """The partitions of all tokens of a positive multiple of the unit."""
+
+    @abstractmethod
+    def pairs(self, length: int, *, causal: bool) -> Pairs:
+        """What the parts of `layout` add up to."""
+
+
+def tokens(view: View) -> Keys:
+    """Token columns."""
+    return Keys(TOKENS, view)
+
+
+def summaries(rows: View | Gather) -> Keys:
+    """Summary columns."""
+    return Keys(SUMMARIES, rows)
+
+
+def sizes_by(pool: Pool) -> Callable[[Tensor], Tensor]:
+    """Sizes where a region is what is pooled."""
+    return lambda kept: pool(kept, SUM)[0, :, 0]
+
+
+@dataclass(frozen=True)
+class Fixed(Plan):
+    """Segments: the own one directly, every other one as a region; causal: those before.
+
+    Attributes:
+        size: tokens of a segment.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        """Check the size."""
+        require_positive("Fixed", "size", self.size)
+
+    def unit(self, length: int) -> int:
+        """Whole segments."""
+        return min(self.size, length)
+
+    def partition(self, i: int, length: int, *, causal: bool) -> Partition:
+        """By segments."""
+        own, end = i // self.size, i + 1 if causal else length
+        segments = [range(start, min(start + self.size, end)) for start in range(0, end, self.size)]
+        regions = [Region(tuple(segment)) for number, segment in enumerate(segments) if number != own]
+        return Partition(list(segments[own]), regions)
+
+    def layout(self, length: int, *, causal: bool) -> Layout:
+        """Own segment and summaries side by side; causal: groups of segments see the summaries before their last."""
+        size = self.unit(length)
+        count = length // size
+        regions = count - 1 if causal or count == 1 else count
+        own = View(0, count, size, size)
+
+        def pool(x: Tensor, reduction: Reduction) -> Tensor:
+            return reduction.along(x[:, : regions * size].unflatten(1, (regions, size)), 2)
+
+        made = [Part(View(0, regions, 1, 1), (tokens(own.cut(0, regions)),))] if regions else []
+        if causal:
+            parts = [Part(own, (tokens(own),), causal=True), *_earlier_segments(count, size)]
+        else:
+            other = ~torch.eye(count, dtype=torch.bool)[:, None, None]
+            visible = torch.cat((torch.ones(count, 1, 1, size, dtype=torch.bool), other), dim=3)
+            shared = summaries(View(0, count, 0, count))
+            parts = [Part(own, (tokens(own), shared), visible) if regions else Part(own, (tokens(own),))]
+        return Layout(regions, pool, sizes_by(pool), made, parts)
+
+    def pairs(self, length: int, *, causal: bool) -> Pairs:
+        """Own segment and all others, or those before."""
+        size = self.unit(length)
+        count = length // size
+        if causal:
+            return Pairs(count * size * (size + 1) // 2 + size * count * (count - 1) // 2, length - size)
+        return Pairs(length * (size + count - 1), length if count > 1 else 0)
+
+
+def _earlier_segments(count: int, size: int, group: int = 8) -> list[Part]:
+    """Segments 1..count-1 against the summaries before them, a group at a time."""
+    parts = []
+    for first in range(1, count, group):
+        stop = min(first + group, count)
+        visible = torch.arange(stop - 1) < torch.arange(first, stop)[:, None]
+        rows, columns = View(first * size, stop - first, size, size), View(0, stop - first, 0, stop - 1)
+        parts.append(Part(rows, (summaries(columns),), visible[:, None, None]))
+    return parts
+
+
+def require_positive(plan: str, name: str, value: int) -> None:
+    """Raise ValueError for a size below 1."""
+    if value < 1:
+        raise ValueError(f"combiner_attention: {plan}({name}) must be at least 1, got {value}")

@@ -1,0 +1,286 @@
+"""Running a plan: summaries of all regions, then every query over tokens and summaries, some heads at a time.
+
+Autograd keeps q, k, v, the result and its log-sum-exp; summaries are made again in the backward pass, while a head's
+tokens are in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from subquad.ops.combiner.example import Example, Options
+from subquad.ops.combiner.region_pooling import MAXIMUM, SUM
+from subquad.ops.combiner.weighted_rows import average_both, average_both_backward
+from subquad.ops.rectangles import SUMMARIES, TOKENS, Queries, Source
+
+GROUP_BYTES = 2**21
+"""Queries of the heads that run together: few enough that they stay in the cache."""
+
+
+class _Summaries(NamedTuple):
+    """Summaries of regions.
+
+    Attributes:
+        query: (G, R, E).
+        key: (G, R, E).
+        value: (G, R, E).
+        lse: (G, R), of the scores inside each region, finite.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    lse: Tensor
+
+
+class _Run(NamedTuple):
+    """Some heads of an example.
+
+    Attributes:
+        example: what is run.
+        options: how regions are summarised.
+        q: (G, padded, E).
+        k: likewise.
+        v: likewise.
+        query_weight: (E, E) or None.
+        key_weight: likewise.
+        given: summaries (G, R or more, E) that are made elsewhere; None where they are made here.
+    """
+
+    example: Example
+    options: Options
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_weight: Tensor | None
+    key_weight: Tensor | None
+    given: Source | None
+
+    @property
+    def scale(self) -> float:
+        """1 / √E."""
+        return 1 / math.sqrt(self.q.shape[-1])
+
+    @property
+    def weighted(self) -> bool:
+        """Whether keys of regions are averages, made as the values are."""
+        return self.example.plan.weighted_keys
+
+    def pool(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """Tokens (G, padded, E) to regions (G, R, E); differentiable."""
+        example, layout = self.example, self.example.layout
+        if example.plan.asks_tokens:
+            return layout.pool(x, SUM)
+        if self.options.rectified:
+            x = (x if weight is None else x @ weight.T).relu()
+        reduction = MAXIMUM if self.options.reduce == "max" else SUM
+        if example.kept is not None:
+            x = x.masked_fill(~example.kept[:, None], reduction.neutral)
+        pooled = layout.pool(x, reduction)
+        if example.sizes is None:
+            return pooled if reduction is SUM else pooled.masked_fill(pooled == -torch.inf, 0.0)
+        if self.options.reduce == "mean":
+            pooled = pooled / example.sizes.clamp_min(1)[:, None]
+        return pooled.masked_fill((example.sizes == 0)[:, None], 0.0)
+
+    def summarise(self, query: Tensor, key: Tensor | None) -> _Summaries:
+        """The summaries of all regions, with their queries and, unless these are averages, keys."""
+        tokens, made = Source(self.k, self.v), self.example.layout.summaries
+        if key is None:
+            for part in made:
+                key, value = average_both(part, query, tokens, self.scale)
+                return _Summaries(query, key, value, query[..., 0])
+            return _Summaries(query, query, query, query[..., 0])
+        lse = torch.full_like(query[..., 0], -torch.inf)
+        queries = Queries(query, torch.zeros_like(query), lse)
+        for part in made:
+            part.forward(queries, {TOKENS: tokens}, self.scale, fresh=True)
+        return _Summaries(query, key, queries.out, lse.masked_fill_(lse == -torch.inf, 0.0))
+
+    def forward(self, out: Tensor, lse: Tensor) -> None:
+        """Fill out (G, padded, E) and lse (G, padded)."""
+        if self.given is None:
+            key = None if self.weighted else self.pool(self.k, self.key_weight)
+            made = self.summarise(self.pool(self.q, self.query_weight), key)
+            summaries = Source(made.key, made.value)
+        else:
+            summaries = self.given
+        sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
+        for index, part in enumerate(self.example.layout.parts):
+            part.forward(Queries(self.q, out, lse), sources, self.scale, fresh=index == 0)
+        lse.masked_fill_(lse == -torch.inf, 0.0)
+
+    def backward(self, grad: Tensor, out: Tensor, lse: Tensor, grads: Inputs) -> None:
+        """Write the gradients of q, k, v (G, padded, E) to `grads`; add those of weights and given summaries."""
+        queries = Queries(self.q, out, lse)
+        if self.given is not None:
+            assert grads.summary_keys is not None
+            assert grads.summary_values is not None
+            self._attend_backward(grad, queries, self.given, grads, Source(grads.summary_keys, grads.summary_values))
+            return
+        pooled_q = _Pooled(self, self.q, self.query_weight)
+        pooled_k = None if self.weighted else _Pooled(self, self.k, self.key_weight)
+        made = self.summarise(pooled_q.value, None if pooled_k is None else pooled_k.value)
+        of_summaries = Source(torch.zeros_like(made.key), torch.zeros_like(made.value))
+        self._attend_backward(grad, queries, Source(made.key, made.value), grads, of_summaries)
+        of_query, tokens, of_tokens = torch.zeros_like(made.query), Source(self.k, self.v), Source(grads.k, grads.v)
+        for part in self.example.layout.summaries:
+            if self.weighted:
+                average_both_backward(part, of_summaries, made.query, tokens, of_query, of_tokens, self.scale)
+            else:
+                queries = Queries(made.query, made.value, made.lse)
+                part.backward(of_summaries.v, queries, {TOKENS: tokens}, of_query, {TOKENS: of_tokens}, self.scale)
+        pooled_q.backward(of_query, grads.q, grads.query_weight)
+        if pooled_k is not None:
+            pooled_k.backward(of_summaries.k, grads.k, grads.key_weight)
+
+    def _attend_backward(
+        self, grad: Tensor, queries: Queries, summaries: Source, grads: Inputs, of_summaries: Source
+    ) -> None:
+        sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
+        added = {TOKENS: Source(grads.k, grads.v), SUMMARIES: of_summaries}
+        for index, part in enumerate(self.example.layout.parts):
+            part.backward(grad, queries, sources, grads.q, added, self.scale, fresh=index == 0)
+
+
+class _Pooled:
+    """Pooled tokens, and the graph by which their gradient goes back."""
+
+    def __init__(self, run: _Run, x: Tensor, weight: Tensor | None) -> None:
+        self.leaves = [tensor.detach().requires_grad_() for tensor in (x, weight) if tensor is not None]
+        with torch.enable_grad():
+            self.result = run.pool(self.leaves[0], self.leaves[1] if weight is not None else None)
+        self.value = self.result.detach()
+
+    def backward(self, grad: Tensor, *totals: Tensor | None) -> None:
+        """Add the gradients of x and the weight to the totals."""
+        if grad.shape[1]:
+            for total, found in zip(totals, torch.autograd.grad(self.result, self.leaves, grad), strict=False):
+                assert total is not None
+                total += found
+
+
+class Inputs(NamedTuple):
+    """What gradients flow to.
+
+    Attributes:
+        q: (B, H, L, E).
+        k: (B, H, L, E).
+        v: (B, H, L, E).
+        query_weight: (E, E), with which features of queries are made; None for none.
+        key_weight: likewise.
+        summary_keys: (B, H, R or more, E), keys of the regions where they are made elsewhere; None else.
+        summary_values: likewise.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_weight: Tensor | None = None
+    key_weight: Tensor | None = None
+    summary_keys: Tensor | None = None
+    summary_values: Tensor | None = None
+
+    def run(self, example: Example, options: Options, index: int, heads: slice) -> _Run:
+        """Some heads of an example, float32 or wider."""
+        q, k, v = (_fill_up(x[index, heads, : example.length], example) for x in (self.q, self.k, self.v))
+        query_weight, key_weight = (None if x is None else x.to(q.dtype) for x in (self.query_weight, self.key_weight))
+        given = None
+        if self.summary_keys is not None and self.summary_values is not None:
+            regions = example.layout.regions
+            keys, values = (x[index, heads, :regions].to(q.dtype) for x in (self.summary_keys, self.summary_values))
+            given = Source(keys, values)
+        return _Run(example, options, q, k, v, query_weight, key_weight, given)
+
+
+class _Combine(torch.autograd.Function):
+    """One node of the graph for everything."""
+
+    @staticmethod
+    def forward(ctx: Any, examples: list[Example | None], options: Options, *tensors: Tensor | None) -> Tensor:
+        inputs = Inputs(*tensors)  # pyright: ignore[reportArgumentType] - the first three are no None
+        q = inputs.q
+        out = torch.zeros_like(q) if _incomplete(examples, q) else torch.empty_like(q)
+        lse = torch.zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        for index, example, heads in _groups(q, examples):
+            run = inputs.run(example, options, index, heads)
+            with _Room(out[index, heads], example) as found, _Room(lse[index, heads], example) as sums:
+                run.forward(found, sums.fill_(-torch.inf))
+        ctx.save_for_backward(*inputs, out, lse)
+        ctx.examples, ctx.options = examples, options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        inputs = Inputs(*tensors)
+        make = torch.zeros_like if _incomplete(ctx.examples, inputs.q) else torch.empty_like
+        grads = Inputs(
+            *(make(x) for x in inputs[:3]), *(None if x is None else torch.zeros_like(x) for x in inputs[3:])
+        )
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        for index, example, heads in _groups(inputs.q, ctx.examples):
+            run, used = inputs.run(example, ctx.options, index, heads), slice(example.length)
+            of_out, found = (_fill_up(x[index, heads, used], example) for x in (grad, out))
+            sums = F.pad(lse[index, heads, used], (0, example.padded - example.length))
+            with ExitStack() as rooms:
+                q, k, v = (rooms.enter_context(_Room(x[index, heads], example)) for x in grads[:3])
+                added = [None if x is None else x[index, heads] for x in grads[5:]]
+                run.backward(of_out, found, sums, Inputs(q, k, v, *grads[3:5], *added))
+        return None, None, *grads
+
+
+class _Room:
+    """Where the rows (G, padded, ...) of some heads are written: in their place, or beside it where they don't fit."""
+
+    def __init__(self, place: Tensor, example: Example) -> None:
+        wide = torch.promote_types(place.dtype, torch.float32)
+        self.place, self.length = place[:, : example.length], example.length
+        self.rows = self.place
+        if example.padded > example.length or wide != place.dtype:
+            self.rows = place.new_zeros((place.shape[0], example.padded, *place.shape[2:]), dtype=wide)
+
+    def __enter__(self) -> Tensor:
+        return self.rows
+
+    def __exit__(self, *raised: object) -> None:
+        if self.rows is not self.place:
+            self.place.copy_(self.rows[:, : self.length])
+
+
+def combine(inputs: Inputs, examples: list[Example | None], options: Options) -> Tensor:
+    """The result (B, H, L, E) for prepared examples."""
+    q, k, v, *others = inputs
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    return _Combine.apply(examples, options, q, k, v, *others)  # pyright: ignore[reportReturnType] - apply has no types
+
+
+def _incomplete(examples: list[Example | None], q: Tensor) -> bool:
+    return any(example is None or example.length < q.shape[2] for example in examples)
+
+
+def _groups(q: Tensor, examples: list[Example | None]) -> Iterator[tuple[int, Example, slice]]:
+    """Examples with real tokens, and heads of them that run together."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for index, example in enumerate(examples):
+        if example is not None:
+            size = max(1, GROUP_BYTES // (example.padded * q.shape[-1] * wide.itemsize))
+            yield from ((index, example, slice(head, head + size)) for head in range(0, q.shape[1], size))
+
+
+def _fill_up(x: Tensor, example: Example) -> Tensor:
+    """(G, length, E) -> (G, padded, E), float32 or wider; x itself where that is what it is."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    missing = example.padded - example.length
+    return F.pad(x, (0, 0, 0, missing)) if missing else x

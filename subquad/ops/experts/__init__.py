@@ -1,0 +1,1 @@
+"""Networks side by side, each for its own tokens, and the choice among them."""

@@ -1,0 +1,261 @@
+"""Feature maps as linear attention runs them: slice by slice, with gradients from the features alone.
+
+A map turns rows x (..., E) into features (..., F). Those of queries may carry any positive factor per row, since
+normalisation cancels it. Those of keys that are exponentials come in two steps: `prepare` tells the largest exponent of
+every row, its peak, and `finish` divides by exp(reference), which the caller chooses no smaller than the peak, so that
+nothing overflows. Peaks and references are constants to the gradient. The definitions are in `random_features.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from subquad.ops.features.slices import head_groups, token_slices
+
+
+class Prepared(NamedTuple):
+    """Features of keys before the last step.
+
+    Attributes:
+        values: (..., F), or fewer columns that `finish` expands.
+        shift: (..., 1), what brings the largest exponent of the row to 0.
+        peak: (..., 1), the largest exponent; None for maps without exponents.
+    """
+
+    values: Tensor
+    shift: Tensor | None = None
+    peak: Tensor | None = None
+
+
+class FeatureMap(ABC):
+    """A map of rows to features."""
+
+    exponential: bool = False
+    """Whether the features of keys have peaks, and sums of them a reference."""
+
+    @abstractmethod
+    def count(self, width: int) -> int:
+        """F, for rows of this width."""
+
+    def keep(self, x: Tensor) -> Tensor:
+        """What is kept of x (B, H, L, E) for the backward pass, and what all other methods get: x, or its features."""
+        return x
+
+    @abstractmethod
+    def queries(self, x: Tensor) -> Tensor:
+        """Features (..., F) of rows x (..., E), up to a positive factor per row."""
+
+    def prepare(self, x: Tensor) -> Prepared:
+        """The features of keys up to the division by exp(reference)."""
+        return Prepared(self.queries(x))
+
+    def finish(self, prepared: Prepared, reference: Tensor | None) -> Tensor:
+        """The features of keys, relative to exp(reference) (..., 1); uses the memory of what was prepared."""
+        return prepared.values
+
+    @abstractmethod
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
+        """Gradient of x from that of the features, whose memory it may use.
+
+        Args:
+            x: (..., E), as kept.
+            features: (..., F), of x.
+            grad: (..., F), their gradient.
+            out: (..., E), may be written to and returned.
+            keys: whether the features are those of keys.
+        """
+
+
+@dataclass(frozen=True)
+class Ready(FeatureMap):
+    """x are features already."""
+
+    def count(self, width: int) -> int:
+        """E."""
+        return width
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Nothing to do."""
+        return x
+
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
+        """Nothing to do."""
+        return grad
+
+
+@dataclass(frozen=True)
+class EluPlusOne(FeatureMap):
+    """elu(x) + 1 = exp(min(x, 0)) + max(x, 0), whose derivative is the smaller of it and 1, so that x is not kept."""
+
+    def count(self, width: int) -> int:
+        """E."""
+        return width
+
+    def keep(self, x: Tensor) -> Tensor:
+        """The features, float32 or wider."""
+        features = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        for group in head_groups(x):
+            for tokens in token_slices(x.shape[2]):
+                part, place = x[(*group, tokens)].to(features.dtype), features[(*group, tokens)]
+                rectified = part.clamp_min(0).add_(1)  # times the derivative of elu, exp(min(x, 0)), in one pass
+                torch.ops.aten.elu_backward.grad_input(rectified, 1, 1, 1, False, part, grad_input=place)
+        return features
+
+    def queries(self, x: Tensor) -> Tensor:
+        """As kept."""
+        return x
+
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
+        """Times the derivative."""
+        return torch.clamp(features, max=1, out=out).mul_(grad)
+
+
+@dataclass(frozen=True, eq=False)
+class Projected(FeatureMap):
+    """Features of the products with random directions.
+
+    Attributes:
+        directions: Ω √σ, (m, E); σ = 1 / √E for the softmax of q·k / √E.
+        square_scale: σ, the factor of |x|².
+    """
+
+    directions: Tensor
+    square_scale: float
+
+    def count(self, width: int) -> int:
+        """M."""
+        return self.directions.shape[0]
+
+    def _half_square(self, x: Tensor) -> Tensor:
+        return x.square().sum(dim=-1, keepdim=True).mul_(self.square_scale / 2)
+
+    def _from_products(self, x: Tensor, grad: Tensor, square: Tensor | None, out: Tensor) -> Tensor:
+        """Gradient of x from that of the products, and from that of σ|x|²/2 (..., 1)."""
+        rows = out.flatten(0, -2)  # a copy where no view is possible
+        of_x = torch.mm(grad.flatten(0, -2), self.directions, out=rows).view(out.shape)
+        return of_x if square is None else of_x.addcmul_(square, x, value=self.square_scale)
+
+
+class PositiveRandom(Projected):
+    """exp(ω·x - |x|²/2), positive features of the softmax kernel."""
+
+    exponential = True
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Without |x|², a factor of the row; nor that of the largest exponent."""
+        products = x @ self.directions.mT
+        return products.sub_(products.amax(dim=-1, keepdim=True)).exp_()
+
+    def prepare(self, x: Tensor) -> Prepared:
+        """Products with the directions, and the largest exponents."""
+        products = x @ self.directions.mT
+        largest = products.amax(dim=-1, keepdim=True)
+        return Prepared(products, -largest, largest - self._half_square(x))
+
+    def finish(self, prepared: Prepared, reference: Tensor | None) -> Tensor:
+        """Exponentials."""
+        return prepared.values.add_(_shift(prepared, reference)).exp_()
+
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
+        """Through the exponential, and the products."""
+        grad = grad.mul_(features)
+        return self._from_products(x, grad, grad.sum(dim=-1, keepdim=True).neg_() if keys else None, out)
+
+
+class HyperbolicRandom(Projected):
+    """exp(±ω·x - |x|²/2): every direction with both signs, positive and of lower variance."""
+
+    exponential = True
+
+    def count(self, width: int) -> int:
+        """2 m."""
+        return 2 * self.directions.shape[0]
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Without |x|², a factor of the row; nor that of the largest exponent."""
+        products = x @ self.directions.mT
+        return _both_signs(products, -products.abs().amax(dim=-1, keepdim=True))
+
+    def prepare(self, x: Tensor) -> Prepared:
+        """Products with the directions, and the largest exponents."""
+        products = x @ self.directions.mT
+        largest = products.abs().amax(dim=-1, keepdim=True)
+        return Prepared(products, -largest, largest - self._half_square(x))
+
+    def finish(self, prepared: Prepared, reference: Tensor | None) -> Tensor:
+        """Exponentials."""
+        return _both_signs(prepared.values, _shift(prepared, reference))
+
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
+        """Through the exponential, and the products."""
+        plus, minus = grad.mul_(features).chunk(2, dim=-1)
+        square = grad.sum(dim=-1, keepdim=True).neg_() if keys else None
+        return self._from_products(x, plus - minus, square, out)
+
+
+class TrigonometricRandom(Projected):
+    """exp(|x|²/2) cos ω·x and exp(|x|²/2) sin ω·x: unbiased too, but signed; sums of weights may vanish."""
+
+    exponential = True
+
+    def count(self, width: int) -> int:
+        """2 m."""
+        return 2 * self.directions.shape[0]
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Waves, without the factor of the row."""
+        products = x @ self.directions.mT
+        return torch.cat((products.cos(), products.sin()), dim=-1)
+
+    def prepare(self, x: Tensor) -> Prepared:
+        """Waves, and the exponents of their factors."""
+        return Prepared(self.queries(x), None, self._half_square(x))
+
+    def finish(self, prepared: Prepared, reference: Tensor | None) -> Tensor:
+        """Waves times their factors."""
+        assert prepared.peak is not None
+        assert reference is not None
+        return prepared.values.mul_((prepared.peak - reference).exp_())
+
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
+        """Through waves and factors, and the products."""
+        square = (grad * features).sum(dim=-1, keepdim=True) if keys else None
+        (cosine, sine), (of_cosine, of_sine) = features.chunk(2, dim=-1), grad.chunk(2, dim=-1)
+        return self._from_products(x, of_sine * cosine - of_cosine * sine, square, out)
+
+
+@dataclass(frozen=True, eq=False)
+class ReluRandom(Projected):
+    """max(ω·x, 0) + ε, the generalised kernel of ReLU.
+
+    Attributes:
+        epsilon: ε.
+    """
+
+    epsilon: float
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Products, rectified."""
+        return (x @ self.directions.mT).relu_().add_(self.epsilon)
+
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
+        """Through what is above 0."""
+        return self._from_products(x, grad.mul_(features > self.epsilon), None, out)
+
+
+def _shift(prepared: Prepared, reference: Tensor | None) -> Tensor:
+    """What is added to products: peaks and references, whose squares lose digits, only meet each other."""
+    assert prepared.shift is not None
+    assert prepared.peak is not None
+    assert reference is not None
+    return prepared.shift + (prepared.peak - reference)
+
+
+def _both_signs(products: Tensor, shift: Tensor) -> Tensor:
+    """exp(±products + shift), side by side."""
+    return torch.cat((products + shift, shift - products), dim=-1).exp_()

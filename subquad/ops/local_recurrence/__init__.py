@@ -1,0 +1,1 @@
+"""Recurrent networks that begin anew for each token."""

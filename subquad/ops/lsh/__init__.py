@@ -1,0 +1,1 @@
+"""Attention among vectors that hash into the same buckets."""

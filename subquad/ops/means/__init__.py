@@ -1,0 +1,1 @@
+"""Weighted means of values, channel by channel: what is left of attention without products."""

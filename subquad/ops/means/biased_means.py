@@ -1,0 +1,168 @@
+"""Weighted means of values over keys and positions, channel by channel: what is left of attention without products.
+
+    y_i = σ(q_i) ⊙ Σ_j exp(k_j + w_ij) ⊙ v_j / Σ_j exp(k_j + w_ij)
+
+w is a number for a pair of positions, the same for all channels of a group, so that the sums inside its reach are
+matrix products of exp(w) with exp(k) ⊙ v and exp(k), for a strip of queries at a time; outside of it w is 0, and what
+all queries of a strip see there is one more column, a mean. A key that a query doesn't see can't hide those that it
+sees: where a row of the product of both stabilised factors would be lost, that strip is summed pair by pair.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from subquad.ops.means.far_means import Far
+from subquad.ops.means.position_bias import PositionBias
+from subquad.ops.means.running_means import NOTHING, Means, running_gradients, running_means
+from subquad.ops.means.strip_geometry import Reach, strips
+from subquad.ops.means.strip_means import Tokens, Wanted, add_strip_gradients_, pair_gradients, strip_means
+from subquad.ops.means.weighted_columns import weighted_columns
+from subquad.ops.precision import full_precision
+from subquad.ops.recomputed import recomputed
+
+
+def biased_means_by_pairs(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach) -> Tensor:
+    """The definition, a weight for every pair and channel. Arguments and result as in `biased_means`."""
+    length, total = q.shape[2], k.shape[2]
+    offset = total - length
+    distance = torch.arange(length, device=q.device)[:, None] + offset - torch.arange(total, device=q.device)
+    logits = k[:, :, None].expand(-1, -1, length, -1, -1)
+    if bias is not None:
+        inside = _at_most(distance, reach.left) & _at_most(-distance, reach.right)
+        scores = bias.scores(slice(0, length), slice(0, total), offset)
+        logits = logits + torch.where(inside, scores, 0.0)[..., None]
+    if reach.causal:
+        logits = logits.masked_fill((distance < 0)[..., None], -torch.inf)
+    return q.sigmoid() * (logits.softmax(dim=3) * v[:, :, None]).sum(dim=3)
+
+
+def biased_means(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach) -> Tensor:
+    """Gated means, in time proportional to the reach of the bias.
+
+    Args:
+        q: (B, G, L, E).
+        k: (B, G, S, E), or (B, G, S, 1) for keys that the channels of a group share; `NOTHING` where there is no key.
+            The queries are the last L of the S columns; bidirectional: S = L.
+        v: (B, G, S, E).
+        bias: of the positions; None for none.
+        reach: of the bias.
+
+    Returns:
+        (B, G, L, E), the dtype of q. A query that has no key itself gets anything finite.
+    """
+    if bias is None and not reach.causal:
+        return recomputed(_gated_mean, q, k, v)
+    tensors = () if bias is None else bias.tensors
+    return _BiasedMeans.apply(q, k, v, bias, reach, *tensors)  # pyright: ignore[reportReturnType] - apply has no types
+
+
+def _gated_mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One mean for all queries."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return (q.to(wide).sigmoid() * (k.to(wide).softmax(dim=2) * v.to(wide)).sum(dim=2, keepdim=True)).to(q.dtype)
+
+
+class _Parts(NamedTuple):
+    """What the backward pass goes on with: the far means of strips, which are few, and which strips were products."""
+
+    far: Far
+    factored: list[bool]
+
+
+class _BiasedMeans(Function):
+    """Keeps q, k, v, the means before the gate and the logarithms of their weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, *tensors: Tensor
+    ) -> Tensor:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        wide_bias = None if bias is None else bias.of(*(tensor.to(wide) for tensor in tensors))
+        with full_precision(q.device):
+            means, ctx.parts = _means(k.to(wide), v.to(wide), wide_bias, reach, q.shape[2])
+        ctx.bias, ctx.reach = None if bias is None else bias.of(*(tensor.new_empty(0) for tensor in tensors)), reach
+        ctx.save_for_backward(q, k, v, means.total, means.mean, *tensors)
+        return (q.to(wide).sigmoid() * means.mean).to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, total, mean, *tensors = ctx.saved_tensors
+        wide = mean.dtype
+        bias = None if ctx.bias is None else ctx.bias.of(*(tensor.to(wide) for tensor in tensors))
+        gate = q.to(wide).sigmoid()
+        of_mean = grad.to(wide) * gate
+        of_weights = of_mean * mean
+        of_q = torch.addcmul(of_weights, of_weights, gate, value=-1)
+        wanted = _of_real_queries(Wanted(Means(total, mean), of_mean, of_weights.sum_to_size(total.shape)), k)
+        with full_precision(q.device):
+            of_k, of_v, *of_bias = _gradients(k.to(wide), v.to(wide), bias, ctx.reach, wanted, ctx.parts)
+        of_tensors = (found.to(tensor.dtype) for found, tensor in zip(of_bias, tensors, strict=True))
+        return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), None, None, *of_tensors
+
+
+def _of_real_queries(wanted: Wanted, k: Tensor) -> Wanted:
+    """Without the gradients of queries that have no key themselves."""
+    real = k[:, :, k.shape[2] - wanted.grad.shape[2] :, :1] > NOTHING / 2
+    if bool(real.all()):
+        return wanted
+    grad, of_weights = (x.masked_fill(~real, 0.0) for x in (wanted.grad, wanted.of_weights))
+    return Wanted(wanted.result, grad, of_weights)
+
+
+def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length: int) -> tuple[Means, _Parts | None]:
+    """Means for all queries, and what they are made of if not running means."""
+    if bias is None:
+        start = k.shape[2] - length
+        return Means(*(x[:, :, start:] for x in running_means(k, v))), None
+    tokens, all_strips, factored = Tokens(k, v, bias), strips(length, k.shape[2], reach), []
+    result = Means(k.new_empty((*k.shape[:2], length, k.shape[3])), v.new_empty((*v.shape[:2], length, v.shape[3])))
+    far = Far.of(k, v, all_strips)
+    for columns in weighted_columns(k, v, all_strips):
+        for i in columns.strips:
+            part, product = strip_means(tokens, all_strips[i], columns, far.seen(i))
+            result.total[:, :, all_strips[i].queries] = part.total
+            result.mean[:, :, all_strips[i].queries] = part.mean
+            factored.append(product)
+    return result, _Parts(far, factored)
+
+
+def _gradients(
+    k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, wanted: Wanted, parts: _Parts | None
+) -> tuple[Tensor, ...]:
+    """Gradients of k, v and what the bias is made of.
+
+    With total_i, the weight of a pair is exp(k_j + w_ij - total_i), whatever part of the sums it was in.
+    """
+    if bias is None or parts is None:
+        return running_gradients(k, v, wanted.result.total, wanted.grad, wanted.of_weights)
+    tokens, all_strips = Tokens(k, v, bias), strips(wanted.grad.shape[2], k.shape[2], reach)
+    of_k, of_v, of_bias = torch.zeros_like(k), torch.zeros_like(v), tuple(map(torch.zeros_like, bias.tensors))
+    far, of_far = parts.far, []
+    for columns in weighted_columns(k, v, all_strips):
+        of_weighted = torch.zeros_like(columns.weighted)
+        for i in columns.strips:
+            strip, seen, own = all_strips[i], far.seen(i), wanted.of(all_strips[i].queries)
+            if parts.factored[i]:
+                of_scores, found = add_strip_gradients_(of_weighted, tokens, strip, columns, seen, own)
+            else:
+                more_k, more_v, of_scores, found = pair_gradients(tokens, strip, seen, own)
+                of_k[:, :, strip.columns] += more_k
+                of_v[:, :, strip.columns] += more_v
+            of_far.append(found)
+            bias.add_gradients(of_bias, of_scores, strip.queries, strip.columns, strip.offset)
+        columns.add_gradients_((of_k, of_v), of_weighted)
+    far.add_gradients_((of_k, of_v), k, v, of_far)
+    return of_k, of_v, *of_bias
+
+
+def _at_most(distance: Tensor, bound: int | None) -> Tensor:
+    return torch.ones_like(distance, dtype=torch.bool) if bound is None else distance <= bound

@@ -1,0 +1,252 @@
+"""The blocked backend of pattern attention: only what is visible is computed, in memory linear in the length.
+
+A pattern is compiled into disjoint pieces, each a few calls of the fused operator; their results are merged exactly by
+log-sum-exp, and the merged result and log-sum-exp give each piece its exact share of the gradients. Nothing is kept for
+the backward pass but q, k, v, the result and the log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from subquad.ops.pattern.compiler import compile_pattern
+from subquad.ops.pattern.example_facts import ExampleFacts
+from subquad.ops.pattern.request import Facts, Request
+from subquad.ops.pattern.sliced import attend_sliced
+from subquad.ops.pattern.strips import Shape
+from subquad.ops.piece import Gradients, Piece, Work
+from subquad.patterns.bands import Causal
+from subquad.patterns.pattern import Pattern
+from subquad.patterns.tokens import Global
+from subquad.receipt import leave_receipt
+
+CALL_FLOPS = 2**21
+"""What starting a call costs, in products of q · k of all heads: with 8 heads of 64, 4,096 pairs of each."""
+
+
+class Part(NamedTuple):
+    """A piece for some neighbouring heads.
+
+    Attributes:
+        head0: first head.
+        head1: behind the last head.
+        piece: what they run.
+        fresh: whether none of its queries stands in an earlier part of the same heads.
+    """
+
+    head0: int
+    head1: int
+    piece: Piece
+    fresh: bool
+
+
+class Plan(NamedTuple):
+    """All parts of a pattern.
+
+    Attributes:
+        parts: of all heads.
+        dense: whether dense attention in slices costs less.
+        complete: whether every query of every head stands in a part that comes fresh to it.
+    """
+
+    parts: tuple[Part, ...]
+    dense: bool
+    complete: bool
+
+
+class Example(NamedTuple):
+    """What one example runs.
+
+    Attributes:
+        parts: each under its own facts.
+        offset: absolute position of the first query.
+        complete: whether every query is written before anything is merged into it.
+    """
+
+    parts: list[tuple[Part, ExampleFacts]]
+    offset: int
+    complete: bool
+
+
+def attend_blocked(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    """Attend; arguments and result as in `pattern_attention_with_lse`.
+
+    Raises:
+        ValueError: tensors that aren't on the CPU.
+    """
+    if q.device.type != "cpu":
+        raise ValueError(f"pattern_attention: backend 'blocked' runs on the CPU, got {q.device}; use 'flex' or 'dense'")
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    if _saves_nothing(q, k, request):
+        return attend_sliced(q, k, v, request)
+    examples = _plan_examples(q, k, request)
+    out, lse = _BlockedAttention.apply(q, k, v, examples, request.scale)  # pyright: ignore[reportGeneralTypeIssues] - apply has no types
+    valid = request.facts.query_valid
+    if valid is None:
+        return out, lse
+    return out.masked_fill(~valid[:, None, :, None], 0.0), lse.masked_fill(~valid[:, None], -torch.inf)
+
+
+def _saves_nothing(q: Tensor, k: Tensor, request: Request) -> bool:
+    """Whether dense attention in slices costs less than any plan; leaves a receipt."""
+    (_, num_heads, length, _), key_length = q.shape, k.shape[2]
+    if 0 in (*q.shape, key_length):
+        return False
+    shape = replace(_shape(q, k, request.offset(0)), examples=len(q))
+    if not plan_pattern(request.pattern, num_heads, shape, sliced=request.facts.anything).dense:
+        return False
+    leave_receipt(
+        "pattern_attention",
+        asked="blocked",
+        ran="dense attention in slices of queries",
+        reason=f"{length} queries and {key_length} keys are too few for the pattern to save anything",
+    )
+    return True
+
+
+def _shape(q: Tensor, k: Tensor, offset: int) -> Shape:
+    return Shape(q.shape[2], k.shape[2], offset, CALL_FLOPS // (q.shape[1] * q.shape[3]))
+
+
+def _plan_examples(q: Tensor, k: Tensor, request: Request) -> list[Example]:
+    (batch, num_heads, length, width), key_length = q.shape, k.shape[2]
+    if 0 in (batch, num_heads, length, key_length, width):
+        return []
+    examples = []
+    for index in range(batch):
+        shape, facts = _shape(q, k, request.offset(index)), request.facts.example(index)
+        columns, restricting = _seen_columns(facts), ExampleFacts.of(facts)
+        of_pattern = restricting if columns is None else restricting.without_keys(columns)
+        plan = plan_pattern(request.pattern, num_heads, shape, sliced=of_pattern.anything)
+        parts = [(part, of_pattern) for part in plan.parts]
+        if columns is not None:
+            pieces = _column_pieces(columns, shape, causal=request.pattern.causal)
+            parts += [(Part(0, num_heads, piece, fresh=False), restricting) for piece in pieces]
+        examples.append(Example(parts, shape.offset, plan.complete and not of_pattern.anything))
+    return examples
+
+
+@lru_cache(maxsize=32)
+def plan_pattern(pattern: Pattern, num_heads: int, shape: Shape, *, sliced: bool) -> Plan:
+    """Compile a pattern for all heads; equal strips of different heads become one part.
+
+    A pure function, remembered because layers ask again with the same arguments.
+    """
+    resolved = pattern.resolve(shape.keys)
+    ranges = _equal_heads(resolved, num_heads)
+    plans = [compile_pattern(resolved.of_head(head0), shape, sliced=sliced) for head0, _ in ranges]
+    common = set.intersection(*({piece.signature for piece in plan.pieces} - {None} for plan in plans))
+    assigned = [(0, num_heads, piece) for piece in plans[0].pieces if piece.signature in common]
+    for (head0, head1), plan in zip(ranges, plans, strict=True):
+        assigned += [(head0, head1, piece) for piece in plan.pieces if piece.signature not in common]
+    covered, written = np.zeros((2, num_heads, shape.queries), dtype=bool)
+    parts = []
+    for head0, head1, piece in assigned:
+        rows = piece.covered(shape.queries)
+        fresh = not (covered[head0:head1] & rows).any()
+        parts.append(Part(head0, head1, piece, fresh))
+        covered[head0:head1] |= rows
+        written[head0:head1] |= rows & fresh
+    return Plan(tuple(parts), all(plan.dense for plan in plans), bool(written.all()))
+
+
+def _equal_heads(pattern: Pattern, num_heads: int) -> list[tuple[int, int]]:
+    """Ranges of neighbouring heads that share a pattern."""
+    if not pattern.num_heads:
+        return [(0, num_heads)]
+    of_heads = [pattern.of_head(head) for head in range(num_heads)]
+    borders = [0, *(head for head in range(1, num_heads) if of_heads[head] != of_heads[head - 1]), num_heads]
+    return list(itertools.pairwise(borders))
+
+
+def _seen_columns(facts: Facts) -> Tensor | None:
+    """Which keys every query of an example sees; None for none."""
+    if facts.global_keys is None:
+        return None
+    columns = facts.global_keys if facts.key_valid is None else facts.global_keys & facts.key_valid
+    return columns if bool(columns.any()) else None
+
+
+def _column_pieces(columns: Tensor, shape: Shape, *, causal: bool) -> tuple[Piece, ...]:
+    chosen: Pattern = Global(columns.nonzero()[:, 0], rows=False)
+    pattern = (Causal() & chosen if causal else chosen).resolve(shape.keys)
+    return compile_pattern(pattern, shape, sliced=True).pieces
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """One node of the graph for all pieces."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, examples: list[Example], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out = _room(q, examples)
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        for index, example in enumerate(examples):
+            everything = _widened(q[index], k[index], v[index], out[index], lse[index], example, scale)
+            for part, facts in example.parts:
+                part.piece.forward(_of_heads(everything, part, facts))
+            _write_back(out[index], everything.out)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.examples, ctx.scale = examples, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = _room(q, ctx.examples), torch.zeros_like(k), torch.zeros_like(v)
+        upstream = torch.zeros_like(out) if grad_out is None else grad_out
+        upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
+        for index, example in enumerate(ctx.examples):
+            finite = lse[index].masked_fill(lse[index] == -torch.inf, 0.0)
+            everything = _widened(q[index], k[index], v[index], out[index], finite, example, ctx.scale)
+            grad_q, grad_k, grad_v = (grad[index].to(lse.dtype) for grad in grads)
+            of_lse = None if grad_lse is None else grad_lse[index]
+            gradients = Gradients(upstream[index].to(lse.dtype), of_lse, grad_q, grad_k, grad_v)
+            for part, facts in example.parts:
+                part.piece.backward(_of_heads(everything, part, facts), _gradients_of_heads(gradients, part))
+            for grad, total in zip(grads, (grad_q, grad_k, grad_v), strict=True):
+                _write_back(grad[index], total)
+        return *grads, None, None
+
+
+def _room(q: Tensor, examples: list[Example]) -> Tensor:
+    """Where one row for each query will stand; zeros where some may stay unwritten."""
+    complete = examples and all(example.complete for example in examples)
+    return torch.empty_like(q) if complete else torch.zeros_like(q)
+
+
+def _widened(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, example: Example, scale: float) -> Work:
+    """One example in the dtype of its log-sum-exp: the tensors themselves, where that is theirs."""
+    q, k, v, out = (tensor.to(lse.dtype) for tensor in (q, k, v, out))
+    return Work(q, k, v, out, lse, ExampleFacts.nothing(), example.offset, scale, fresh=False)
+
+
+def _write_back(tensor: Tensor, widened: Tensor) -> None:
+    if widened.dtype != tensor.dtype:
+        tensor.copy_(widened)
+
+
+def _of_heads(work: Work, part: Part, facts: ExampleFacts) -> Work:
+    heads = slice(part.head0, part.head1)
+    names = ("q", "k", "v", "out", "lse")
+    return work._replace(facts=facts, fresh=part.fresh, **{name: getattr(work, name)[heads] for name in names})
+
+
+def _gradients_of_heads(gradients: Gradients, part: Part) -> Gradients:
+    heads = slice(part.head0, part.head1)
+    lse = None if gradients.lse is None else gradients.lse[heads]
+    names = ("out", "q", "k", "v")
+    return gradients._replace(lse=lse, **{name: getattr(gradients, name)[heads] for name in names})

@@ -1,0 +1,298 @@
+"""Tiles: for each tile of queries the tiles of keys that it needs, gathered side by side.
+
+This runs any pattern; it pays for patterns of whole blocks, whose tiles are visible altogether or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from subquad.ops.fused import fused_backward, fused_forward, lse_backward
+from subquad.ops.pattern.strip_piece import StripPiece
+from subquad.ops.pattern.strips import Numbering, Shape, make_strips
+from subquad.ops.piece import CALL_BYTES, Bias, Gradients, Piece, Work, make_bias, merge, share_out, stack
+from subquad.patterns.pattern import Classes, Indices, Pattern, Tile
+
+TILE = 64
+"""Tokens of a tile where the pattern has no blocks of its own."""
+
+
+@dataclass(frozen=True)
+class TileGroup:
+    """Tiles of queries that need equally many tiles of keys.
+
+    Attributes:
+        row0: (N,), first query of each.
+        rows: queries of each.
+        tiles: (N, C), the tiles of keys, those at equal distance in the same column where it goes.
+        masked: whether not everything is visible.
+    """
+
+    row0: Indices
+    rows: int
+    tiles: Indices
+    masked: bool
+
+    @cached_property
+    def row_step(self) -> int | None:
+        """The distance of neighbours, where all are equally far apart."""
+        return _step(self.row0)
+
+    @cached_property
+    def tile_steps(self) -> tuple[int | None, ...]:
+        """The same for each column of tiles."""
+        return tuple(_step(column) for column in self.tiles.T)
+
+
+class Room:
+    """Memory for gathered tiles, used again from call to call: fresh pages cost more than the copy itself."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def gather(self, tiles: Tensor, chosen: Indices) -> Tensor:
+        """(G, tiles, size, E) -> (N, G, C * size, E)."""
+        sequences, _, size, width = tiles.shape
+        elements = sequences * chosen.size * size * width
+        if self._memory.numel() < elements or self._memory.dtype != tiles.dtype:
+            self._memory = tiles.new_empty(elements)
+        gathered = self._memory[:elements].view(sequences, chosen.size, size, width)
+        torch.index_select(tiles, 1, torch.from_numpy(chosen.ravel()), out=gathered)
+        return gathered.unflatten(1, chosen.shape).flatten(2, 3).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class TilePiece(Piece):
+    """Part of a pattern in tiles.
+
+    Attributes:
+        size: tokens of a tile of keys; the last tile may stick out over the end.
+        groups: what is computed; no query stands in two of them.
+        predicate: what is visible inside masked groups, in absolute positions.
+    """
+
+    size: int
+    groups: tuple[TileGroup, ...]
+    predicate: Pattern
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left to compute."""
+        return not self.groups
+
+    def price(self, call_pairs: int) -> float:
+        """What it costs for one head, in pairs of dense attention; gathering costs something too."""
+        pairs = sum(group.rows * group.tiles.size * self.size * (1.3 if group.masked else 1.0) for group in self.groups)
+        return pairs * (1.25 + 32 / self.size) + call_pairs * len(self.groups)
+
+    @property
+    def signature(self) -> Hashable:
+        """None: tiles are where heads differ."""
+        return None
+
+    def covered(self, length: int) -> NDArray[np.bool_]:
+        """The rows of all groups."""
+        covered = np.zeros(length, dtype=bool)
+        for group in self.groups:
+            covered[group.row0[:, None] + np.arange(group.rows)] = True
+        return covered
+
+    def forward(self, work: Work) -> None:
+        """One call for each cut of a group."""
+        keys, values = _tiled(work.k, self.size), _tiled(work.v, self.size)
+        room = Room(), Room()
+        for group, bias, part in self._cuts(work):
+            k, v = room[0].gather(keys[part], group.tiles), room[1].gather(values[part], group.tiles)
+            q, out, lse = (_take_rows(x[part], group) for x in (work.q, work.out, work.lse))
+            part_out, part_lse = fused_forward(q, k, v, work.scale, None if bias is None else bias.values)
+            if bias is not None and bias.hidden_rows is not None:
+                part_lse = part_lse.masked_fill(bias.hidden_rows, -torch.inf)
+            merge(out, lse, part_out, part_lse, fresh=work.fresh)
+            _put_rows(work.out[part], group, out)
+            _put_rows(work.lse[part], group, lse)
+
+    def backward(self, work: Work, gradients: Gradients) -> None:
+        """As `forward`; keys are gathered and masks made again."""
+        keys, values = _tiled(work.k, self.size), _tiled(work.v, self.size)
+        room = Room(), Room()
+        grad_keys, grad_values = _tiled(gradients.k, self.size), _tiled(gradients.v, self.size)
+        for group, bias, part in self._cuts(work):
+            k, v = room[0].gather(keys[part], group.tiles), room[1].gather(values[part], group.tiles)
+            mask = None if bias is None else bias.values
+            q, out, lse, grad = (_take_rows(x[part], group) for x in (work.q, work.out, work.lse, gradients.out))
+            grad_q, grad_k, grad_v = fused_backward(grad, q, k, v, out, lse, work.scale, mask)
+            if gradients.lse is not None:
+                grad_lse = _take_rows(gradients.lse[part], group)
+                more_q, more_k = lse_backward(grad_lse, q, k, lse, work.scale, mask)
+                grad_q, grad_k = grad_q + more_q, grad_k + more_k
+            _add_rows(gradients.q[part], group, grad_q, fresh=work.fresh)
+            _scatter(grad_keys[part], group, grad_k)
+            _scatter(grad_values[part], group, grad_v)
+        _untile(gradients.k, grad_keys)
+        _untile(gradients.v, grad_values)
+
+    def _cuts(self, work: Work) -> Iterator[tuple[TileGroup, Bias | None, slice]]:
+        """Groups cut so that a call's temporaries stay in the cache, each with its mask, for ranges of heads."""
+        for group in self.groups:
+            for some, restricted in self._restricted(group, work):
+                width = some.tiles.shape[1] * self.size
+                elements = (some.rows + 2 * width) * work.q.shape[-1] + (some.rows * width if some.masked else 0)
+                size = max(1, CALL_BYTES // (elements * work.q.element_size()))
+                for chosen in share_out(len(some.row0), size):
+                    cut = replace(some, row0=some.row0[chosen], tiles=some.tiles[chosen])
+                    bias = self._bias(cut, work, restricted=restricted) if some.masked or restricted else None
+                    for heads in share_out(len(work.q), size // len(cut.row0)):
+                        yield cut, bias, heads
+
+    def _restricted(self, group: TileGroup, work: Work) -> Iterator[tuple[TileGroup, bool]]:
+        """The part of a group that facts about the example leave alone, and the part that they restrict."""
+        if not work.facts.anything:
+            yield group, False
+            return
+        key0 = group.tiles * self.size
+        key1 = np.minimum(key0 + self.size, work.k.shape[1]) - 1
+        kept, whole = work.facts.classify(group.row0[:, None], (group.row0 + group.rows - 1)[:, None], key0, key1)
+        for restricted in (False, True):
+            chosen = kept.any(axis=1) & (whole.all(axis=1) != restricted)
+            if chosen.any():
+                yield replace(group, row0=group.row0[chosen], tiles=group.tiles[chosen]), restricted
+
+    def _bias(self, group: TileGroup, work: Work, *, restricted: bool) -> Bias:
+        query = _rows(group).view(-1, 1, group.rows, 1)
+        key = torch.from_numpy(group.tiles)[..., None] * self.size + torch.arange(self.size)
+        key = key.reshape(len(group.row0), 1, 1, -1)
+        inside = key < work.k.shape[1]
+        key = key.clamp(max=work.k.shape[1] - 1)
+        visible = self.predicate.visible(query + work.offset, key) & inside
+        allowed = work.facts.visible(query, key) if restricted else None
+        return make_bias(visible if allowed is None else visible & allowed, work.q.dtype)
+
+
+def compile_tiles(pattern: Pattern, shape: Shape) -> list[Piece]:
+    """The tiles of a pattern; queries that need most keys stand in strips instead, for which nothing is gathered."""
+    size = _tile_size(pattern)
+    starts = np.arange(-(shape.offset % size), shape.queries, size)
+    row0, row1 = np.maximum(starts, 0), np.minimum(starts + size, shape.queries)
+    j0 = np.arange(0, shape.keys, size)
+    j1 = np.minimum(j0 + size, shape.keys) - 1
+    classes = pattern.tiles((row0 + shape.offset)[:, None], (row1 + shape.offset - 1)[:, None], j0, j1)
+    classes = np.broadcast_to(classes, (len(row0), len(j0)))
+    counts = (classes != Tile.EMPTY).sum(axis=1)
+    crowded = counts > len(j0) // 2
+    zeros, whole = np.zeros_like(row0[crowded]), (classes[crowded] == Tile.FULL).all(axis=1)
+    strips = make_strips(row0[crowded], row1[crowded], zeros, zeros + shape.keys, masked=~whole)
+    in_strips = StripPiece(Numbering(shape.queries, shape.keys), strips, pattern, invariant=False)
+    groups = _groups(row0[~crowded], row1[~crowded], classes[~crowded], ragged=shape.keys % size != 0)
+    pieces: list[Piece] = [in_strips, TilePiece(size, groups, pattern)]
+    return [piece for piece in pieces if not piece.empty]
+
+
+def _tile_size(pattern: Pattern) -> int:
+    """The pattern's blocks, or as many or as few of them as make a tile of sensible size."""
+    size = pattern.block or TILE
+    while size < TILE // 2:
+        size *= 2
+    while size > 2 * TILE and size % 2 == 0:
+        size //= 2
+    return size
+
+
+def _groups(row0: Indices, row1: Indices, classes: Classes, *, ragged: bool) -> tuple[TileGroup, ...]:
+    counts = (classes != Tile.EMPTY).sum(axis=1)
+    masked = (classes == Tile.PARTIAL).any(axis=1)
+    if ragged:
+        masked |= classes[:, -1] != Tile.EMPTY
+    found = []
+    for rows, count, is_masked in sorted(
+        set(zip((row1 - row0).tolist(), counts.tolist(), masked.tolist(), strict=True))
+    ):
+        if count:
+            chosen = np.flatnonzero((row1 - row0 == rows) & (counts == count) & (masked == is_masked))
+            found.append(TileGroup(row0[chosen], rows, _aligned(classes[chosen] != Tile.EMPTY, chosen), is_masked))
+    return tuple(found)
+
+
+def _aligned(needed: NDArray[np.bool_], rows: Indices) -> Indices:
+    """The needed tiles of each row, (N, C): first those that all rows need, then whole diagonals, then the others.
+
+    So ordered, most columns of the result are constant or go up by one from row to row, and their gradients can be
+    added up without an index.
+    """
+    everywhere = needed.all(axis=0)
+    parts = [np.broadcast_to(np.flatnonzero(everywhere), (len(rows), int(everywhere.sum())))]
+    rest = needed & ~everywhere
+    tiles = np.arange(needed.shape[1])
+    first = np.flatnonzero(rest[0]) - rows[0]
+    for diagonal in first:
+        column = rows + diagonal
+        if ((column >= 0) & (column < len(tiles))).all() and rest[np.arange(len(rows)), column].all():
+            parts.append(column[:, None])
+            rest[np.arange(len(rows)), column] = False
+    left = int(rest[0].sum())
+    parts.append(np.nonzero(rest)[1].reshape(len(rows), left))
+    return np.concatenate(parts, axis=1)
+
+
+def _rows(group: TileGroup) -> Tensor:
+    """Index of all queries of a group, int64 (N * rows,)."""
+    return (torch.from_numpy(group.row0)[:, None] + torch.arange(group.rows)).flatten()
+
+
+def _step(positions: Indices) -> int | None:
+    if len(positions) < 2:
+        return 0
+    step = int(positions[1] - positions[0])
+    return step if (np.diff(positions) == step).all() else None
+
+
+def _take_rows(x: Tensor, group: TileGroup) -> Tensor:
+    """(G, L, ...) -> (N, G, rows, ...): a view where the group's tiles are evenly spaced, else a copy."""
+    if group.row_step is not None:
+        return stack(x, int(group.row0[0]), group.rows, len(group.row0), group.row_step)
+    return x.index_select(1, _rows(group)).unflatten(1, (-1, group.rows)).transpose(0, 1)
+
+
+def _put_rows(x: Tensor, group: TileGroup, taken: Tensor) -> None:
+    """Write back what `_take_rows` copied."""
+    if group.row_step is None:
+        x.index_copy_(1, _rows(group), taken.transpose(0, 1).flatten(1, 2))
+
+
+def _add_rows(x: Tensor, group: TileGroup, part: Tensor, *, fresh: bool) -> None:
+    """Add (N, G, rows, E) to the rows (G, L, E) of a group; write it, if these are fresh."""
+    rows = _take_rows(x, group)
+    rows.copy_(part) if fresh else rows.add_(part)
+    _put_rows(x, group, rows)
+
+
+def _tiled(x: Tensor, size: int) -> Tensor:
+    """(G, S, E) -> (G, tiles, size, E): a view, or a copy with zeros behind the end where tiles stick out over it."""
+    missing = -x.shape[1] % size
+    return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(1, (-1, size))
+
+
+def _untile(x: Tensor, tiled: Tensor) -> None:
+    """Write back what `_tiled` copied."""
+    if x.shape[1] % tiled.shape[2]:
+        x.copy_(tiled.flatten(1, 2)[:, : x.shape[1]])
+
+
+def _scatter(tiles: Tensor, group: TileGroup, gathered: Tensor) -> None:
+    """Add (N, G, C * size, E) to the tiles (G, tiles, size, E) that it was gathered from."""
+    columns = gathered.unflatten(2, (group.tiles.shape[1], -1))
+    for column, (tile, step) in enumerate(zip(group.tiles.T, group.tile_steps, strict=True)):
+        part = columns[:, :, column]
+        if step == 0:
+            tiles[:, int(tile[0])] += part.sum(dim=0)
+        elif step is not None and step > 0:
+            tiles[:, int(tile[0]) : int(tile[-1]) + 1 : step] += part.transpose(0, 1)
+        else:
+            tiles.index_add_(1, torch.from_numpy(tile), part.transpose(0, 1))

@@ -1,0 +1,1 @@
+"""Products over positions: what mixes tokens where there is no attention."""

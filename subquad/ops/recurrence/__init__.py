@@ -1,0 +1,1 @@
+"""Linear recurrences that forget, in chunks."""

@@ -1,0 +1,1 @@
+"""Attention of blocks to the blocks sorted to their places."""

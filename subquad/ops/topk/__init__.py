@@ -1,0 +1,1 @@
+"""Attention over the largest scores of every query."""

@@ -1,0 +1,365 @@
+"""Combiner: every key is attended once, directly or in one region, and the parts add up to the definition."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+from subquad.ops.combiner.attention import (
+    Summarize,
+    combiner_attention,
+    combiner_attention_by_regions,
+    combiner_attention_with_summaries,
+)
+from subquad.ops.combiner.grid import Horizontal, JointMixture, Rowmajor, Vertical
+from subquad.ops.combiner.levels import Logsparse
+from subquad.ops.combiner.plans import Fixed, Plan
+from subquad.ops.rectangles import TOKENS, Gather, Keys, Part, Queries, Source, View
+
+SIZES = st.sampled_from([1, 2, 3, 4, 7, 40])
+PARTITIONS = st.one_of(
+    st.builds(Fixed, SIZES), st.builds(Logsparse), *(st.builds(p, SIZES) for p in (Vertical, Horizontal, Rowmajor))
+)
+PLANS = st.one_of(PARTITIONS, st.builds(JointMixture, SIZES), st.builds(Rowmajor, SIZES, weighted_keys=st.just(False)))
+BOTH_FORMS = pytest.mark.parametrize("causal", [True, False])
+
+
+def assert_equal(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def qkv(length: int, *, batch: int = 2, heads: int = 2, width: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.randn(batch, heads, length, width, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    return q, k, v
+
+
+@st.composite
+def validities(draw: st.DrawFn, length: int) -> Tensor | None:
+    """Bool (2, length), or None: padding on the right or anywhere."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    kinds = {
+        "none": None,
+        "right": torch.arange(length) < torch.randint(0, length + 1, (2, 1), generator=generator),
+        "anywhere": torch.rand(2, length, generator=generator) < 0.6,
+    }
+    return kinds[draw(st.sampled_from([*kinds]))]
+
+
+SUMMARIES = st.builds(
+    Summarize,
+    st.sampled_from(["max", "mean", "sum"]),
+    st.sampled_from(["identity", "relu", "deepset"]),
+    log_size=st.booleans(),
+)
+
+
+def weights_of(plan: Plan, length: int, *, causal: bool, summarize: Summarize | None = None) -> Tensor:
+    """The attention matrices (2, length, length) of two heads: what comes out of the values 1, one token at a time."""
+    q, k, _ = qkv(length, batch=1)
+    q, k = (x.detach().expand(length, -1, -1, -1) for x in (q, k))
+    v = torch.zeros_like(q)
+    v[torch.arange(length), :, torch.arange(length)] = 1.0
+    return combiner_attention(q, k, v, plan, causal=causal, summarize=summarize)[..., 0].permute(1, 2, 0)
+
+
+def assert_equals_definition(
+    plan: Plan, length: int, causal: bool, valid: Tensor | None, summarize: Summarize | None
+) -> None:
+    q, k, v = qkv(length)
+    inputs = [q, k, v]
+    if summarize is not None and summarize.activation == "deepset":
+        inputs += [torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        summarize = replace(summarize, query_weight=inputs[3], key_weight=inputs[4])
+    out = combiner_attention(q, k, v, plan, causal=causal, valid=valid, summarize=summarize)
+    expected = combiner_attention_by_regions(q, k, v, plan, causal=causal, valid=valid, summarize=summarize)
+    assert_equal(out, expected)
+    upstream = torch.randn_like(out)
+    found = torch.autograd.grad(out, inputs, upstream, allow_unused=True, materialize_grads=True)
+    wanted = torch.autograd.grad(expected, inputs, upstream, allow_unused=True, materialize_grads=True)
+    for gradient, expected_gradient in zip(found, wanted, strict=True):
+        assert_equal(gradient, expected_gradient)
+
+
+@given(plan=PLANS, length=st.integers(1, 40), causal=st.booleans(), data=st.data())
+@settings(max_examples=80)
+def test_it_equals_the_definition(plan: Plan, length: int, causal: bool, data: st.DataObject) -> None:
+    causal = causal or not plan.bidirectional
+    summarize = None if plan.asks_tokens else data.draw(st.none() | SUMMARIES)
+    assert_equals_definition(plan, length, causal, data.draw(validities(length)), summarize)
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize("length", [2, 3, 5, 9, 17, 33, 65, 129])
+def test_logsparse_has_every_level_where_the_length_is_one_more_than_a_power_of_two(length: int, causal: bool) -> None:
+    assert_equals_definition(Logsparse(), length, causal, None, None)
+
+
+@given(plan=PARTITIONS, length=st.integers(1, 50), causal=st.booleans())
+def test_every_key_that_may_be_seen_is_in_one_place(plan: Plan, length: int, causal: bool) -> None:
+    for i in range(length):
+        direct, regions = plan.partition(i, length, causal=causal)
+        covered = [*direct, *(j for region in regions for j in region.tokens)]
+        assert sorted(covered) == list(range(i + 1 if causal else length))
+        assert i in direct
+
+
+@given(columns=SIZES, length=st.integers(1, 50))
+def test_the_joint_mixture_sees_twice_what_is_off_the_cross(columns: int, length: int) -> None:
+    for i in range(length):
+        direct, regions = JointMixture(columns).partition(i, length, causal=True)
+        assert sorted(direct) == [j for j in range(i + 1) if j // columns == i // columns or (i - j) % columns == 0]
+        off = sorted(j for region in regions for j in region.tokens)
+        assert off == sorted(2 * [j for j in range(i + 1) if j not in direct])
+
+
+@given(plan=PLANS, length=st.integers(1, 40), causal=st.booleans())
+def test_weights_sum_to_one_over_what_may_be_seen(plan: Plan, length: int, causal: bool) -> None:
+    causal = causal or not plan.bidirectional
+    weights = weights_of(plan, length, causal=causal)
+    assert_equal(weights.sum(dim=-1), torch.ones(2, length, dtype=torch.float64))
+    visible = torch.ones(length, length, dtype=torch.bool)
+    visible = visible.tril() if causal else visible
+    assert bool((weights[:, ~visible] == 0).all())
+    assert bool((weights[:, visible] > 0).all())
+
+
+def test_queries_share_the_weights_inside_a_region() -> None:
+    weights = weights_of(Fixed(4), 12, causal=True)[:, 8:, :4]  # four queries, one region
+    inside = weights / weights.sum(dim=-1, keepdim=True)
+    assert_equal(inside, inside[:, :1].expand_as(inside))
+
+
+def regions_of(plan: Plan, i: int, length: int) -> tuple[list[int], list[list[int]]]:
+    direct, regions = plan.partition(i, length, causal=True)
+    return sorted(direct), [list(region.tokens) for region in regions]
+
+
+def test_regions_of_logsparse_are_those_of_the_worked_example() -> None:
+    starts = {0: [], 1: [], 2: [(0, 2)], 3: [(0, 2)], 4: [(0, 4)], 5: [(0, 4)], 6: [(4, 6), (0, 4)]}
+    starts |= {7: [(4, 6), (0, 4)], 8: [(0, 8)]}
+    for i, expected in starts.items():  # the token before an odd one is a region of its own, and so as good as direct
+        direct, regions = regions_of(Logsparse(), i, 9)
+        assert direct == ([i - 1, i] if i % 2 else [i])
+        assert regions == [list(range(*ends)) for ends in expected]
+
+
+def test_regions_of_the_other_plans_are_those_of_the_worked_example() -> None:
+    cross = [1, 5, 8, 9]
+    assert regions_of(Vertical(4), 9, 12) == (cross, [[0, 4], [2, 6], [3, 7]])
+    assert regions_of(Horizontal(4), 9, 12) == (cross, [[0, 2, 3], [4, 6, 7]])
+    joint = [[0, 4], [2, 6], [3, 7], [0], [4], [2, 3], [6, 7]]
+    assert regions_of(JointMixture(4), 9, 12) == (cross, joint)
+    assert regions_of(Fixed(4), 9, 12) == ([8, 9], [[0, 1, 2, 3], [4, 5, 6, 7]])
+    direct, regions = Rowmajor(4).partition(9, 12, causal=True)
+    assert direct == [8, 9]
+    assert [(region.tokens, region.asking) for region in regions] == [((0, 1, 2, 3), 1), ((4, 5, 6, 7), 5)]
+    for plan in (Vertical(4), Horizontal(4), JointMixture(4), Rowmajor(4)):
+        assert regions_of(plan, 2, 12) == ([0, 1, 2], [])
+
+
+EXACT = [
+    (Fixed(1), 9),
+    (Fixed(9), 9),
+    (Fixed(20), 9),
+    (Vertical(1), 9),
+    (Vertical(9), 9),
+    (Vertical(5), 9),
+    (Horizontal(1), 9),
+    (Horizontal(2), 9),
+    (Horizontal(9), 9),
+    (Rowmajor(1, weighted_keys=False), 9),
+    (Rowmajor(1), 9),
+    (Rowmajor(9), 9),
+    (Logsparse(), 1),
+    (Logsparse(), 2),
+]
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize(("plan", "length"), EXACT, ids=repr)
+def test_it_is_softmax_attention_where_no_region_has_two_tokens(plan: Plan, length: int, causal: bool) -> None:
+    q, k, v = qkv(length)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    assert_equal(combiner_attention(q, k, v, plan, causal=causal), expected)
+
+
+@given(plan=PARTITIONS.filter(lambda plan: not isinstance(plan, Rowmajor)), length=st.integers(1, 40), data=st.data())
+def test_with_equal_keys_and_the_logarithm_of_sizes_it_is_softmax_attention(
+    plan: Plan, length: int, data: st.DataObject
+) -> None:
+    causal = data.draw(st.booleans())
+    q, k, v = qkv(length)
+    k = k[:, :, :1].expand_as(k)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    out = combiner_attention(q, k, v, plan, causal=causal, summarize=Summarize(log_size=True))
+    assert_equal(out, expected)
+    if length > 4 and plan == Fixed(3):
+        assert not torch.allclose(combiner_attention(q, k, v, plan, causal=causal), expected)
+
+
+@given(plan=PLANS, length=st.integers(2, 40), data=st.data())
+def test_the_result_of_a_prefix_is_the_prefix_of_the_result(plan: Plan, length: int, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(1, length - 1))
+    q, k, v = qkv(length)
+    whole = combiner_attention(q, k, v, plan, causal=True)[:, :, :cut]
+    alone = combiner_attention(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut], plan, causal=True)
+    assert_equal(alone, whole)
+
+
+@given(plan=PLANS.filter(lambda plan: plan.bidirectional), length=st.integers(1, 30), padding=st.integers(1, 30))
+def test_right_padding_changes_nothing_and_gets_no_gradient(plan: Plan, length: int, padding: int) -> None:
+    inputs = qkv(length)
+    q, k, v = (torch.cat((x, torch.full_like(x[:, :, :1], 1e3).expand(-1, -1, padding, -1)), dim=2) for x in inputs)
+    valid = (torch.arange(length + padding) < length).expand(2, -1)
+    out = combiner_attention(q, k, v, plan, causal=False, valid=valid)
+    assert_equal(out[:, :, :length], combiner_attention(*inputs, plan, causal=False))
+    assert not out[:, :, length:].any()
+
+
+def test_what_is_not_real_may_hold_anything() -> None:
+    valid = torch.tensor([[True, False, True, True, False, True, True, False, False]])
+    for plan in (Fixed(3), Logsparse(), Vertical(3), Horizontal(3), Rowmajor(3)):
+        q, k, v = qkv(9, batch=1)
+        hidden = ~valid[:, None, :, None]
+        holes = (q.masked_fill(hidden, torch.nan), k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.nan))
+        out = combiner_attention(*holes, plan, causal=False, valid=valid)
+        expected = combiner_attention(q, k, v, plan, causal=False, valid=valid)
+        assert torch.equal(out, expected)
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+@given(plan=PLANS, units=st.integers(1, 9), causal=st.booleans())
+@example(plan=Logsparse(), units=9, causal=True)
+@example(plan=Logsparse(), units=9, causal=False)
+def test_pairs_are_counted_without_a_layout(plan: Plan, units: int, causal: bool) -> None:
+    causal, length = causal or not plan.bidirectional, units * plan.unit(200)
+    layout = plan.layout(length, causal=causal)
+    counted = (sum(part.pairs for part in parts) for parts in (layout.parts, layout.summaries))
+    assert plan.pairs(length, causal=causal) == tuple(counted)
+
+
+def test_given_summaries_are_attended_as_own_ones() -> None:
+    q, k, v = qkv(11)
+    rows = F.pad(torch.arange(11), (0, 1), value=-1).reshape(3, 4)
+    keys, values = torch.zeros(2, 2, 12, 3).double(), torch.zeros(2, 2, 12, 3).double()
+    for row in rows:
+        members = row[row >= 0]
+        for place, asking in zip(range(int(row[0]), int(row[0]) + 4), row, strict=True):
+            query = q[:, :, asking] if asking >= 0 else torch.zeros_like(q[:, :, 0])
+            weights = (torch.einsum("bhe,bhje->bhj", query, k[:, :, members]) / math.sqrt(3)).softmax(dim=-1)
+            keys[:, :, place] = torch.einsum("bhj,bhje->bhe", weights, k[:, :, members])
+            values[:, :, place] = torch.einsum("bhj,bhje->bhe", weights, v[:, :, members])
+    for causal in (True, False):
+        given_ones = combiner_attention_with_summaries(q, k, v, keys, values, Rowmajor(4), causal=causal)
+        own = combiner_attention(q, k, v, Rowmajor(4), causal=causal)
+        assert_equal(given_ones, own)
+        upstream = torch.randn_like(own)
+        found = torch.autograd.grad(given_ones, (q, k, v), upstream, retain_graph=True)
+        wanted = torch.autograd.grad(own, (q, k, v), upstream)
+        for gradient, expected in zip(found, wanted, strict=True):
+            assert_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("plan", [Fixed(64), Logsparse(), Vertical(16), Horizontal(16), Rowmajor(16)], ids=repr)
+def test_only_inputs_result_and_sums_are_kept(plan: Plan) -> None:
+    q, k, v = (torch.randn(1, 2, 256, 8, requires_grad=True) for _ in range(3))
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        combiner_attention(q, k, v, plan, causal=True)
+    assert sum(kept.values()) == 4 * 256 * 2 * (4 * 8 + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_numbers_stay_close_to_the_definition(dtype: torch.dtype) -> None:
+    q, k, v = (x.detach().to(dtype) for x in qkv(70, width=8))
+    for plan in (Fixed(8), Logsparse(), Vertical(8), Horizontal(8), Rowmajor(8), JointMixture(8)):
+        out = combiner_attention(q, k, v, plan, causal=True)
+        exact = combiner_attention_by_regions(q.double(), k.double(), v.double(), plan, causal=True)
+        assert out.dtype == dtype
+        assert float((out.double() - exact).norm() / exact.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@BOTH_FORMS
+def test_parts_without_the_fused_operator_are_the_same(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on other devices than the CPU."""
+    inputs = qkv(23)
+    for plan in (Fixed(4), Logsparse(), Vertical(4), Horizontal(4), Rowmajor(4)):
+        fused = combiner_attention(*inputs, plan, causal=causal)
+        wanted = torch.autograd.grad(fused.square().sum(), inputs)
+        with monkeypatch.context() as patch:
+            patch.setattr("subquad.ops.rectangles.FUSED_ON", "nothing")
+            plain = combiner_attention(*inputs, plan, causal=causal)
+            found = torch.autograd.grad(plain.square().sum(), inputs)
+        assert_equal(plain, fused)
+        for gradient, expected in zip(found, wanted, strict=True):
+            assert_equal(gradient, expected)
+
+
+def test_a_part_reads_and_adds_through_its_views() -> None:
+    x = torch.arange(12.0).reshape(1, 12, 1)
+    assert View(1, 3, 4, 2).of(x)[:, 0, :, 0].tolist() == [[1, 2], [5, 6], [9, 10]]
+    assert View(0, 2, 1, 3, 4).of(x)[:, 0, :, 0].tolist() == [[0, 4, 8], [1, 5, 9]]
+    shared, listed = View(3, 2, 0, 2), Gather(torch.tensor([[0, 1], [1, 2]]))
+    total = torch.zeros(1, 12, 1)
+    shared.add(total, torch.ones(2, 1, 2, 1))
+    listed.add(total, torch.ones(2, 1, 2, 1))
+    assert total[0, :, 0].tolist() == [1, 2, 1, 2, 2, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_row_without_keys_gives_nothing() -> None:
+    q, k, v = (torch.randn(1, 4, 3, dtype=torch.float64) for _ in range(3))
+    part = Part(
+        View(0, 2, 2, 2), (Keys(TOKENS, View(0, 2, 2, 2)),), torch.tensor([[False, False], [True, True]])[None, None]
+    )
+    queries = Queries(q, torch.zeros_like(q), torch.full_like(q[..., 0], -torch.inf))
+    part = part.restrict({}, q.dtype)
+    part.forward(queries, {TOKENS: Source(k, v)}, 1.0, fresh=True)
+    assert queries.lse.isinf().tolist() == [[True, False, True, False]]
+    assert not queries.out[:, ::2].any()
+
+
+def test_bad_arguments_are_refused() -> None:
+    q, k, v = qkv(6)
+    with pytest.raises(ValueError, match=r"q, k and v must be \(B, H, L, E\), all of one shape; got \(2, 2, 6, 3\), "):
+        combiner_attention(q, k[:, :, :5], v, Fixed(2), causal=True)
+    with pytest.raises(ValueError, match=r"valid must be bool \(2, 6\), got torch.bool \(2, 5\)"):
+        combiner_attention(q, k, v, Fixed(2), causal=True, valid=torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"JointMixture\(columns=2\) is causal alone; pass causal=True"):
+        combiner_attention(q, k, v, JointMixture(2), causal=False)
+    with pytest.raises(ValueError, match=r"Rowmajor.* pools nothing; leave reduce and activation as they are"):
+        combiner_attention(q, k, v, Rowmajor(2), causal=True, summarize=Summarize("mean"))
+    with pytest.raises(ValueError, match=r"'deepset' needs query_weight and key_weight of shape \(3, 3\)"):
+        combiner_attention(q, k, v, Fixed(2), causal=True, summarize=Summarize("max", "deepset"))
+    with pytest.raises(ValueError, match=r"expected two of 4 summaries or more, got \(2, 2, 3, 3\)"):
+        combiner_attention_with_summaries(q, k, v, k[:, :, :3], v[:, :, :3], Rowmajor(2), causal=True)
+    for plan, name in ((Fixed, "size"), (Vertical, "columns")):
+        with pytest.raises(ValueError, match=rf"{plan.__name__}\({name}\) must be at least 1, got 0"):
+            plan(0)
+
+
+def test_nothing_gives_nothing() -> None:
+    for shape in ((0, 2, 5, 3), (2, 0, 5, 3), (2, 2, 0, 3)):
+        x = torch.zeros(shape)
+        assert combiner_attention(x, x, x, Fixed(2), causal=True).shape == shape
+
+
+def test_the_gradient_of_softmax_that_is_private_to_torch_is_what_it_was() -> None:
+    scores = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    weights, grad = scores.softmax(dim=-1), torch.randn(3, 5, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(weights, scores, grad)
+    found = torch.ops.aten._softmax_backward_data(grad, weights.detach(), -1, grad.dtype)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
