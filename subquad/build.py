@@ -177,22 +177,46 @@ def cost(
     num_heads: int,
     head_dim: int | None = None,
     causal: bool = False,
+    cross: bool = False,
     max_length: int | None = None,
+    context_length: int | None = None,
     dtype_bytes: int = 4,
     **options: Any,
 ) -> Cost:
     """The price of one forward pass of a mixer over one sequence of `length` tokens; nothing is allocated.
 
+    Args:
+        name: as in `build_mixer`, like the arguments that aren't named here.
+        length: L, tokens of x.
+        embed_dim: D.
+        num_heads: H.
+        head_dim: E.
+        causal: the price of the causal form.
+        cross: that of the form that reads a context.
+        max_length: longest input.
+        context_length: with cross=True, S, tokens of the context; None for as many as x has.
+        dtype_bytes: of an element of x.
+        **options: the fields of the mechanism's config.
+
     Raises:
-        ValueError: as `build_mixer`, or a negative length.
+        ValueError: as `build_mixer`, a negative length, or a context_length without cross=True.
     """
     if length < 0:
         raise ValueError(f"cost: length must not be negative, got {length}")
     config = mixer_config(name, **options)
-    dims = make_dims(embed_dim=embed_dim, num_heads=num_heads, head_dim=head_dim, causal=causal, max_length=max_length)
+    dims = make_dims(
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        causal=causal,
+        cross=cross,
+        max_length=max_length,
+        context_length=context_length,
+    )
     check_dims(config, dims)
-    if config.traits.fixed_length and max_length is not None and length > max_length:
-        raise ValueError(f"{name}: length {length} exceeds max_length={max_length}")
+    longest = max(length, dims.key_length(length))
+    if config.traits.fixed_length and max_length is not None and longest > max_length:
+        raise ValueError(f"{name}: length {longest} exceeds max_length={max_length}")
     return config.cost(dims, length, dtype_bytes)
 
 

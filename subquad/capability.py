@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from subquad.config import coerce_fields
@@ -56,6 +56,7 @@ class Dims:
         dropout: rate on the output of the mixer, never on attention probabilities.
         layer: index of the layer; with the config's seed it determines fixed random structure.
         num_global: tokens per example that the model will ask to be global; used for the price alone.
+        context_length: S, tokens of the context of a cross mixer, None for as many as x has; for the price alone.
     """
 
     embed_dim: int
@@ -69,6 +70,7 @@ class Dims:
     dropout: float = 0.0
     layer: int = 0
     num_global: int = 0
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -85,6 +87,11 @@ class Dims:
             raise ValueError(f"build_mixer: dropout must be in [0, 1), got {self.dropout}")
         if self.causal and self.cross:
             raise ValueError("build_mixer: cross=True excludes causal=True; the context has no order relative to x")
+        if self.context_length is not None and not (self.cross and self.context_length >= 0):
+            raise ValueError(
+                "build_mixer: context_length is the number of tokens of a cross mixer's context, at least 0; "
+                f"got {self.context_length} with cross={self.cross}"
+            )
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"build_mixer: positions='rotary' needs an even head_dim, got {self.head_dim}")
 
@@ -92,6 +99,14 @@ class Dims:
     def inner_dim(self) -> int:
         """H * E, the width of all heads together."""
         return self.num_heads * self.head_dim
+
+    def of_cross_mixer(self, context_length: int | None = None) -> Dims:
+        """Those of the cross mixer that stands beside a mixer of these dims in a layer of a decoder."""
+        return replace(self, causal=False, cross=True, num_global=0, context_length=context_length)
+
+    def key_length(self, length: int) -> int:
+        """S, tokens that keys and values are made of, where x has `length`: those of the context of a cross mixer."""
+        return length if self.context_length is None else self.context_length
 
 
 def mixers_with(trait: str) -> list[str]:

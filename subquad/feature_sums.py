@@ -110,17 +110,16 @@ def feature_sum_cost(
     keeps_features: bool,
     chunk: int,
 ) -> Cost:
-    """The price of attention by features, projections included; a context is as long as x.
+    """The price of attention by features, projections included.
 
-    Every token is mapped, written to the sums and read from them: `projected` products with directions for each of q
-    and k, and F features. The causal form adds the pairs inside chunks and the running
-    sums over the chunks of a segment. Denominators are elementwise work. Autograd
-    keeps q and k, or `keeps_features` in their place, v and the merged heads, the denominators, the references of
-    exponentials, and the sums, causally those before each segment.
+    Every q and k is mapped, with `projected` products with directions and F features; keys are written to the sums and
+    queries read from them. The causal form adds the pairs inside chunks and the running sums over the chunks of a
+    segment. Denominators are elementwise work. Autograd keeps q and k, or `keeps_features` in their place, v and the
+    merged heads, the denominators, the references of exponentials, and the sums, causally those before each segment.
     """
     heads, width, wide_bytes = dims.num_heads, dims.head_dim, max(4, dtype_bytes)
-    sums = features * (width + 1)
-    flops, kept = length * (2 * 2 * projected * width + 2 * 2 * features * width), length
+    sums, mapped = features * (width + 1), length + dims.key_length(length)
+    flops, kept = mapped * (2 * projected * width + 2 * features * width), length
     if dims.causal:
         parts = [(tokens.stop - tokens.start, chunks) for tokens, chunks in segments(length, chunk)]
         flops += sum(2 * tokens * (tokens // chunks) * (features + width) for tokens, chunks in parts)
@@ -129,10 +128,10 @@ def feature_sum_cost(
     else:
         kept += sums + (1 if exponential else 0)
     state = sums + 1 if dims.causal or dims.cross else 0
-    kept += 2 * length * features if keeps_features else 0
-    return projection_cost(dims, length, dtype_bytes, kept=1 if keeps_features else 3) + Cost(
+    kept += mapped * features if keeps_features else 0
+    return projection_cost(dims, length, dtype_bytes, kept="v" if keeps_features else "qkv") + Cost(
         flops=heads * flops,
-        activation_bytes=wide_bytes * heads * kept if length else 0,
+        activation_bytes=wide_bytes * heads * kept if mapped else 0,
         state_bytes=wide_bytes * heads * state,
     )
 

@@ -122,16 +122,19 @@ def initialise_projection(projection: nn.Linear) -> None:
         nn.init.zeros_(projection.bias)
 
 
-def projection_cost(dims: Dims, length: int, dtype_bytes: int, *, kept: int = 3) -> Cost:
+def projection_cost(dims: Dims, length: int, dtype_bytes: int, *, kept: str = "qkv") -> Cost:
     """The price of the four projections of `HeadMixer`.
 
-    Autograd keeps the input x, the merged heads, and as many of q, k, v as are `kept` in the dtype of x.
+    Autograd keeps the input x, the merged heads, and those of q, k and v that are `kept` in the dtype of x; a context
+    is kept too, but once for all that read it, so that their model prices it.
     """
+    keys = dims.key_length(length)
+    heads = length + sum(length if name == "q" else keys for name in kept)
     weights = dims.embed_dim * dims.inner_dim
     biases = 3 * dims.inner_dim + dims.embed_dim if dims.bias else 0
     return Cost(
-        flops=4 * 2 * length * weights,
-        activation_bytes=dtype_bytes * length * (dims.embed_dim + (1 + kept) * dims.inner_dim),
+        flops=2 * 2 * (length + keys) * weights,
+        activation_bytes=dtype_bytes * (length * dims.embed_dim + heads * dims.inner_dim),
         parameters=4 * weights + biases,
     )
 

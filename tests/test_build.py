@@ -85,6 +85,14 @@ def test_a_price_needs_no_module() -> None:
     assert cost("full", length=10, dtype_bytes=2, **SIZES).activation_bytes < price.activation_bytes
 
 
+def test_the_price_of_a_cross_mixer_counts_its_context() -> None:
+    price = cost("full", length=10, cross=True, context_length=30, **SIZES)
+    assert price.flops == 2 * 2 * (10 + 30) * 64 + 4 * 10 * 30 * 8
+    assert price.state_bytes == 2 * 30 * 8 * 4
+    as_long = cost("full", length=10, cross=True, context_length=10, **SIZES)
+    assert cost("full", length=10, cross=True, **SIZES) == as_long
+
+
 def test_a_price_is_refused_like_a_module() -> None:
     with pytest.raises(ValueError, match="length must not be negative, got -1"):
         cost("full", length=-1, **SIZES)
@@ -94,6 +102,13 @@ def test_a_price_is_refused_like_a_module() -> None:
         cost("linformer", length=4, **SIZES)
     with pytest.raises(ValueError, match="linformer: length 5 exceeds max_length=4"):
         cost("linformer", length=5, max_length=4, **SIZES)
+    with pytest.raises(ValueError, match="linformer: length 6 exceeds max_length=4"):
+        cost("linformer", length=3, max_length=4, cross=True, context_length=6, **SIZES)
+    with pytest.raises(ValueError, match="local: cross=True is not supported"):
+        cost("local", length=3, cross=True, **SIZES)
+    for length, cross in ((5, False), (-1, True)):
+        with pytest.raises(ValueError, match=f"context_length is the number .* got {length} with cross={cross}"):
+            cost("full", length=3, cross=cross, context_length=length, **SIZES)
 
 
 def test_a_feedforward_needs_a_width() -> None:

@@ -74,7 +74,7 @@ class CosformerConfig(MixerConfig):
 
         Autograd keeps relu of q and k, and cosines and sines, besides what it keeps of features.
         """
-        inner, wide_bytes = dims.inner_dim, max(4, dtype_bytes)
+        inner, keys, wide_bytes = dims.inner_dim, dims.key_length(length), max(4, dtype_bytes)
         price = feature_sum_cost(
             dims,
             length,
@@ -85,9 +85,10 @@ class CosformerConfig(MixerConfig):
             keeps_features=True,
             chunk=CHUNK,
         )
-        widened = 0 if dtype_bytes >= 4 else (2 * wide_bytes - dtype_bytes) * length * inner  # v and the result
-        tables = 4 if dims.cross else 2
-        return price + Cost(flops=0, activation_bytes=wide_bytes * length * (2 * inner + tables) + widened)
+        rectified, tables = (length + keys) * inner, 2 * (length + keys if dims.cross else length)
+        of_values = wide_bytes * (length + keys) - dtype_bytes * keys  # v and the result, in place of v as projected
+        widened = 0 if dtype_bytes >= 4 else of_values * inner
+        return price + Cost(activation_bytes=wide_bytes * (rectified + tables) + widened)
 
 
 class Cosines(NamedTuple):

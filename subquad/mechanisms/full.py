@@ -58,9 +58,10 @@ class FullConfig(MixerConfig):
         return Full(self, dims)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """Projections and visible pairs; a context is as long as x."""
-        pairs = visible_pairs(length, right=0) if dims.causal else visible_pairs(length)
-        stored = length if dims.causal or dims.cross else 0
+        """Projections and visible pairs."""
+        keys = dims.key_length(length)
+        pairs = visible_pairs(length, right=0) if dims.causal else length * keys
+        stored = keys if dims.causal or dims.cross else 0
         state = Cost(state_bytes=2 * stored * dims.inner_dim * max(4, dtype_bytes))
         return projection_cost(dims, length, dtype_bytes) + attention_cost(dims, length, pairs, dtype_bytes) + state
 

@@ -95,11 +95,12 @@ class LinformerConfig(MixerConfig):
         Autograd keeps the compressed rows and the log-sum-exp besides what the projections keep; for means neither k
         nor v but the sizes of the blocks; otherwise blocks are kept filled up.
         """
-        rows = self.rank if self.compression == "linear" else -(-length // self.block(dims))
-        products = length if self.compression == "linear" else 0
-        kept = {"linear": 2 * length * dims.inner_dim, "mean": 2 * rows}
+        keys = dims.key_length(length)
+        rows = self.rank if self.compression == "linear" else -(-keys // self.block(dims))
+        products = keys if self.compression == "linear" else 0
+        kept = {"linear": 2 * keys * dims.inner_dim, "mean": 2 * rows}
         blocks = 2 * rows * self.block(dims) * dims.inner_dim
-        return projection_cost(dims, length, dtype_bytes, kept=1) + Cost(
+        return projection_cost(dims, length, dtype_bytes, kept="q") + Cost(
             flops=2 * 2 * (products + length) * rows * dims.inner_dim,
             activation_bytes=dtype_bytes * (2 * rows * dims.inner_dim + kept.get(self.compression, blocks))
             + max(4, dtype_bytes) * dims.num_heads * length,

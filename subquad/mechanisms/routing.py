@@ -106,7 +106,7 @@ class RoutingConfig(MixerConfig):
         kept = sets * inner + (sets + dims.causal) * dims.num_heads
         copies = 0 if dtype_bytes >= 4 else wide * dims.embed_dim * (length + sets * inner)
         spared = 2 - sets  # projections
-        return projection_cost(dims, length, dtype_bytes, kept=1) + Cost(
+        return projection_cost(dims, length, dtype_bytes, kept="v") + Cost(
             flops=2 * inner * (sets * length * self.clusters + 2 * pairs - spared * length * dims.embed_dim),
             activation_bytes=wide * length * kept + copies + dtype_bytes * sets * self.clusters * inner,
             parameters=-spared * inner * (dims.embed_dim + dims.bias),

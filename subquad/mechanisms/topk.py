@@ -67,18 +67,19 @@ class TopkConfig(MixerConfig):
         return self.top_k if self.fraction is None else max(self.top_k, -(-key_length // self.fraction))
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """Scores of all visible pairs, values of the kept ones; a context is as long as x.
+        """Scores of all visible pairs, values of the kept ones.
 
         Autograd keeps a weight for each kept score (and its index).
         """
-        kept, width = self.kept(length), max(4, dtype_bytes)
-        pairs = length * (length + 1) // 2 if dims.causal else length * length
-        few = min(kept, length)
+        keys, width = dims.key_length(length), max(4, dtype_bytes)
+        pairs = length * (length + 1) // 2 if dims.causal else length * keys
+        kept = self.kept(keys)
+        few = min(kept, keys)
         values = length * few - (few * (few - 1) // 2 if dims.causal else 0)
-        stored = length if dims.causal or dims.cross else 0
+        stored = keys if dims.causal or dims.cross else 0
         return projection_cost(dims, length, dtype_bytes) + Cost(
             flops=2 * (pairs + values) * dims.inner_dim,
-            activation_bytes=width * dims.num_heads * length * kept_slots(kept, length),
+            activation_bytes=width * dims.num_heads * length * kept_slots(kept, keys),
             state_bytes=2 * stored * dims.inner_dim * width,
         )
 

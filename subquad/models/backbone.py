@@ -189,33 +189,46 @@ class SubquadModel(SubquadPreTrainedModel):
         newest = given.newest(x.shape[0], x.shape[1] - self.prepended, past)
         return newest.mask(x, self.prepended, first_is_global=begins if self.config.global_tokens == "first" else None)
 
-    def cost(self, length: int, *, dtype_bytes: int = 4) -> Cost:
+    def cost(self, length: int, *, context_length: int | None = None, dtype_bytes: int = 4) -> Cost:
         """Price of all mixers for one sequence of `length` input tokens; embeddings, norms and head are not counted.
 
-        A parameter that layers share counts once. With reversible residuals `activation_bytes` are the two streams and
-        the sublayer that keeps most, of all those that the backward pass computes again one by one; of a feed-forward
-        in chunks, its input and one chunk.
+        A parameter that layers share counts once, and so does the context, which all cross mixers keep together. With
+        reversible residuals `activation_bytes` are the two streams, the context, and the sublayer that keeps most, of
+        all those that the backward pass computes again one by one; of a feed-forward in chunks, its input and one
+        chunk.
+
+        Args:
+            length: input tokens, without prepended ones.
+            context_length: S, tokens that the cross mixers of a decoder read; None where there are no cross mixers.
+            dtype_bytes: of an element of the stream.
 
         Raises:
-            ValueError: this stack has cross mixers.
+            ValueError: a decoder without a context_length, or another stack with one.
         """
-        if self.has_cross_mixers:
-            raise ValueError("SubquadModel.cost: the price of a decoder depends on its source too and isn't offered")
-        prepended = self.global_stream + self.prepended
-        tokens, width = length + prepended, self.config.hidden_size
-        prices = []
-        for index, (mixer, feedforward) in enumerate(
-            zip(self.config.layer_mixers(), self.config.layer_feedforwards(), strict=True)
-        ):
-            prices.append(mixer.cost(self.config.mixer_dims(index, prepended=prepended), tokens, dtype_bytes))
-            if feedforward is not None:
-                prices.append(self._feedforward_price(feedforward, tokens, dtype_bytes))
+        if self.has_cross_mixers != (context_length is not None):
+            price = "prices a decoder with its source: pass" if self.has_cross_mixers else "has no cross mixers to read"
+            raise ValueError(f"SubquadModel.cost: this stack {price} context_length, got {context_length}")
+        width = self.config.hidden_size
+        tokens = length + self.global_stream + self.prepended
+        prices = self._sublayer_prices(tokens, context_length, dtype_bytes)
         total = sum(prices, Cost())
         if self.config.residual == "reversible":
             streams = 2 * max(4, dtype_bytes) * tokens * width
             total = replace(total, activation_bytes=streams + max(price.activation_bytes for price in prices))
         shared = sum(self.get_parameter(name).numel() for name in self._tied_weights_keys)
-        return replace(total, parameters=total.parameters - shared)
+        return total + Cost(parameters=-shared, activation_bytes=dtype_bytes * (context_length or 0) * width)
+
+    def _sublayer_prices(self, tokens: int, context_length: int | None, dtype_bytes: int) -> list[Cost]:
+        prices = []
+        feedforwards = self.config.layer_feedforwards()
+        for index, (block, feedforward) in enumerate(zip(layers_of(self.blocks), feedforwards, strict=True)):
+            dims = self.config.mixer_dims(index, prepended=self.global_stream + self.prepended)
+            prices.append(block.mixer.config.cost(dims, tokens, dtype_bytes))
+            if block.cross_mixer is not None:
+                prices.append(block.cross_mixer.config.cost(dims.of_cross_mixer(context_length), tokens, dtype_bytes))
+            if feedforward is not None:
+                prices.append(self._feedforward_price(feedforward, tokens, dtype_bytes))
+        return prices
 
     def _feedforward_price(self, feedforward: FeedforwardConfig, tokens: int, dtype_bytes: int) -> Cost:
         width, chunk = self.config.hidden_size, self.config.feedforward_chunk

@@ -6,7 +6,6 @@ In a decoder a third mixer stands between the two, whose context is the encoder'
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -76,8 +75,7 @@ class Block(GradientCheckpointingLayer):
         self.feedforward_chunk = feedforward_chunk
         self.mixer = build_from_config(mixer, dims)
         self.mixer_norm = None if owns_block else nn.LayerNorm(dims.embed_dim)
-        cross_dims = replace(dims, causal=False, cross=True, num_global=0)
-        self.cross_mixer = None if cross_mixer is None else build_from_config(cross_mixer, cross_dims)
+        self.cross_mixer = None if cross_mixer is None else build_from_config(cross_mixer, dims.of_cross_mixer())
         self.cross_norm = None if cross_mixer is None else nn.LayerNorm(dims.embed_dim)
         self.feedforward: ChannelMixer | None = None if feedforward is None else feedforward.build(dims.embed_dim)
         self.feedforward_norm = None if feedforward is None else nn.LayerNorm(dims.embed_dim)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from subquad.costs import Cost
 from subquad.models.backbone import SubquadModel
 from subquad.models.block import Block, add_losses, layers_of
 from subquad.models.configuration import SubquadConfig
@@ -77,6 +78,17 @@ class SubquadForSeq2SeqLM(SubquadGeneratingModel):
         """Replace the token table of both stacks."""
         self.encoder.set_input_embeddings(value)
         self.decoder.set_input_embeddings(value)
+
+    def cost(self, source_length: int, target_length: int, *, dtype_bytes: int = 4) -> Cost:
+        """Price of all mixers for one pair of source and target, as `SubquadModel.cost` counts it.
+
+        Args:
+            source_length: S, tokens that the encoder reads.
+            target_length: T, tokens that the decoder reads, the start token included.
+            dtype_bytes: of an element of the stream.
+        """
+        encoder = self.encoder.cost(source_length, dtype_bytes=dtype_bytes)
+        return encoder + self.decoder.cost(target_length, context_length=source_length, dtype_bytes=dtype_bytes)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The target one place to the right behind the start token, (B, T); collators call it by this name."""

@@ -29,6 +29,13 @@ CASES = [
     for dims in forms(name)
     for count in ((0, 3) if small_config(name).traits.global_tokens else (0,))
 ]
+WITH_CONTEXTS = CASES + [
+    pytest.param(name, replace(dims, context_length=context_length), id=f"{name}-context of {context_length}")
+    for name in list_mixers(cross=True)
+    for dims in forms(name)
+    for context_length in (1, 21, 96)
+    if dims.cross
+]
 
 
 def price(name: str, dims: Dims, length: int, dtype_bytes: int = 4) -> Cost:
@@ -38,16 +45,17 @@ def price(name: str, dims: Dims, length: int, dtype_bytes: int = 4) -> Cost:
 def mixer_and_inputs(
     name: str, dims: Dims, length: int, dtype: torch.dtype = torch.float32
 ) -> tuple[TokenMixer, tuple[Tensor, Tensor | None], Mask | None]:
-    """A module in training, one sequence, the context as long, and as many global tokens as are priced."""
+    """A module in training, one sequence, a context and as many global tokens as are priced."""
     mixer = build_from_config(small_config(name), dims).to(dtype).train()
     x = torch.randn(1, length, dims.embed_dim, dtype=dtype, requires_grad=True)
     mask = Mask(global_tokens=(torch.arange(length) < dims.num_global)[None]) if dims.num_global else None
-    context = torch.randn_like(x).requires_grad_() if dims.cross else None
+    shape = 1, dims.key_length(length), dims.embed_dim
+    context = torch.randn(shape, dtype=dtype, requires_grad=True) if dims.cross else None
     return mixer, (x, context), mask
 
 
 @pytest.mark.parametrize("length", [32, 64, 96])
-@pytest.mark.parametrize(("name", "dims"), CASES)
+@pytest.mark.parametrize(("name", "dims"), WITH_CONTEXTS)
 def test_flops_are_those_that_are_counted(name: str, dims: Dims, length: int) -> None:
     mixer, inputs, mask = mixer_and_inputs(name, dims, length)
     assert price(name, dims, length).flops == counted_flops(lambda: mixer(*inputs, mask=mask))
@@ -55,7 +63,7 @@ def test_flops_are_those_that_are_counted(name: str, dims: Dims, length: int) ->
 
 @pytest.mark.parametrize(("dtype", "dtype_bytes"), [(torch.float32, 4), (torch.float64, 8)])
 @pytest.mark.parametrize("length", [1, 29, 64])
-@pytest.mark.parametrize(("name", "dims"), CASES)
+@pytest.mark.parametrize(("name", "dims"), WITH_CONTEXTS)
 def test_activation_bytes_are_those_that_autograd_saves(
     name: str, dims: Dims, length: int, dtype: torch.dtype, dtype_bytes: int
 ) -> None:
@@ -65,7 +73,7 @@ def test_activation_bytes_are_those_that_autograd_saves(
     assert price(name, dims, length, dtype_bytes).activation_bytes == saved - context_bytes
 
 
-@pytest.mark.parametrize(("name", "dims"), CASES)
+@pytest.mark.parametrize(("name", "dims"), WITH_CONTEXTS)
 def test_activation_bytes_hold_in_bfloat16_within_two_percent(name: str, dims: Dims) -> None:
     mixer, inputs, mask = mixer_and_inputs(name, dims, 64, torch.bfloat16)
     context_bytes = 0 if inputs[1] is None else inputs[1].nbytes
@@ -81,7 +89,7 @@ def test_parameters_are_those_of_the_module(name: str, dims: Dims, bias: bool) -
     assert price(name, dims, 10).parameters == sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize(("name", "dims"), CASES)
+@pytest.mark.parametrize(("name", "dims"), WITH_CONTEXTS)
 def test_state_bytes_are_those_of_a_state_without_its_counters(name: str, dims: Dims) -> None:
     mixer, (x, context), _ = mixer_and_inputs(name, dims, 40)
     held = 0

@@ -157,3 +157,15 @@ def test_parameters_are_those_of_the_module(config: MixerConfig) -> None:
     dims = replace(WIDE_HEADS, causal=config.traits.causal)
     module = build_from_config(config, dims)
     assert config.cost(dims, 10, 4).parameters == sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("config", [config for config in CONFIGS if config.traits.cross], ids=repr)
+@pytest.mark.parametrize("context_length", [1, 21, 90])
+def test_a_context_of_another_length_is_priced_as_exactly(config: MixerConfig, context_length: int) -> None:
+    dims = replace(WIDE_HEADS, cross=True, context_length=context_length)
+    mixer, x = build_from_config(config, dims), torch.randn(1, 29, 24, requires_grad=True)
+    context = torch.randn(1, context_length, 24, requires_grad=True)
+    price = config.cost(dims, 29, 4)
+    assert price.flops == counted_flops(lambda: mixer(x, context))
+    kept = saved_bytes(mixer, lambda: differentiated(mixer(x, context)))
+    assert price.activation_bytes == kept - context.nbytes  # the model prices the context, once

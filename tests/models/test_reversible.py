@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from restless import RestlessConfig, RoutedConfig
-from small_models import MIXERS, batch, blocks_of, classifier, small
+from small_models import MIXERS, batch, blocks_of, build, classifier, small
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from subquad import receipts, traits
 from subquad.benchmark.memory import allocated_peak_bytes, saved_bytes
 from subquad.interface import Mixed
-from subquad.models import SubquadCache, SubquadForSequenceClassification, reversible
+from subquad.models import SubquadCache, SubquadForSeq2SeqLM, SubquadForSequenceClassification, reversible
 from subquad.models.stack import StackInputs
 from subquad.registry import MIXERS as REGISTERED
 from subquad.registry import register
@@ -212,6 +212,13 @@ def test_the_price_keeps_two_streams_and_one_sublayer() -> None:
     mixer = reversed_.config.layer_mixers()[0].cost(dims, 21, 4).activation_bytes
     feedforward = 4 * 21 * (16 + 2 * 24)
     assert price.activation_bytes == 2 * 4 * 21 * 16 + max(mixer, feedforward)
+
+
+def test_the_price_of_a_decoder_keeps_its_source_besides() -> None:
+    decoder = build(SubquadForSeq2SeqLM, mixer="full", residual="reversible").decoder
+    dims = decoder.config.mixer_dims(0).of_cross_mixer(26)
+    most = decoder.config.layer_cross_mixers()[0].cost(dims, 7, 4).activation_bytes
+    assert decoder.cost(7, context_length=26).activation_bytes == 4 * (2 * 7 + 26) * 16 + most
 
 
 @BY_MIXER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from small_models import (
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from subquad.benchmark.memory import saved_bytes
 from subquad.build import list_mixers
 from subquad.interface import Mixed
 from subquad.models import SubquadForSeq2SeqLM, reversible
@@ -180,14 +182,42 @@ def test_packed_pairs_do_not_mix(name: str) -> None:
         model(source, segment_ids=of_source, decoder_input_ids=tokens)
 
 
-def test_a_stack_without_cross_mixers_has_no_use_for_a_source_and_one_with_them_has_no_price() -> None:
+def test_a_stack_without_cross_mixers_has_no_use_for_a_source_and_one_with_them_needs_it() -> None:
     model, (source, _) = seq2seq_lm(), batch()
     with pytest.raises(ValueError, match="got encoder_hidden_states, but this stack has no cross mixers"):
         model.encoder(source, encoder_hidden_states=torch.zeros(3, 13, 16))
     with pytest.raises(ValueError, match="full: was built with cross=True and needs context"):
         model.decoder(source)
-    with pytest.raises(ValueError, match="the price of a decoder depends on its source too"):
+    with pytest.raises(ValueError, match="prices a decoder with its source: pass context_length, got None"):
         model.decoder.cost(20)
+    with pytest.raises(ValueError, match="this stack has no cross mixers to read context_length, got 13"):
+        model.encoder.cost(20, context_length=13)
+
+
+def test_the_price_is_that_of_every_mixer_of_both_halves() -> None:
+    model = seq2seq_lm(cross_mixer=[small("full"), small("linear")], encoder_layers=2)
+    blocks = blocks_of(model.encoder) + blocks_of(model.decoder)
+    layers = [layer for block in blocks for layer in (block.mixer, block.cross_mixer, block.feedforward)]
+    price = model.cost(13, 7)
+    assert price.parameters == sum(p.numel() for layer in layers if layer is not None for p in layer.parameters())
+    cross = [block.cross_mixer for block in blocks_of(model.decoder)]
+    read = sum(
+        mixer.config.cost(replace(mixer.dims, context_length=13), 7, 4).flops for mixer in cross if mixer is not None
+    )
+    own = sum(block.mixer.config.cost(block.mixer.dims, 7, 4).flops for block in blocks_of(model.decoder))
+    assert price.flops == model.encoder.cost(13).flops + own + read + 3 * 4 * 7 * 16 * 24
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_the_bytes_that_a_longer_source_costs_a_decoder_are_those_that_autograd_saves(name: str) -> None:
+    decoder = seq2seq_lm(cross_mixer=small(name)).decoder.train()
+    saved, priced = [], []
+    for length in (10, 13):
+        source = torch.randn(1, length, 16, dtype=torch.float64, requires_grad=True)
+        inputs = {"input_ids": target()[:1], "encoder_hidden_states": source}
+        saved.append(saved_bytes(lambda inputs=inputs: decoder(**inputs).last_hidden_state, decoder.parameters()))
+        priced.append(decoder.cost(target().shape[1], context_length=length, dtype_bytes=8).activation_bytes)
+    assert saved[1] - saved[0] == priced[1] - priced[0]
 
 
 def test_what_cross_mixers_share_serves_all_layers(tmp_path: Path) -> None:

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from subquad.costs import Cost
 from subquad.interface import MixerConfig
-from subquad.models.backbone import SubquadModel
 from subquad.models.configuration import SubquadConfig
 from subquad.models.pretrained import SubquadPreTrainedModel
 from subquad.models.seq2seq_lm import SubquadForSeq2SeqLM
@@ -43,10 +41,8 @@ class Seq2SeqObjective(Objective[Seq2SeqData, SubquadForSeq2SeqLM]):
         return super().config({**settings, **tokens}, mixer)
 
     def cost(self, model: SubquadForSeq2SeqLM) -> Cost:
-        """As in `Objective`, of source and target of full length each; the cross mixers are not counted."""
-        with torch.device("meta"):
-            decoder = SubquadModel(model.config.of_decoder(), add_pooling=False)
-        return model.encoder.cost(self.data.max_length) + decoder.cost(self.data.max_length)
+        """As in `Objective`, of source and target of full length each."""
+        return model.cost(self.data.max_length, self.data.max_length)
 
     def example(self, split: PairedSplit, visit: Visit) -> Example:
         """As in `Objective`: the source, the target behind the start token, the target before the end token."""
