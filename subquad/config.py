@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,41 @@ def nearest(name: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     guess = f"did you mean {matches[0]!r}? " if matches else ""
     return f"{guess}Known: {', '.join(names) or 'none'}."
+
+
+def read_value(text: str) -> Any:
+    """A value as written on a command line: JSON where it is JSON, else a bare word, which is a string."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def read_options(owner: str, parts: Iterable[str]) -> dict[str, Any]:
+    """Options as written behind colons in a mixer or a preset: "name=value" each.
+
+    Args:
+        owner: the whole text, for the message.
+        parts: what stood between the colons.
+
+    Raises:
+        ValueError: a part of another form, or a name that is given twice.
+    """
+    options: dict[str, Any] = {}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if not (name and equals):
+            raise ValueError(f"{owner!r}: expected options as name=value behind a colon, got {part!r}")
+        if name in options:
+            raise ValueError(f"{owner!r}: {name} is given twice")
+        options[name] = read_value(value)
+    return options
+
+
+def write_option(name: str, value: Any) -> str:
+    """An option as `read_options` reads it."""
+    bare = isinstance(value, str) and read_value(value) == value
+    return f"{name}={value if bare else json.dumps(value, separators=(',', ':'))}"
 
 
 def field_names(config_class: type) -> list[str]:

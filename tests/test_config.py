@@ -8,7 +8,15 @@ from typing import Any, Literal
 
 import pytest
 
-from subquad.config import coerce_fields, config_fields, field_names, make_config, nearest
+from subquad.config import (
+    coerce_fields,
+    config_fields,
+    field_names,
+    make_config,
+    nearest,
+    read_options,
+    write_option,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +84,25 @@ def test_the_nearest_name_is_proposed_only_if_it_is_near() -> None:
     assert nearest("locl", ["full", "local"]) == "did you mean 'local'? Known: full, local."
     assert nearest("zzz", ["full", "local"]) == "Known: full, local."
     assert nearest("zzz", []) == "Known: none."
+
+
+@pytest.mark.parametrize("value", [3, 1e-5, 0.1, True, None, "a", "true", "3", "", [2, 4], {"b": 1}])
+def test_an_option_is_read_as_it_was_written(value: Any) -> None:
+    assert read_options("mine", [write_option("rate", value)]) == {"rate": value}
+
+
+def test_a_written_option_is_what_a_person_would_write() -> None:
+    assert [write_option("x", value) for value in (1e-3, "cosine", True, (2, 4))] == [
+        "x=0.001",
+        "x=cosine",
+        "x=true",
+        "x=[2,4]",
+    ]
+
+
+def test_options_of_another_form_or_given_twice_are_refused() -> None:
+    for part in ("rate", "=3", ""):
+        with pytest.raises(ValueError, match=f"'mine': expected options as name=value behind a colon, got '{part}'"):
+            read_options("mine", [part])
+    with pytest.raises(ValueError, match="'mine': rate is given twice"):
+        read_options("mine", ["rate=1", "rate=1"])

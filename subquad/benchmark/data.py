@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from subquad.training.presets import Preset
 
-def data_directory(output: Path, task: str, preset: str) -> Path:
+
+def data_directory(output: Path, preset: Preset) -> Path:
     """The folder of a task's generated data under one preset: `<output>/data/<task>/<preset>`.
 
-    A preset named by the path of its file is called after the file.
+    A preset named by the path of its file is called after the file; training settings change no data.
     """
-    return output / "data" / task / Path(preset).name.removesuffix(".toml")
+    return output / "data" / preset.task / preset.data.name

@@ -12,14 +12,13 @@ import contextlib
 import hashlib
 import importlib.util
 import inspect
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from subquad.build import mixer_config
-from subquad.config import nearest
+from subquad.config import nearest, read_options
 from subquad.interface import MixerConfig
 from subquad.registry import MIXERS, default_name, register
 
@@ -63,7 +62,7 @@ def parse_mixer(text: str) -> NamedMixer:
         if not rest:
             raise ValueError(f"{text!r}: name the config class in the file, as {name}:MyConfig")
         name = load_user_mixer(Path(name), rest.pop(0))
-    options = dict(_option(text, option) for option in rest)
+    options = read_options(text, rest)
     try:
         config = mixer_config(name, **options)
         _ = config.traits
@@ -122,13 +121,3 @@ def _run_file(path: Path, module_name: str) -> None:
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise ValueError(f"{path}: running the file failed: {type(error).__name__}: {error}") from error
-
-
-def _option(text: str, option: str) -> tuple[str, Any]:
-    key, equals, value = option.partition("=")
-    if not (key and equals):
-        raise ValueError(f"{text!r}: expected options as name=value behind a colon, got {option!r}")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value  # a bare word is a string

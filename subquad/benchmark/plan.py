@@ -56,7 +56,7 @@ class RunPlan:
     def command(self) -> str:
         """The command that makes this run again."""
         preset = self.preset
-        words = ["subquad", "run", "--task", preset.task, "--preset", preset.source, "--mixer", self.mixer.text]
+        words = ["subquad", "run", "--task", preset.task, "--preset", preset.text, "--mixer", self.mixer.text]
         words += ["--seed", str(self.seed), *([] if self.generated else ["--data", str(self.data)])]
         return shlex.join(words)
 

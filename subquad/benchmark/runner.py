@@ -151,7 +151,7 @@ def guess_record(preset: Preset, data: TaskData[Any], environment: Environment) 
     score = Score(step=0, validation=guess.validation, test=guess.test, test_standard_error=guess.test_standard_error)
     return RunRecord(
         created=utc_now(),
-        command=shlex.join(["subquad", "compare", "--task", preset.task, "--preset", preset.source]),
+        command=shlex.join(["subquad", "compare", "--task", preset.task, "--preset", preset.text]),
         mixer={"name": guess.name},
         environment=environment,
         status=Status.OK,
@@ -244,6 +244,7 @@ def _record(
         parameters=ours.parameters,
         parameters_of_dense=None if dense.obstacle else dense.parameters,
         preset=plan.preset.name,
+        changed_settings=dict(plan.preset.changed),
         steps=plan.preset.training.steps,
         budget=plan.budget,
         seed=plan.seed,

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from subquad.cli.options import Data, DryRun, Force, Json, MixersOption, Output, PresetOption, Seed, TaskOption
+from subquad.cli.options import Data, DryRun, Force, Json, MixersOption, Output, PresetOption, Seed, Seeds, TaskOption
 
 
 def command(
     task: TaskOption = "listops",
     preset: PresetOption = "quick",
     mixers: MixersOption = "",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each mechanism.")] = 1,
+    seeds: Seeds = 1,
     seed: Seed = 0,
     output: Output = Path("subquad-results"),
     data: Data = None,
@@ -29,10 +26,11 @@ def command(
     from subquad.cli.console import waiting
 
     with waiting("loading torch"):
+        from subquad.benchmark.compare import plan_comparison
         from subquad.benchmark.mixers import parse_mixers
-        from subquad.cli.comparison import prepare_request, run_comparison, show_plan
+        from subquad.cli.comparison import make_request, prepare_data, run_comparison, show_plan
 
-    request, task_data = prepare_request(
+    request = make_request(
         task=task,
         preset=preset,
         mixers=parse_mixers(mixers) if mixers else [],
@@ -40,8 +38,9 @@ def command(
         output=output,
         data=data,
         force=force,
-    )
+    ).with_dense()
+    task_data = prepare_data(request)
     if dry_run:
-        show_plan(request.with_dense(), task_data, as_json=as_json)
+        show_plan(plan_comparison(request, task_data), task_data, as_json=as_json)
     else:
-        run_comparison(request.with_dense(), task_data, as_json=as_json)
+        run_comparison(request, task_data, as_json=as_json)

@@ -1,4 +1,4 @@
-"""What the verbs `compare` and `run` do once their options are read: data, plan, work, results."""
+"""What the verbs that train do once their options are read: request, data, plan, work, results."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from subquad.benchmark.compare import PlannedRun, Request, compare, plan_runs, train
+from subquad.benchmark.compare import compare, plan_comparison
 from subquad.benchmark.data import data_directory
 from subquad.benchmark.mixers import NamedMixer, parse_mixer
 from subquad.benchmark.profiler import profile_dims
+from subquad.benchmark.request import Request
+from subquad.benchmark.runs import PlannedRun, train
 from subquad.benchmark.saving import check_free
 from subquad.benchmark.timing import matmul_flops_per_second
 from subquad.build import list_mixers
@@ -17,18 +19,19 @@ from subquad.cli.console import output_console, plain_table, print_document, pro
 from subquad.cli.observer import BarObserver
 from subquad.cli.progress import Progress
 from subquad.cli.results import print_results, results_document
+from subquad.config import write_option
 from subquad.records.queries import comparisons
 from subquad.records.store import check_writable, read_all, read_run
 from subquad.report.page import write_report
 from subquad.tasks.base import TaskData
 from subquad.tasks.registry import load_task
-from subquad.training.presets import load_preset
+from subquad.training.presets import Preset, load_preset
 
 USEFUL_SHARE = 0.2
 """Share of the machine's matrix-product rate that training reaches; for the minutes that --dry-run expects."""
 
 
-def prepare_request(
+def make_request(
     *,
     task: str,
     preset: str,
@@ -38,8 +41,8 @@ def prepare_request(
     data: Path | None,
     force: bool,
     save_model: Path | None = None,
-) -> tuple[Request, TaskData[Any]]:
-    """Check everything that can be checked before any work, then read or generate the task's data.
+) -> Request:
+    """Check everything that can be checked before any work.
 
     Args:
         task: its name.
@@ -53,45 +56,61 @@ def prepare_request(
         save_model: folder for the model of a single run, or None.
 
     Raises:
-        ValueError: an unknown name or option, data that can't be read, an output that can't be written.
+        ValueError: an unknown name or option, an output that can't be written.
     """
-    loader = load_task(task)
+    load_task(task)
     settings = load_preset(task, preset)
-    for mixer in mixers:
-        profile_dims(mixer.config, settings.profile)
+    check_fit(mixers, settings)
     check_writable(output)
     if save_model is not None:
         check_free(save_model)
-    directory = data if data is not None else data_directory(output, task, preset)
-    chosen = tuple(mixers) or _every_mixer()
-    request = Request(settings, chosen, seeds, output, directory, data is None, force, save_model)
+    directory = data if data is not None else data_directory(output, settings)
+    return Request(settings, tuple(mixers) or _every_mixer(), seeds, output, directory, data is None, force, save_model)
+
+
+def check_fit(mixers: Sequence[NamedMixer], preset: Preset) -> None:
+    """Refuse mechanisms that don't go with the sizes of the preset's profile.
+
+    Raises:
+        ValueError: one of them doesn't.
+    """
+    for mixer in mixers:
+        profile_dims(mixer.config, preset.profile)
+
+
+def prepare_data(request: Request) -> TaskData[Any]:
+    """Read or generate the task's data.
+
+    Raises:
+        ValueError: data that can't be read.
+    """
+    preset, loader = request.preset, load_task(request.preset.task)
     with Progress(progress_console()) as bars:
-        bar = bars.start(f"data {settings.task}, {settings.name}")
-        if data is not None:
-            task_data = loader.read(directory, settings.data)
+        bar = bars.start(f"data {preset.task}, {preset.data.name}")
+        if request.generated:
+            data = loader.prepare(request.data, preset.data, progress=lambda done, total: bar.update(done, total=total))
         else:
-            task_data = loader.prepare(
-                directory, settings.data, progress=lambda done, total: bar.update(done, total=total)
-            )
-        bar.finish(" / ".join(f"{len(split):,}" for split in task_data.splits.values()) + " examples")
-    return request, task_data
+            data = loader.read(request.data, preset.data)
+        bar.finish(" / ".join(f"{len(split):,}" for split in data.splits.values()) + " examples")
+    return data
 
 
-def show_plan(request: Request, data: TaskData[Any], *, as_json: bool) -> None:
+def show_plan(planned: Sequence[PlannedRun], data: TaskData[Any], *, as_json: bool) -> None:
     """Print the runs, their sizes, and the minutes they will take on this machine, roughly."""
-    planned, rate = plan_runs(request, data), matmul_flops_per_second()
+    rate = matmul_flops_per_second()
     rows = [_plan_row(run, rate) for run in planned]
     minutes = sum(row["expected_minutes"] for row in rows if row["state"] == "to run")
     if as_json:
         print_document({"runs": rows, "expected_minutes": round(minutes, 1)})
         return
+    cells = [_plan_cells(row) for row in rows]
     console, table = output_console(), plain_table()
-    for column in ("mixer", "seed", "parameters", "minutes", "state"):
-        table.add_column(column, justify="left" if column in ("mixer", "state") else "right")
-    for row in rows:
-        size = "-" if row["parameters"] is None else f"{row['parameters']:,}"
-        table.add_row(row["mixer"], str(row["seed"]), size, f"{row['expected_minutes']:.1f}", row["state"])
-    console.print(request.preset.data.title, table, sep="\n", markup=False)
+    columns = [name for name in cells[0] if name != "changed settings" or any(row[name] != "-" for row in cells)]
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("seed", "parameters", "minutes") else "left")
+    for row in cells:
+        table.add_row(*(row[column] for column in columns))
+    console.print(data.title, table, sep="\n", markup=False)
     console.print(f"About {minutes:.1f} minutes of training on this machine; proofs and profiles come on top.")
 
 
@@ -109,11 +128,11 @@ def run_comparison(request: Request, data: TaskData[Any], *, as_json: bool) -> N
 
 def run_once(request: Request, data: TaskData[Any], *, as_json: bool) -> int:
     """Train what the request names, print where the records lie, and return the exit code: 1 if no score came of it."""
-    planned = plan_runs(request, data)
+    planned = plan_comparison(request, data)
     if request.save_model is not None and not request.force and any(run.done for run in planned):
         raise ValueError("--save-model: this run is recorded already and its model was not kept; add --force")
     with Progress(progress_console()) as bars:
-        paths = train(request, data, BarObserver(bars))
+        paths = train(request, planned, data, BarObserver(bars))
     saved = request.save_model is not None and request.save_model.exists()
     if as_json:
         print_document({"records": [str(path) for path in paths], "model": str(request.save_model) if saved else None})
@@ -135,8 +154,20 @@ def _plan_row(run: PlannedRun, flops_per_second: float) -> dict[str, Any]:
     state = "recorded" if run.done else obstacle or "to run"
     return {
         "mixer": run.plan.mixer.text,
+        "changed_settings": dict(run.plan.preset.changed),
         "seed": run.plan.seed,
         "parameters": None if obstacle else run.sketch.parameters,
         "expected_minutes": round(seconds / 60, 2),
         "state": state,
+    }
+
+
+def _plan_cells(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "mixer": row["mixer"],
+        "changed settings": " ".join(write_option(*changed) for changed in row["changed_settings"].items()) or "-",
+        "seed": str(row["seed"]),
+        "parameters": "-" if row["parameters"] is None else f"{row['parameters']:,}",
+        "minutes": f"{row['expected_minutes']:.1f}",
+        "state": row["state"],
     }

@@ -11,7 +11,9 @@ TaskOption = Annotated[str, typer.Option("--task", help="The task; see `subquad 
 PresetOption = Annotated[
     str,
     typer.Option(
-        "--preset", help="Settings of the task: quick, another of its presets, or your own file, ./my-preset.toml."
+        "--preset",
+        help="Settings of the task: quick, another of its presets, or your own file, ./my-preset.toml; with other "
+        "training settings behind colons, as quick:learning_rate=3e-4.",
     ),
 ]
 OfTask = Annotated[str | None, typer.Option("--task", help="Of this task alone.", show_default="all tasks")]
@@ -23,6 +25,7 @@ MixersOption = Annotated[
         help="Mechanisms, separated by commas: name, name:option=value, ./file.py:ConfigClass. Default: all.",
     ),
 ]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of each set-up, one a seed.")]
 Seed = Annotated[int, typer.Option(min=0, help="First seed of initialisation, data order and dropout.")]
 Output = Annotated[Path, typer.Option(help="Folder of records and report.")]
 Data = Annotated[Path | None, typer.Option(help="Folder with the task's own files, instead of generated ones.")]

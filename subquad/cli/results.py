@@ -18,8 +18,9 @@ from rich.text import Text
 from subquad.benchmark.recommendation import Recommendation, Verdict, recommend
 from subquad.cli.console import ACCENT, BAD, GOOD, QUIET, WARNING, plain_table
 from subquad.records import units
+from subquad.records.comparison import Comparison, Entry
 from subquad.records.measures import Summary
-from subquad.records.queries import Comparison, Entry, comparisons
+from subquad.records.queries import comparisons
 from subquad.records.store import Records
 from subquad.report.positions import places_of, position_note
 from subquad.report.tables import Row, cells, column_titles, rows_of, stream_note
@@ -71,9 +72,7 @@ def _print_comparison(console: Console, comparison: Comparison) -> None:
 
 def _print_head(console: Console, comparison: Comparison) -> None:
     seeds = max(len(entry.runs) for entry in comparison.entries)
-    facts = (
-        f"{comparison.protocol.preset} preset, {seeds} seed{'' if seeds == 1 else 's'}, {comparison.protocol.hardware}"
-    )
+    facts = f"{comparison.preset} preset, {seeds} seed{'' if seeds == 1 else 's'}, {comparison.protocol.hardware}"
     console.print(Text(comparison.task.title, "bold"), Text(facts, QUIET), "", sep="\n")
 
 
@@ -155,10 +154,10 @@ def chosen_comparisons(records: Records, *, task: str | None, preset: str | None
     chosen = tuple(
         comparison
         for comparison in found
-        if task in (None, comparison.task.name) and preset in (None, comparison.protocol.preset)
+        if task in (None, comparison.task.name) and preset in (None, comparison.preset, comparison.protocol.preset)
     )
     if not chosen and (task, preset) != (None, None):
-        known = ", ".join(dict.fromkeys(f"{each.task.name} ({each.protocol.preset})" for each in found)) or "none"
+        known = ", ".join(dict.fromkeys(f"{each.task.name} ({each.preset})" for each in found)) or "none"
         raise ValueError(f"no such comparison is recorded; there are: {known}. Run `subquad compare` first.")
     return chosen
 
@@ -172,15 +171,16 @@ def print_recommendations(console: Console, found: Sequence[Comparison]) -> None
 
 def recommendations_document(found: Sequence[Comparison]) -> dict[str, Any]:
     """The same as one JSON document."""
-    return {"recommendations": [_answer_document(comparison) for comparison in found]}
+    return {"recommendations": [answer_document(comparison) for comparison in found]}
 
 
-def _answer_document(comparison: Comparison) -> dict[str, Any]:
+def answer_document(comparison: Comparison) -> dict[str, Any]:
+    """What a comparison is and which mechanism to use, as one JSON document."""
     recommendation = recommend(comparison)
     return {
         "task": comparison.task.name,
         "title": comparison.task.title,
-        "preset": comparison.protocol.preset,
+        "preset": comparison.preset,
         "hardware": comparison.protocol.hardware,
         "metric": {"name": comparison.kind.name, "higher_is_better": comparison.kind.higher_is_better},
         "recommendation": {
@@ -193,7 +193,7 @@ def _answer_document(comparison: Comparison) -> dict[str, Any]:
 
 
 def _comparison_document(comparison: Comparison) -> dict[str, Any]:
-    return _answer_document(comparison) | {"rows": [_row_document(row) for row in rows_of(comparison)]}
+    return answer_document(comparison) | {"rows": [_row_document(row) for row in rows_of(comparison)]}
 
 
 def _row_document(row: Row) -> dict[str, Any]:
@@ -201,8 +201,8 @@ def _row_document(row: Row) -> dict[str, Any]:
     return {
         "mechanism": row.label,
         "mixer": row.entry.runs[0].mixer if row.entry else None,
-        "best": _summary_document(row.best),
-        "last": _summary_document(row.last),
+        "best": summary_document(row.best),
+        "last": summary_document(row.last),
         **{name: getattr(row, name) for name in plain},
         "train_seconds": row.train_seconds,
         "carries_state": row.entry.carries_state if row.entry else None,
@@ -215,7 +215,8 @@ def _row_document(row: Row) -> dict[str, Any]:
     }
 
 
-def _summary_document(summary: Summary | None) -> dict[str, Any] | None:
+def summary_document(summary: Summary | None) -> dict[str, Any] | None:
+    """Test scores as one JSON document: mean, standard error and one value a seed."""
     if summary is None:
         return None
     return {"mean": summary.mean, "standard_error": summary.standard_error, "seeds": list(summary.values)}

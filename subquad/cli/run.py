@@ -36,10 +36,11 @@ def command(
     from subquad.cli.console import waiting
 
     with waiting("loading torch"):
+        from subquad.benchmark.compare import plan_comparison
         from subquad.benchmark.mixers import parse_mixer
-        from subquad.cli.comparison import prepare_request, run_once, show_plan
+        from subquad.cli.comparison import make_request, prepare_data, run_once, show_plan
 
-    request, task_data = prepare_request(
+    request = make_request(
         task=task,
         preset=preset,
         mixers=[parse_mixer(mixer)],
@@ -49,7 +50,8 @@ def command(
         force=force,
         save_model=save_model,
     )
+    task_data = prepare_data(request)
     if dry_run:
-        show_plan(request, task_data, as_json=as_json)
+        show_plan(plan_comparison(request, task_data), task_data, as_json=as_json)
         return 0
     return run_once(request, task_data, as_json=as_json)

@@ -48,7 +48,7 @@ def obtain(task: str, preset: str, directory: Path | None, *, seed: int, workers
         ValueError: unknown task or preset, files that are missing, malformed or another's, a folder not writable.
     """
     loader, settings = load_task(task), load_preset(task, preset)
-    directory = directory or data_directory(Path("subquad-results"), task, preset)
+    directory = directory or data_directory(Path("subquad-results"), settings)
     with Progress(progress_console()) as bars:
         if check:
             bar = bars.start(f"reading {directory}")

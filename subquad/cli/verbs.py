@@ -36,6 +36,7 @@ _USE, _PREPARE = "Use a model", "Prepare"
 
 VERBS = {
     "compare": Verb("subquad.cli.compare", "Train, prove and profile mechanisms, and say which one to use.", _CHOOSE),
+    "sweep": Verb("subquad.cli.sweep", "Tune every mechanism over one grid, with equally many trials.", _CHOOSE),
     "run": Verb("subquad.cli.run", "Train one mechanism once.", _CHOOSE),
     "profile": Verb("subquad.cli.profile", "Measure time and memory over lengths on this machine.", _CHOOSE),
     "report": Verb("subquad.cli.report", "Write the page and print the tables of what is recorded.", _CHOOSE),

@@ -164,7 +164,8 @@ class RunRecord(Record):
     `parameters_of_dense` is the size of the same model with dense attention; `saved_bytes` is what autograd keeps for
     one training step and `peak_bytes` the peak memory, both None where not measured. `carries_state` says whether the
     model took its state from one window of a stream to the next; None where the task was no stream. A run that failed
-    has no metric.
+    has no metric. `changed_settings` are training settings in which the run differs from the preset as it is written;
+    the name of such a preset ends with a hyphen and a hash of all of them.
     """
 
     task: TaskInfo
@@ -173,6 +174,7 @@ class RunRecord(Record):
     parameters: Count
     parameters_of_dense: Count | None
     preset: PathPart
+    changed_settings: dict[str, JsonValue] = Field(default_factory=dict)
     steps: Count
     budget: Budget
     seed: Count

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from subquad.records import units
+from subquad.records.comparison import Comparison, Entry
 from subquad.records.measures import Speed, Summary, pareto_front
 from subquad.records.metrics import MetricKind
-from subquad.records.queries import Comparison, Entry
 from subquad.report.labels import Bubble, place
 from subquad.report.tables import front_of
 

@@ -9,8 +9,8 @@ import math
 from typing import Any
 
 from subquad.records import units
+from subquad.records.comparison import Comparison, Entry
 from subquad.records.metrics import MetricKind
-from subquad.records.queries import Comparison, Entry
 from subquad.records.schema import RunRecord, Status
 from subquad.report.bubbles import BubbleChart, Point
 from subquad.report.html import plot_text

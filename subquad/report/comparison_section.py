@@ -2,7 +2,7 @@
 
 from subquad.benchmark.recommendation import Recommendation, recommend
 from subquad.records import units
-from subquad.records.queries import Comparison
+from subquad.records.comparison import Comparison
 from subquad.report.bubbles import BubbleChart, bubble_chart
 from subquad.report.charts import bubble_figure, loss_curves, score_curves
 from subquad.report.html import Html, element, join
@@ -83,7 +83,7 @@ def _head(comparison: Comparison) -> Html:
         f"{units.count(task.max_length)} tokens at most, {answers}, {units.count(task.train_size)} / "
         f"{units.count(task.validation_size)} / {units.count(task.test_size)} examples for training / validation / test"
     )
-    protocol_text = f"preset {protocol.preset}; equal budget of {budget}{size}; on {protocol.hardware}"
+    protocol_text = f"preset {comparison.preset}; equal budget of {budget}{size}; on {protocol.hardware}"
     return element(
         "header",
         element("h2", task.title, " ", badge),

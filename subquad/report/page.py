@@ -14,7 +14,8 @@ from pathlib import Path
 from plotly.offline import get_plotlyjs
 
 from subquad.records import units
-from subquad.records.queries import Comparison, comparisons, mixer_key, mixer_labels, receipts_of
+from subquad.records.comparison import Comparison
+from subquad.records.queries import comparisons, mixer_key, mixer_labels, receipts_of
 from subquad.records.schema import Environment
 from subquad.records.store import Records, read_all, write_atomically
 from subquad.report.comparison_section import comparison_section

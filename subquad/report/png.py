@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from subquad.records import units
-from subquad.records.queries import Comparison
+from subquad.records.comparison import Comparison
 from subquad.records.store import Records
 from subquad.report.bubbles import HEIGHT, WIDTH, BubbleChart, Point, bubble_chart
 from subquad.report.charts import SPEED_TICKS

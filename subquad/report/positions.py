@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from subquad.records import units
+from subquad.records.comparison import Comparison, Entry
 from subquad.records.metrics import MetricKind
-from subquad.records.queries import Comparison, Entry
 from subquad.report.charts import Figure, axis, layout
 from subquad.report.html import plot_text
 from subquad.report.palette import Ink

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from subquad.records import units
+from subquad.records.comparison import Comparison, Entry
 from subquad.records.measures import Summary, pareto_front
 from subquad.records.metrics import MetricKind
-from subquad.records.queries import Comparison, Entry, comparisons
+from subquad.records.queries import comparisons
 from subquad.records.schema import RunRecord
 from subquad.records.scores import Score
 from subquad.records.store import Records

@@ -2,7 +2,9 @@
 
 A preset has four tables: `[data]` (read by the task), `[model]`, `[training]` and `[profile]`. It never names a
 mechanism: what differs between the rows of a comparison is the mixer alone. A user's own preset is a file like
-subquad's, named by its path.
+subquad's, named by its path. Single training settings are changed behind colons, in a preset of either kind:
+
+    quick    ./mine.toml    quick:learning_rate=3e-4:weight_decay=0.1
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import subquad
-from subquad.config import coerce_fields, make_config, nearest
+from subquad.config import coerce_fields, make_config, nearest, read_options, write_option
 from subquad.tasks.base import DataPreset
 
 PRESETS_DIRECTORY = Path(subquad.__file__).parent / "presets"
@@ -128,13 +130,14 @@ class Preset:
 
     Attributes:
         task: name of the task.
-        name: of the preset, as records keep it. That of a user's file ends with a hash of `[training]`, so that runs
-            under settings that were edited in between are never taken for each other.
-        source: what the user writes to name it.
+        name: of the preset, as records keep it. That of a user's file, or with changed settings, ends with a hash of
+            `[training]`, so that runs under different settings are never taken for each other.
+        source: the name or path that the user writes.
         data: which examples.
         model: sizes.
         training: optimiser and budget.
         profile: where speed is measured.
+        changed: training settings that differ from those of the source.
     """
 
     task: str
@@ -144,6 +147,37 @@ class Preset:
     model: ModelSettings
     training: TrainingSettings
     profile: ProfileSettings
+    changed: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what two tables have to agree on."""
+        if self.training.stream and self.model.positions in ("learned", "axial"):
+            raise ValueError(
+                f"preset {self.name!r}: stream = true goes beyond any table of positions, got positions = "
+                f"{self.model.positions!r}; use 'sinusoidal', 'rotary' or 'none'"
+            )
+
+    @property
+    def text(self) -> str:
+        """What the user writes to name it, changed settings included."""
+        return ":".join([self.source, *(write_option(name, value) for name, value in self.changed.items())])
+
+    def with_training(self, settings: Mapping[str, Any]) -> Preset:
+        """The same preset under other training settings; a setting that it has already is no change.
+
+        Raises:
+            ValueError: an unknown setting, a wrong type or value, or one that was changed before.
+        """
+        twice = sorted(settings.keys() & self.changed.keys())
+        if twice:
+            raise ValueError(f"preset {self.text}: {twice[0]} is changed already; give it once")
+        before = asdict(self.training)
+        training = make_config(TrainingSettings, f"preset {self.text}, [training]", {**before, **settings})
+        changed = {name: value for name, value in asdict(training).items() if value != before[name]}
+        if not changed:
+            return self
+        name = f"{self.data.name}-{_digest(training)}"
+        return replace(self, name=name, training=training, changed={**self.changed, **changed})
 
     def model_dict(self) -> dict[str, Any]:
         """The model's sizes, as records keep them."""
@@ -158,10 +192,17 @@ def list_presets(task: str) -> list[str]:
 def load_preset(task: str, name: str) -> Preset:
     """Read a preset: one of subquad's by its name, or a user's own by the path of its file, which ends in .toml.
 
+    Either may be followed by training settings to change, each behind a colon.
+
     Raises:
         ValueError: unknown preset, or a file that isn't there, doesn't parse or has other tables or keys than it
-            should; the message names the file.
+            should; the message names the file. Or a setting that isn't there, or a wrong value for it.
     """
+    source, *changes = [name] if name.endswith(".toml") else name.split(":")
+    return _load_source(task, source).with_training(read_options(name, changes))
+
+
+def _load_source(task: str, name: str) -> Preset:
     if name.endswith(".toml"):
         return _read_own(task, Path(name))
     known = list_presets(task)
@@ -177,8 +218,11 @@ def _read_own(task: str, path: Path) -> Preset:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}", path.stem):
         raise ValueError(f"{path}: folders are called after the file; name it with letters, digits, '.', '_' and '-'")
     preset = _read(task, path)
-    digest = hashlib.sha256(json.dumps(asdict(preset.training), sort_keys=True).encode()).hexdigest()
-    return replace(preset, name=f"{preset.name}-{digest[:6]}", source=str(path))
+    return replace(preset, name=f"{preset.name}-{_digest(preset.training)}", source=str(path))
+
+
+def _digest(training: TrainingSettings) -> str:
+    return hashlib.sha256(json.dumps(asdict(training), sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _read(task: str, path: Path) -> Preset:
@@ -201,11 +245,6 @@ def preset_from_tables(task: str, name: str, tables: Mapping[str, Any]) -> Prese
         raise ValueError(f"preset {name!r}: expected the tables {sorted(expected)}, got {sorted(tables)}")
     model = make_config(ModelSettings, f"preset {name!r}, [model]", tables["model"])
     training = make_config(TrainingSettings, f"preset {name!r}, [training]", tables["training"])
-    if training.stream and model.positions in ("learned", "axial"):
-        raise ValueError(
-            f"preset {name!r}: stream = true goes beyond any table of positions, got positions = {model.positions!r}; "
-            "use 'sinusoidal', 'rotary' or 'none'"
-        )
     widths = {"embed_dim": model.hidden_size, "num_heads": model.num_attention_heads}
     return Preset(
         task=task,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from stand_ins import OWN, InProcess, MakePlan, Recorder
 
 from subquad.benchmark.mixers import parse_mixer
 from subquad.benchmark.plan import RunPlan
+from subquad.benchmark.request import Request
 from subquad.benchmark.worker import Worker
 from subquad.tasks.kinds import ClassificationData
 from subquad.tasks.listops import ListopsTask
@@ -38,6 +40,17 @@ def data_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tiny: Preset, data_directory: Path) -> ClassificationData:
     return ListopsTask().prepare(data_directory, tiny.data)
+
+
+@pytest.fixture
+def request_of(tiny: Preset, data_directory: Path, tmp_path: Path) -> Callable[..., Request]:
+    """A request for dense attention and these mixers, of the user's own where a name begins with a capital."""
+
+    def make(*mixers: str, seeds: tuple[int, ...] = (0,), force: bool = False, preset: Preset = tiny) -> Request:
+        named = tuple(parse_mixer(f"{OWN}:{text}" if text[0].isupper() else text) for text in mixers)
+        return Request(preset, named, seeds, tmp_path / "results", data_directory, True, force).with_dense()
+
+    return make
 
 
 @pytest.fixture

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from stand_ins import OWN, InProcess, Recorder
 
 from subquad.benchmark import compare as module
-from subquad.benchmark import profiling, proving
-from subquad.benchmark.compare import Request, compare, plan_runs, train
+from subquad.benchmark import profiling, proving, runs
+from subquad.benchmark.compare import compare, plan_comparison
 from subquad.benchmark.mechanism_card import card_without_pictures
 from subquad.benchmark.mixers import parse_mixer
 from subquad.benchmark.probes import run_probes
+from subquad.benchmark.request import Request
 from subquad.records.schema import RunRecord, Status
 from subquad.records.store import Records, read_all, read_mechanisms
 from subquad.tasks.kinds import ClassificationData
@@ -29,15 +29,6 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "Worker", InProcess)
     monkeypatch.setattr(proving, "run_probes", lambda config, dims: [])
     monkeypatch.setattr(profiling, "peak_bytes_in_fresh_process", lambda text, settings, *, causal: {})
-
-
-@pytest.fixture
-def request_of(tiny: Preset, data_directory: Path, tmp_path: Path) -> Callable[..., Request]:
-    def make(*mixers: str, seeds: tuple[int, ...] = (0,), force: bool = False, preset: Preset = tiny) -> Request:
-        named = tuple(parse_mixer(f"{OWN}:{text}" if text[0].isupper() else text) for text in mixers)
-        return Request(preset, named, seeds, tmp_path / "results", data_directory, True, force).with_dense()
-
-    return make
 
 
 @pytest.fixture
@@ -105,18 +96,18 @@ class StoppedError(BaseException):
 def test_an_interrupted_comparison_keeps_what_it_finished_and_continues(
     run: Compare, observer: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = module.execute
+    original = runs.execute
 
     def stopping(plan: object, *arguments: object) -> RunRecord:
         if "linear" in str(plan):
             raise StoppedError
         return original(plan, *arguments)  # pyright: ignore[reportArgumentType] - handed on as they came
 
-    monkeypatch.setattr(module, "execute", stopping)
+    monkeypatch.setattr(runs, "execute", stopping)
     with pytest.raises(StoppedError):
         run("linear", "performer")
     assert sorted(record.mixer_name for record in read_all(tmp_path / "results").runs) == ["full", "majority_class"]
-    monkeypatch.setattr(module, "execute", original)
+    monkeypatch.setattr(runs, "execute", original)
     observer.begun.clear()
     records = run("linear", "performer")
     assert trained(observer) == ["linear, seed 0", "performer, seed 0"]
@@ -145,14 +136,6 @@ def test_a_mechanism_that_fails_to_build_is_a_failed_row(run: Compare) -> None:
     broken = row(run("BrokenConfig"), "broken")
     assert (broken.status, broken.message) == (Status.FAILED, "KeyError: 'width'")
     assert broken.metric is None
-
-
-def test_a_preset_that_even_dense_attention_refuses_is_an_error(
-    request_of: Callable[..., Request], tiny: Preset, tiny_data: ClassificationData
-) -> None:
-    odd = replace(tiny, model=replace(tiny.model, hidden_size=6, num_attention_heads=2, positions="rotary"))
-    with pytest.raises(ValueError, match=r"tiny\.toml: even dense attention can't be built"):
-        plan_runs(request_of("linear", preset=odd), tiny_data)
 
 
 @pytest.mark.parametrize(
@@ -201,15 +184,6 @@ def test_a_mechanism_that_fits_no_profile_is_trained_all_the_same(
     assert "linear: no profile: too short" in observer.said
 
 
-def test_one_run_is_trained_without_a_profile(
-    request_of: Callable[..., Request], tiny_data: ClassificationData, observer: Recorder
-) -> None:
-    request = replace(request_of("linear"), mixers=(parse_mixer("linear"),))
-    (path,) = train(request, tiny_data, observer)
-    assert path.exists()
-    assert not read_all(request.output).profiles
-
-
 def test_a_damaged_record_is_named(run: Compare, tmp_path: Path) -> None:
     run()
     (path,) = (path for path in (tmp_path / "results").rglob("seed-0.json") if "full-" in str(path))
@@ -222,7 +196,7 @@ def test_planned_runs_know_their_size_and_whether_they_are_done(
     run: Compare, request_of: Callable[..., Request], tiny_data: ClassificationData
 ) -> None:
     run()
-    done, due, refused = plan_runs(request_of("linear", "ShortConfig"), tiny_data)
+    done, due, refused = plan_comparison(request_of("linear", "ShortConfig"), tiny_data)
     assert (done.done, due.done, refused.done) == (True, False, False)
     assert done.training_flops > 0
     assert refused.training_flops == 0
@@ -236,7 +210,7 @@ def test_a_mechanism_that_kills_its_process_harms_no_other(
     from subquad.benchmark.worker import Worker
 
     monkeypatch.setattr(module, "Worker", Worker)
-    monkeypatch.setattr(module, "prove", lambda mixer, worker, observer: card_without_pictures(mixer.config, ()))
+    monkeypatch.setattr(runs, "prove", lambda mixer, worker, observer: card_without_pictures(mixer.config, ()))
     records = run("KillsConfig", "linear")
     killed = row(records, "kills")
     assert killed.status is Status.OUT_OF_MEMORY

@@ -10,9 +10,10 @@ from toy_task import ToyTask, toy_data
 from subquad.benchmark import compare as module
 from subquad.benchmark import plan as plan_module
 from subquad.benchmark import profiling, proving
-from subquad.benchmark.compare import Request, compare
+from subquad.benchmark.compare import compare
 from subquad.benchmark.mixers import parse_mixer
 from subquad.benchmark.recommendation import recommendations
+from subquad.benchmark.request import Request
 from subquad.records.queries import comparisons
 from subquad.records.schema import RunRecord, Status
 from subquad.records.store import Records, read_all

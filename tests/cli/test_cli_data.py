@@ -46,7 +46,7 @@ def test_the_default_folder_is_the_one_that_compare_uses(
     quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    expected = data_directory(Path("subquad-results"), "listops", "quick")
+    expected = data_directory(Path("subquad-results"), load_preset("listops", "quick"))
     assert expected == Path("subquad-results/data/listops/quick")
     shutil.copytree(quick, expected)
     assert invoke("data", "--json").document["directory"] == str(tmp_path / expected)

@@ -7,9 +7,10 @@ import pytest
 from plotly.graph_objects import Figure
 from synthetic_results import BUCKETS, SPECS, bits
 
+from subquad.records.comparison import Comparison
 from subquad.records.measures import Summary
 from subquad.records.metrics import metric_kind
-from subquad.records.queries import Comparison, comparisons
+from subquad.records.queries import comparisons
 from subquad.records.store import Records, read_all
 from subquad.report.bubbles import bubble_chart
 from subquad.report.charts import bubble_figure, score_curves

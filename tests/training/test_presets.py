@@ -122,3 +122,52 @@ def test_the_records_keep_the_sizes_of_the_model(tiny: Preset) -> None:
     smaller = replace(tiny, model=replace(tiny.model, hidden_size=8))
     assert smaller.model_dict()["hidden_size"] == 8
     assert "mixer" not in smaller.model_dict()
+
+
+@pytest.mark.parametrize("source", ["quick", "mine.toml"])
+def test_training_settings_are_changed_behind_colons(source: str, tmp_path: Path) -> None:
+    name = own(tmp_path, TINY) if source == "mine.toml" else source
+    plain, changed = load_preset("listops", name), load_preset("listops", f"{name}:learning_rate=1e-4:beta2=0.95")
+    assert changed.training == replace(plain.training, learning_rate=1e-4, beta2=0.95)
+    assert (changed.data, changed.model, changed.profile) == (plain.data, plain.model, plain.profile)
+    assert (plain.changed, changed.changed) == ({}, {"learning_rate": 1e-4, "beta2": 0.95})
+    assert changed.source == plain.source == name
+    assert load_preset("listops", changed.text) == changed
+    assert changed.text == f"{name}:learning_rate=0.0001:beta2=0.95"
+
+
+def test_the_name_of_a_preset_is_one_with_its_training_settings(tiny: Preset) -> None:
+    slow = tiny.with_training({"learning_rate": 1e-4})
+    assert len({tiny.name, slow.name, slow.with_training({"steps": 8}).name}) == 3
+    assert slow.name.startswith("tiny-")
+    assert load_preset("listops", "quick:beta2=0.95").name.startswith("quick-")
+    assert tiny.with_training({"weight_decay": 0.01, "batch_size": 8}) == tiny  # as it is
+    assert slow.with_training({"steps": 8}).name == tiny.with_training({"steps": 8, "learning_rate": 1e-4}).name
+    assert load_preset("listops", "quick").name == "quick"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("learning_rat=1", r"preset quick, \[training\]: unknown option 'learning_rat'; did you mean 'learning_rate'"),
+        ("hidden_size=8", r"unknown option 'hidden_size'"),
+        ("learning_rate=x", r"option 'learning_rate' must be float, got 'x'"),
+        ("steps=7", r"steps=7 must be a multiple of evaluate_every"),
+        ("steps", r"'quick:steps': expected options as name=value behind a colon, got 'steps'"),
+        ("steps=8:steps=16", r"steps is given twice"),
+    ],
+)
+def test_a_wrong_change_is_named(changes: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_preset("listops", f"quick:{changes}")
+
+
+def test_a_setting_is_changed_once(tiny: Preset) -> None:
+    with pytest.raises(ValueError, match=r"tiny\.toml:steps=8: steps is changed already; give it once"):
+        tiny.with_training({"steps": 8}).with_training({"steps": 16})
+
+
+def test_a_stream_needs_positions_without_a_table_after_a_change_too(tiny: Preset) -> None:
+    learned = replace(tiny, model=replace(tiny.model, positions="learned"))
+    with pytest.raises(ValueError, match="stream = true goes beyond any table of positions, got positions = 'learned'"):
+        learned.with_training({"stream": True})
