@@ -105,7 +105,10 @@ class MixerConfig(_WrittenConfig, ABC):
 
     @abstractmethod
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """The price of one forward pass over one sequence, projections included."""
+        """The price of one forward pass over one sequence, projections included.
+
+        A cross mixer reads `dims.key_length(length)` tokens, which are kept but priced with the model.
+        """
 
     def check(self, dims: Dims) -> None:
         """Raise ValueError where these options don't go with these dims, beyond what the traits say."""

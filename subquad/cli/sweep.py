@@ -12,14 +12,13 @@ from subquad.cli.options import Data, DryRun, Force, Json, MixersOption, Output,
 
 def command(
     grid: Annotated[
-        list[str] | None,
+        list[str],
         typer.Option(
             "--grid",
             help="What to vary, once for each: a training setting, learning_rate=1e-3,3e-4, or of one mechanism alone "
             "an option or a setting, local.window=9,17.",
-            show_default="required",
         ),
-    ] = None,
+    ],
     task: TaskOption = "listops",
     preset: PresetOption = "quick",
     mixers: MixersOption = "",
@@ -45,7 +44,7 @@ def command(
         from subquad.cli.comparison import check_fit, make_request, prepare_data, show_plan
         from subquad.cli.sweep_results import run_sweep
 
-    axes = read_axes(grid or [])
+    axes = read_axes(grid)
     request = make_request(
         task=task,
         preset=preset,

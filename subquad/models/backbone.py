@@ -205,9 +205,13 @@ class SubquadModel(SubquadPreTrainedModel):
         Raises:
             ValueError: a decoder without a context_length, or another stack with one.
         """
-        if self.has_cross_mixers != (context_length is not None):
-            price = "prices a decoder with its source: pass" if self.has_cross_mixers else "has no cross mixers to read"
-            raise ValueError(f"SubquadModel.cost: this stack {price} context_length, got {context_length}")
+        if self.has_cross_mixers and context_length is None:
+            raise ValueError("SubquadModel.cost: the price of a decoder depends on its source too; pass context_length")
+        if context_length is not None and not self.has_cross_mixers:
+            raise ValueError(
+                "SubquadModel.cost: this stack has no cross mixers to read a context; leave out context_length, got "
+                f"{context_length}"
+            )
         width = self.config.hidden_size
         tokens = length + self.global_stream + self.prepended
         prices = self._sublayer_prices(tokens, context_length, dtype_bytes)

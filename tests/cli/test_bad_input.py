@@ -75,7 +75,7 @@ OPTIONS: list[tuple[list[str], list[str]]] = [
         ["unknown option 'learning_rat'", "did you mean 'learning_rate'"],
     ),
     (["compare", "--preset", "quick:batch_size=0"], ["[training]: batch_size must be at least 1, got 0"]),
-    (["sweep"], ["a sweep needs --grid at least once"]),
+    (["sweep"], ["missing option '--grid'"]),
     (["sweep", "--grid", "learning_rat=1"], ["unknown training setting", "did you mean 'learning_rate'"]),
     (["sweep", "--grid", "learning_rate=x"], ["option 'learning_rate' must be float, got 'x'"]),
     (["sweep", "--mixers", "local", "--grid", "local.window=5,9"], ["equally many trials, got full 1, local 2"]),
