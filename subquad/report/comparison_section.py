@@ -71,9 +71,7 @@ def comparison_section(comparison: Comparison, index: int, inks: dict[str, Ink],
 
 def _head(comparison: Comparison) -> Html:
     task, protocol = comparison.task, comparison.protocol
-    badge = element("span", "Long Range Arena", class_="badge good")
-    if not comparison.is_lra:
-        badge = element("span", "not Long Range Arena", class_="badge warning")
+    badge = element("span", "Long Range Arena", class_="badge good") if comparison.is_lra else ""
     size = f", width {protocol.width}, depth {protocol.depth}" if protocol.width else ""
     amount = {"steps": units.count, "time": units.seconds}.get(protocol.budget_kind, units.magnitude)
     unit = {"steps": " steps", "parameters": " parameters", "flops": " FLOP", "time": " of training"}
@@ -86,7 +84,7 @@ def _head(comparison: Comparison) -> Html:
     protocol_text = f"preset {comparison.preset}; equal budget of {budget}{size}; on {protocol.hardware}"
     return element(
         "header",
-        element("h2", task.title, " ", badge),
+        element("h2", task.title, *((" ", badge) if badge else ())),
         element("p", f"{task.name}@{task.data_hash}: {facts}", class_="facts"),
         element("p", protocol_text, class_="facts"),
     )

@@ -51,8 +51,7 @@ def write_bubble_picture(records: Records, comparison: Comparison, path: Path, *
     margins = (0.075, 0.15, WIDTH / 960, HEIGHT / 540)
     axes = figure.add_axes(margins)
     _draw(axes, chart, inks(records), scheme)
-    badge = "" if comparison.is_lra else " (not Long Range Arena)"
-    text = f"{comparison.task.title}{badge}, {units.count(chart.length)} tokens, {comparison.protocol.hardware}"
+    text = f"{comparison.task.title}, {units.count(chart.length)} tokens, {comparison.protocol.hardware}"
     color = _pick(NEUTRAL, scheme)
     axes.set_title(text, loc="left", color=color, fontsize=12, fontweight="bold", pad=12, parse_math=False)
     figure.savefig(path, transparent=True, dpi=2 * PIXELS_PER_INCH)
