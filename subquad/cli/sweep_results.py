@@ -68,9 +68,9 @@ def _best_trials(tuned: Sequence[Tuned]) -> Table:
         if best is None or best.entry.validation is None or best.entry.best is None:
             table.add_row(each.mechanism, "–", "–", "–", trials, style=WARNING)
             continue
-        test = kind.write(best.entry.best.mean, best.entry.best.standard_error)
+        test = kind.cell(best.entry.best.mean, best.entry.best.standard_error)
         point = best.trial.point_text or "as it is"
-        table.add_row(each.mechanism, point, kind.write(best.entry.validation), test, trials)
+        table.add_row(each.mechanism, point, kind.cell(best.entry.validation), test, trials)
     return table
 
 

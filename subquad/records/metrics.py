@@ -78,8 +78,11 @@ class MetricKind(ABC):
 
     def write(self, value: float, error: float | None = None) -> str:
         """A value, with its standard error where there is one: "61.3 ± 0.5 %"."""
-        spread = "" if error is None else f" ± {self.number(error)}"
-        return f"{self.number(value)}{spread} {self.unit}"
+        return f"{self._with_error(value, error)} {self.unit}"
+
+    @abstractmethod
+    def cell(self, value: float, error: float | None = None) -> str:
+        """The same in a column whose heading is the metric's title."""
 
     @abstractmethod
     def label(self, split: str) -> str:
@@ -102,6 +105,9 @@ class MetricKind(ABC):
     def towards_better(self) -> str:
         """Where the better values lie in a chart."""
         return "Up" if self.higher_is_better else "Down"
+
+    def _with_error(self, value: float, error: float | None) -> str:
+        return self.number(value) if error is None else f"{self.number(value)} ± {self.number(error)}"
 
     def check(self, value: float) -> None:
         """Refuse what can't be a value of this metric.
@@ -134,6 +140,10 @@ class Share(MetricKind):
     def difference(self, value: float) -> str:
         """In points of per cent."""
         return f"{self.number(value)} points"
+
+    def cell(self, value: float, error: float | None = None) -> str:
+        """As "61.3 ± 0.5 %": the title says nothing of per cent."""
+        return self.write(value, error)
 
     def label(self, split: str) -> str:
         """As "Test accuracy (%)"."""
@@ -170,6 +180,10 @@ class Bits(MetricKind):
     def difference(self, value: float) -> str:
         """In bits."""
         return f"{self.number(value)} {self.unit}"
+
+    def cell(self, value: float, error: float | None = None) -> str:
+        """As "1.842 ± 0.011": the title is the unit."""
+        return self._with_error(value, error)
 
     def label(self, split: str) -> str:
         """As "Test bits per byte"."""

@@ -178,7 +178,7 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def _score(summary: Summary | None, kind: MetricKind) -> str:
-    return "–" if summary is None else kind.write(summary.mean, summary.standard_error)
+    return "–" if summary is None else kind.cell(summary.mean, summary.standard_error)
 
 
 def _training_memory(row: Row) -> str:
