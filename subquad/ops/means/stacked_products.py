@@ -23,7 +23,7 @@ def stacked_product(a: Tensor, b: Tensor) -> Tensor:
     if not _large(a, b):
         return a @ b
     found = [product(one, other.mT) for one, other in _pairs(a, b)]
-    stacks = torch.broadcast_shapes(a.shape[:2], b.shape[:2])
+    stacks = _stacks(a, b)
     return (found[0] if len(found) == 1 else torch.stack(found)).view(*stacks, a.shape[2], b.shape[3])
 
 
@@ -42,6 +42,12 @@ def _large(a: Tensor, b: Tensor) -> bool:
 
 def _pairs(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The matrices that belong together, stack by stack."""
-    stacks = torch.broadcast_shapes(a.shape[:2], b.shape[:2])
+    stacks = _stacks(a, b)
     a, b = (x.expand(*stacks, -1, -1) for x in (a, b))
     return ((a[i, j], b[i, j]) for i in range(stacks[0]) for j in range(stacks[1]))
+
+
+def _stacks(a: Tensor, b: Tensor) -> tuple[int, int]:
+    """B and G; `torch.broadcast_shapes` takes longer than a small product."""
+    batch, groups = (n if m == 1 else m for m, n in zip(a.shape[:2], b.shape[:2], strict=True))
+    return batch, groups
