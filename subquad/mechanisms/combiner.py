@@ -18,36 +18,45 @@ Ren et al. 2021, "Combiner: Full Attention Transformer with Sparse Computation C
 Cost O(L² D / b + L b D) for fixed and the grids, which is O(L √L D) with b = √L; O(L log L D) for logsparse. Every
 token attends to all: a query's weights sum to 1 over everything it may see. A region weighs as much as one token.
 
+State: a key and a value of each whole region that is seen again, and queries, keys and values, for fixed and rowmajor
+of the open segment or row (with its inputs where keys are projected), for the other plans of all tokens. A region is
+summarised once, when it is whole; the columns of vertical are longer regions in every row, and are summarised as often.
+
 Departures: the paper's bidirectional logsparse and grid plans stand in an appendix; here they are its regions without
 the restriction to the past. The official code drops a level of logsparse where L - 1 is a power of two, counts the own
 segment twice in its bidirectional form, takes running sums where the paper has maxima, needs whole segments and
 ignores padding. A plan called axial there is rowmajor here. The neighbour of logsparse is a region of one token in the
-paper, which is the same without an activation. Learned regions and decoding from a state are not offered, nor dropout
-inside summaries. Segments and rows count valid tokens: an invalid token takes no position. A token missing at the end
-of the last row asks, in bidirectional rowmajor, with a query and key of 0.
+paper, which is the same without an activation. Learned regions are not offered, nor dropout inside summaries. Segments
+and rows count valid tokens: an invalid token takes no position. A token missing at the end of the last row asks, in
+bidirectional rowmajor, with a query and key of 0.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subquad.combiner_stream import CombinerState, empty_stream, extend, known, left
 from subquad.costs import Cost
-from subquad.heads import BY_HEADS, HeadMixer, Heads, initialise_projection, projection_cost
+from subquad.heads import BY_HEADS, HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask
 from subquad.ops.combiner.attention import Summarize, combiner_attention, combiner_attention_with_summaries
-from subquad.ops.combiner.grid import Horizontal, JointMixture, Rowmajor, Vertical
+from subquad.ops.combiner.grid import Horizontal, Rowmajor, Vertical
+from subquad.ops.combiner.joint_mixture import JointMixture
 from subquad.ops.combiner.levels import Logsparse
 from subquad.ops.combiner.plans import Fixed, Plan
+from subquad.ops.combiner.stream import Members, Sights, pick, pooled_summaries
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.blocks import Block
 from subquad.registry import register
+from subquad.row_summary import RowSummary
 from subquad.state import State
 
 PlanName = Literal["fixed", "logsparse", "vertical", "horizontal", "rowmajor", "mixture"]
@@ -99,7 +108,7 @@ class CombinerConfig(MixerConfig):
     @property
     def traits(self) -> Traits:
         """The joint mixture looks back alone."""
-        return Traits(bidirectional=self.mixture != "joint", causal=True, padding=True)
+        return Traits(bidirectional=self.mixture != "joint", causal=True, padding=True, state=True)
 
     @property
     def projects_rows(self) -> bool:
@@ -145,8 +154,20 @@ class CombinerConfig(MixerConfig):
             filled = length + -length % plan.unit(length)
             attended, summarised = plan.pairs(filled, causal=dims.causal)
             flops += 2 * inner * (2 * attended + products * summarised) + 2 * filled * heads * weights
-        total += Cost(flops=flops, activation_bytes=kept, parameters=weights)
+        state_bytes = self._state_bytes(dims, length, max(4, dtype_bytes)) if dims.causal else 0
+        total += Cost(flops=flops, activation_bytes=kept, state_bytes=state_bytes, parameters=weights)
         return total + self._row_projection_cost(dims, length, dtype_bytes) if self.projects_rows else total
+
+    def _state_bytes(self, dims: Dims, length: int, width: int) -> int:
+        sights, lengths = self.sights, torch.tensor([length])
+        tokens, regions = length - int(sights.first(lengths)), sights.kept(lengths).shape[1]
+        inputs = dims.embed_dim if self.projects_rows else 0
+        return width * ((3 * tokens + 2 * regions) * dims.inner_dim + tokens * inputs)
+
+    @property
+    def sights(self) -> Sights:
+        """The plans, token by token."""
+        return Sights([plan.stream for plan in self.plans()])
 
     def _row_projection_cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
         inner, width, averages = dims.inner_dim, dims.embed_dim, 2 if self.row_summary == "wsum_proj" else 1
@@ -179,6 +200,11 @@ class Combiner(HeadMixer):
             if weight is not None:
                 nn.init.xavier_uniform_(weight)
 
+    def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> CombinerState:
+        """Nothing seen yet."""
+        width = self.dims.embed_dim if self.config.projects_rows else 0
+        return empty_stream(self.dims, width, batch_size, device, dtype)
+
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Attend by the plan, with the valid tokens first."""
         assert heads.k is not None
@@ -188,19 +214,58 @@ class Combiner(HeadMixer):
         if order is not None and valid is not None:
             q, k, v, x = (take(tensor, order) for tensor in (heads.q, heads.k, heads.v, heads.x[:, None]))
             heads = Heads(x[:, 0], q, k, v, Mask(take(valid, order)), Mask())
-        out = self._by_plans(heads) if self.row_summary is None else self._by_rows(heads, self.row_summary)
-        return (out if order is None else put_back(out, order)), None
+        if isinstance(state, CombinerState):
+            out, state = self._continue(heads, state)
+        else:
+            out = self._attend_whole(heads)
+        return (out if order is None else put_back(out, order)), state
+
+    def _attend_whole(self, heads: Heads) -> Tensor:
+        return self._by_plans(heads) if self.row_summary is None else self._by_rows(heads, self.row_summary)
+
+    def _continue(self, heads: Heads, before: CombinerState) -> tuple[Tensor, CombinerState]:
+        """Attend to what is stored too, and store; a stream begins with all its tokens at once."""
+        assert heads.k is not None
+        assert heads.v is not None
+        q, valid, sights, begins = heads.q, heads.mask.valid, self.config.sights, not bool(before.length.any())
+        added = torch.full_like(before.length, q.shape[2]) if valid is None else valid.sum(dim=1)
+        x = heads.x if self.config.projects_rows else heads.x[..., :0]
+        kept = extend(before, q, heads.k, heads.v, x, added, sights)
+        wanted = sights.needed(kept.end) if begins else sights.closed(before.length, kept.end)
+        pooled, rows = partial(pooled_summaries, self._summarize), partial(self._summarize_rows, x.dtype)
+        made = sights.summarise(kept, wanted, rows if self.config.plans()[0].asks_tokens else pooled)
+        summaries = known(before, sights, kept.k.dtype).join(made)
+        after = left(before, kept, summaries, sights)
+        if begins:
+            return self._attend_whole(heads), after
+        positions = before.length[:, None] + torch.arange(q.shape[2], device=q.device)
+        return sights.attend(q.to(kept.k.dtype), positions, kept, summaries, self.config.log_size_bias), after
+
+    def _summarize_rows(self, dtype: torch.dtype, members: Members) -> tuple[Tensor, Tensor]:
+        """Average rows by the queries of their tokens, and make keys as `_by_rows` does."""
+        kept, asking = members.kept, members.asking
+        keys, values = members.averages(pick(kept.q, asking))
+        if self.row_summary is None:
+            return (keys if self.config.grid.weighted_keys else pick(kept.k, asking)), values
+        average = values if self.config.row_summary == "proj" else keys
+        x = pick(kept.x[:, None], asking)[:, 0]
+        made = self.row_summary(x.to(dtype), average.to(dtype).transpose(1, 2).flatten(2))
+        return self.split(made).to(keys.dtype), values
+
+    @property
+    def _summarize(self) -> Summarize:
+        config = self.config
+        return Summarize(
+            config.pooling, config.activation, self.query_features, self.key_features, config.log_size_bias
+        )
 
     def _by_plans(self, heads: Heads) -> Tensor:
         config, dims = self.config, self.dims
         assert heads.k is not None
         assert heads.v is not None
-        summarize = Summarize(
-            config.pooling, config.activation, self.query_features, self.key_features, config.log_size_bias
-        )
         found = [
             combiner_attention(
-                heads.q, heads.k, heads.v, plan, causal=dims.causal, valid=heads.mask.valid, summarize=summarize
+                heads.q, heads.k, heads.v, plan, causal=dims.causal, valid=heads.mask.valid, summarize=self._summarize
             )
             for plan in config.plans()
         ]
@@ -226,20 +291,3 @@ class Combiner(HeadMixer):
         return combiner_attention_with_summaries(
             heads.q, heads.k, heads.v, key, value, plan, causal=self.dims.causal, valid=valid
         )
-
-
-class RowSummary(nn.Module):
-    """Averages of rows to keys: W₂ LayerNorm(x + W₁ average)."""
-
-    def __init__(self, dims: Dims) -> None:
-        super().__init__()
-        self.project_average = nn.Linear(dims.inner_dim, dims.embed_dim, bias=dims.bias)
-        self.norm = nn.LayerNorm(dims.embed_dim)
-        self.project_key = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
-        self.dropout = nn.Dropout(dims.dropout)
-        for projection in (self.project_average, self.project_key):
-            initialise_projection(projection)
-
-    def forward(self, x: Tensor, average: Tensor) -> Tensor:
-        """(B, L, D) and (B, L, H * E) -> (B, L, H * E)."""
-        return self.project_key(self.norm(x + self.dropout(self.project_average(average))))

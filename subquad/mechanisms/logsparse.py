@@ -8,8 +8,7 @@ arXiv:1907.00235, sections 4.1 and 4.2.
     kernel: q_i = Σ_s W_s x_{i-s}, 0 <= s < K; k_i likewise, values pointwise     bidirectional: centred on i
 
 Cost O(L log L D), with restart O(L² log R D / R) for fixed R, which stays O(L log L D) where R grows with L, as in the
-paper. About log L layers reach everything. State: the keys and values of all tokens. With kernel > 1 there is none: it
-would have to hold the last K - 1 inputs of the newest document too.
+paper. About log L layers reach everything. State: the keys and values of all tokens, and the last K - 1 inputs.
 
 Departures: the paper has only the causal form; the bidirectional one is its mirror image. The published code makes the
 first rows dense, leaves out the newest key of the last range where that is short, and derives the length of the window
@@ -23,7 +22,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,78 +30,14 @@ from subquad.cache import KeyValueCache, attend_cached, empty_cache
 from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.mask import Mask, token_positions
+from subquad.mask import Mask, continue_segments, token_positions
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.ops.rotary import rotate
+from subquad.patterns.doubling import DoublingDistances
 from subquad.patterns.pattern import Pattern
-from subquad.patterns.terms import UNBOUNDED, Classes, Indices, Term, classify
 from subquad.registry import register
-from subquad.state import State
-
-
-@dataclass(frozen=True)
-class DoublingDistances(Pattern):
-    """The distances i - j of the formula; those of |i - j| where `both` sides are seen."""
-
-    local: int
-    restart: int | None
-    both: bool
-
-    def steps(self, limit: int) -> list[int]:
-        """The distances below `limit` and below the first restart, ascending."""
-        limit = limit if self.restart is None else min(limit, self.restart)
-        beyond = (self.local - 1 + (1 << power) for power in range(max(0, limit).bit_length()))
-        return [*range(min(self.local, limit)), *(distance for distance in beyond if distance < limit)]
-
-    def pairs(self, length: int) -> int:
-        """Visible pairs among `length` tokens: length - d of them for each distance d."""
-        period, past = self.restart or length, 0
-        for step in self.steps(length):
-            times = (length - 1 - step) // period + 1
-            past += times * (length - step) - period * (times * (times - 1) // 2)
-        return 2 * past - length if self.both else past
-
-    def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        """A power of two has one bit."""
-        distance = i - j
-        step = distance.abs() if self.restart is None else distance.abs() % self.restart
-        beyond = step - (self.local - 1)
-        chosen = (beyond <= 0) | (beyond & (beyond - 1) == 0)
-        return chosen if self.both else chosen & (distance >= 0)
-
-    def tiles(self, i0: Indices, i1: Indices, j0: Indices, j1: Indices) -> Classes:
-        """By counting the distances between the smallest and the largest of a rectangle."""
-        lowest, highest = i0 - j1, i1 - j0
-        count = np.maximum(self._before(highest + 1) - self._before(lowest), 0)
-        if self.both:
-            count = count + np.maximum(self._before(1 - lowest) - self._before(np.maximum(-highest, 1)), 0)
-        return classify(count > 0, count == highest - lowest + 1)
-
-    def offsets(self) -> tuple[int, int]:
-        """The past, or both sides."""
-        return -UNBOUNDED if self.both else 0, UNBOUNDED
-
-    def terms(self) -> list[Term]:
-        """A window, and single distances beyond it, unless they start anew."""
-        if self.restart is not None:
-            return [Term(*self.offsets(), filters=(self,))]
-        near = self.local + 1  # the first two powers of two follow without a gap
-        single = self.steps(UNBOUNDED)[near + 1 :]
-        future = [Term(-distance, -distance) for distance in single] if self.both else []
-        return [Term(-near if self.both else 0, near), *(Term(distance, distance) for distance in single), *future]
-
-    @property
-    def by_distance(self) -> bool:
-        """Always."""
-        return True
-
-    def _before(self, distance: Indices) -> Indices:
-        """How many of the distances are below the given ones."""
-        period = self.restart or UNBOUNDED
-        steps = np.array(self.steps(period), dtype=np.int64)
-        whole, rest = np.divmod(np.maximum(distance, 0), period)
-        return whole * len(steps) + np.searchsorted(steps, rest)
+from subquad.state import State, state_dataclass
 
 
 @register("logsparse")
@@ -137,8 +71,8 @@ class LogSparseConfig(MixerConfig):
 
     @property
     def traits(self) -> Traits:
-        """A state without a convolution alone."""
-        return Traits(bidirectional=True, causal=True, padding=True, segments=True, state=self.kernel == 1)
+        """No cross-attention: distances need one order for queries and keys."""
+        return Traits(bidirectional=True, causal=True, padding=True, segments=True, state=True)
 
     def check(self, dims: Dims) -> None:
         """A two-sided convolution is centred, hence odd."""
@@ -159,10 +93,10 @@ class LogSparseConfig(MixerConfig):
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
         """Projections, two of them once for each token under the kernel, and the visible pairs."""
         further = 2 * (self.kernel - 1) * dims.embed_dim * dims.inner_dim
-        stored = length if dims.causal and self.traits.state else 0
+        stored = 2 * length * dims.inner_dim + (self.kernel - 1) * dims.embed_dim if dims.causal else 0
         own = Cost(
             flops=2 * length * further,
-            state_bytes=2 * stored * dims.inner_dim * max(4, dtype_bytes),
+            state_bytes=stored * max(4, dtype_bytes),
             parameters=further,
         )
         pairs = self.pattern(causal=dims.causal).pairs(length)
@@ -209,6 +143,28 @@ class Convolution(nn.Module):
         return total if self.bias is None else total + self.bias.view(self.dims.num_heads, 1, -1)
 
 
+@state_dataclass
+class ConvolutionCache(KeyValueCache):
+    """All tokens so far, and what the next tokens' convolutions reach.
+
+    Attributes:
+        length: int64 (B,).
+        keys: (B, H, T, E).
+        values: (B, H, T, E).
+        segments: int64 (B, T).
+        inputs: (B, K - 1, D), of the last tokens, the newest in the last column; zeros before the first.
+    """
+
+    inputs: Tensor
+
+    def last_segments(self) -> Tensor:
+        """The segments, int64 (B, K - 1), of the tokens of `inputs`; before the first, any."""
+        if not self.segments.shape[1]:
+            return self.length.new_zeros(self.inputs.shape[:2])
+        columns = self.length[:, None] + torch.arange(-self.inputs.shape[1], 0, device=self.length.device)
+        return take(self.segments, columns.clamp_min(0))
+
+
 class LogSparse(HeadMixer):
     """Attention at distances that double."""
 
@@ -227,8 +183,12 @@ class LogSparse(HeadMixer):
                 projection.initialise()
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> KeyValueCache:
-        """An empty cache."""
-        return empty_cache(self.dims, batch_size, device, dtype)
+        """An empty cache, with room for the inputs of a convolution."""
+        empty, reach = empty_cache(self.dims, batch_size, device, dtype), self.config.kernel - 1
+        if not reach:
+            return empty
+        inputs = torch.zeros(batch_size, reach, self.dims.embed_dim, device=device, dtype=dtype)
+        return ConvolutionCache(empty.length, empty.keys, empty.values, empty.segments, inputs)
 
     def _rotate(
         self, q: Tensor, k: Tensor | None, mask: Mask | None, key_mask: Mask | None, state: State | None
@@ -239,6 +199,8 @@ class LogSparse(HeadMixer):
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Attend; padding is taken out first, so that it takes no position."""
         pattern = self.config.pattern(causal=self.dims.causal)
+        if isinstance(state, ConvolutionCache):
+            return self._continue(heads, pattern, state)
         if isinstance(state, KeyValueCache):
             return attend_cached("logsparse", heads, pattern, state)
         assert heads.k is not None
@@ -250,6 +212,38 @@ class LogSparse(HeadMixer):
         q, k = self._convolve(self.project_query, q, mask), self._convolve(self.project_key, k, mask)
         out = pattern_attention(q, k, v, pattern, mask=mask)
         return (out if order is None else put_back(out, order)), None
+
+    def _continue(self, heads: Heads, pattern: Pattern, before: ConvolutionCache) -> tuple[Tensor, ConvolutionCache]:
+        """Convolve behind the stored inputs, then attend to the stored keys; padding is taken out first."""
+        assert heads.k is not None
+        assert heads.v is not None
+        x, q, k, v, mask = heads.x[:, None], heads.q, heads.k, heads.v, Mask(heads.mask.valid, heads.mask.segments)
+        order = valid_first(mask.valid) if mask.valid is not None and has_gaps(mask.valid) else None
+        if order is not None:
+            x, q, k, v, mask = *(take(tensor, order) for tensor in (x, q, k, v)), in_order(mask, order)
+        earlier = before.last_segments()
+        segments = continue_segments("logsparse", earlier[:, -1], before.length, mask, q.shape[2])
+        joined, inputs = torch.cat((earlier, segments), dim=1), before.inputs.to(x.dtype)
+        q, k = (
+            self._convolve_behind(inputs, projection, shares, joined, before.length)
+            for projection, shares in ((self.project_query, q), (self.project_key, k))
+        )
+        out, cache = attend_cached("logsparse", Heads(x[:, 0], q, k, v, mask, mask), pattern, before)
+        columns = (cache.length - before.length)[:, None] + torch.arange(inputs.shape[1], device=x.device)
+        newest = take(torch.cat((inputs[:, None], x), dim=2), columns)[:, 0].to(before.inputs.dtype)
+        after = ConvolutionCache(cache.length, cache.keys, cache.values, cache.segments, newest)
+        return (out if order is None else put_back(out, order)), after
+
+    def _convolve_behind(
+        self, inputs: Tensor, projection: nn.Module, shares: Tensor, segments: Tensor, start: Tensor
+    ) -> Tensor:
+        """The sums of a convolution (B, H, L, E) whose first tokens also reach the inputs (B, K - 1, D) before them."""
+        assert isinstance(projection, Convolution)
+        joined = torch.cat((self.split(projection(inputs)), shares), dim=2)
+        x = projection.add_up(joined, segments)[:, :, inputs.shape[1] :]
+        if self.dims.positions == "none":
+            return x
+        return rotate(x, token_positions(None, x.shape[0], x.shape[2], device=x.device, start=start))
 
     def _convolve(self, projection: nn.Module, x: Tensor, mask: Mask) -> Tensor:
         """The sums of a convolution, rotated; what comes from a projection is ready."""

@@ -11,7 +11,8 @@ Roy et al. 2020, "Efficient Content-Based Sparse Attention with Routing Transfor
 Cost O(L (C + w) D); with C = L / w clusters, and w = √L, O(L √L D). A query in no cluster gives 0. In training the
 centroids move: by moving averages of the counts and sums of the vectors nearest to each, queries and keys alike. They
 are buffers, saved with the model. A checkpointed step repeats its choices and moves them once, where its backward pass
-precedes the next step. The auxiliary loss draws vectors to their centroids: β mean |x - μ_c(x)|².
+precedes the next step. The auxiliary loss draws vectors to their centroids: β mean |x - μ_c(x)|². State, of the causal
+form: the last w - 1 keys and values of each cluster.
 
 Departures: the official code takes the top w tokens of a causal sequence too, which tells a token which later ones will
 come; the causal form above knows of earlier tokens only. Averages start from one token at each centroid. Relative
@@ -37,11 +38,12 @@ from subquad.ops.backward_pass import is_recomputing
 from subquad.ops.clusters.causal_window import cluster_window_attention
 from subquad.ops.clusters.kmeans import Centroids, commitment, members, moved, nearest, standardise
 from subquad.ops.clusters.member_attention import member_attention
+from subquad.ops.clusters.rings import RingOrder, Rings
 from subquad.ops.packing import has_gaps, put_back, take, token_counts, valid_first
 from subquad.ops.precision import full_precision
 from subquad.ops.rotary import rotate
 from subquad.registry import register
-from subquad.state import State
+from subquad.state import State, state_dataclass
 
 
 @register("routing")
@@ -83,7 +85,10 @@ class RoutingConfig(MixerConfig):
     @property
     def traits(self) -> Traits:
         """Causal where q = k: a query's cluster is then that of its key."""
-        return Traits(bidirectional=True, causal=self.shared is not False, padding=True, aux_loss=True)
+        causal = self.shared is not False
+        return Traits(
+            bidirectional=True, causal=causal, padding=True, state=causal, constant_state=causal, aux_loss=True
+        )
 
     def shares(self, dims: Dims) -> bool:
         """Whether q = k."""
@@ -109,8 +114,25 @@ class RoutingConfig(MixerConfig):
         return projection_cost(dims, length, dtype_bytes, kept="v") + Cost(
             flops=2 * inner * (sets * length * self.clusters + 2 * pairs - spared * length * dims.embed_dim),
             activation_bytes=wide * length * kept + copies + dtype_bytes * sets * self.clusters * inner,
+            state_bytes=2 * wide * self.clusters * (self.window - 1) * inner if dims.causal else 0,
             parameters=-spared * inner * (dims.embed_dim + dims.bias),
         )
+
+
+@state_dataclass
+class RoutingState(State):
+    """The last members of each cluster, the newest in the last column; columns that hold none are zeros.
+
+    Attributes:
+        length: int64 (B,).
+        members: int64 (B, H, C), columns that hold one.
+        keys: (B, H, C, w - 1, E).
+        values: (B, H, C, w - 1, E).
+    """
+
+    members: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 class Routing(HeadMixer):
@@ -133,6 +155,14 @@ class Routing(HeadMixer):
         self.register_buffer("sums", means.clone())
         self._means_before: Tensor | None = None  # of the last step of training, which a recomputation repeats
 
+    def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> RoutingState:
+        """Nothing seen yet."""
+        config, heads = self.config, self.dims.num_heads
+        shape = (batch_size, heads, config.clusters, config.window - 1, self.dims.head_dim)
+        keys = torch.zeros(shape, device=device, dtype=dtype)
+        length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return RoutingState(length, length.new_zeros(batch_size, heads, config.clusters), keys, keys.clone())
+
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Standardised queries and keys, the same where they are shared, and values.
 
@@ -149,16 +179,22 @@ class Routing(HeadMixer):
     ) -> Mixed:
         """Project, attend, project back, and in training let the centroids move."""
         facts = mask or Mask()
-        out, loss = self._attend_routed(Heads(x, *self.project(x, context), facts, facts))
+        heads = Heads(x, *self.project(x, context), facts, facts)
+        out, after, loss = self._attend_routed(heads, state if isinstance(state, RoutingState) else None)
         y = self.project_out(out.to(x.dtype).transpose(1, 2).flatten(2))
-        return Mixed(self.dropout(y), None, loss)
+        return Mixed(self.dropout(y), after, loss)
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Attend inside the clusters."""
-        return self._attend_routed(heads)[0], None
+        return self._attend_routed(heads, state if isinstance(state, RoutingState) else None)[:2]
 
-    def _attend_routed(self, heads: Heads) -> tuple[Tensor, Tensor | None]:
-        """The result and, in training, the auxiliary loss; padding is taken out first, so that it takes no position."""
+    def _attend_routed(
+        self, heads: Heads, before: RoutingState | None
+    ) -> tuple[Tensor, RoutingState | None, Tensor | None]:
+        """The result, the new state and, in training, the auxiliary loss.
+
+        Padding is taken out first, so that it takes no position.
+        """
         assert heads.k is not None
         assert heads.v is not None
         q, k, v, valid = heads.q, heads.k, heads.v, heads.mask.valid
@@ -167,24 +203,27 @@ class Routing(HeadMixer):
             v, valid = take(v, order), take(valid, order)
             q, k = (take(q, order),) * 2 if k is q else (take(q, order), take(k, order))
         sets, lengths = [q] if k is q else [q, k], token_counts(q, valid)
-        before = self._means_before if self.training and is_recomputing() else None
-        means = self.means if before is None else before
+        repeated = self._means_before if self.training and is_recomputing() else None
+        means, after = self.means if repeated is None else repeated, None
         with full_precision(q.device):
-            if self.dims.causal:
+            if before is not None:
+                out, labels, after = self._continue(q, v, means, valid, before)
+            elif self.dims.causal:
                 out, labels = self._attend_causal(q, v, means, valid)
             else:
                 out, labels = self._attend_members(sets, v, means, lengths)
             loss = self._learn(sets, labels, means, lengths) if self.training else None
-        return (out if order is None else put_back(out, order)), loss
+        return (out if order is None else put_back(out, order)), after, loss
 
     @property
     def _scale(self) -> float:
         return self.dims.head_dim**-0.5 if self.config.scaled else 1.0
 
-    def _rotated(self, sets: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _rotated(self, sets: list[Tensor], start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Queries and keys, rotated with rotary positions; clusters are found before, by content."""
         if self.dims.positions == "rotary":
             places = torch.arange(sets[0].shape[2], device=sets[0].device)[None]
+            places = places if start is None else places + start[:, None]
             sets = [rotate(x, places) for x in sets]
         return sets[0], sets[-1]
 
@@ -195,6 +234,21 @@ class Routing(HeadMixer):
         v = v / (1 + self.config.epsilon)
         out = cluster_window_attention(q, k, v, labels, self.config.window, scale=self._scale, valid=valid)
         return out, [list(labels)]
+
+    def _continue(
+        self, q: Tensor, v: Tensor, means: Tensor, valid: Tensor | None, before: RoutingState
+    ) -> tuple[Tensor, list[list[Tensor]], RoutingState]:
+        labels, (q, k) = nearest(q, means), self._rotated([q], before.length)
+        rings = Rings(before.members, before.keys.to(q.dtype), before.values.to(q.dtype))
+        order = RingOrder(rings, k, v.to(q.dtype), labels, valid)
+        if bool(before.length.any()):
+            out = order.attend(q, self._scale)
+        else:
+            out = cluster_window_attention(q, k, v, labels, self.config.window, scale=self._scale, valid=valid)
+        rings = order.newest()
+        added, dtype = q.shape[2] if valid is None else valid.sum(dim=1), before.keys.dtype
+        after = RoutingState(before.length + added, rings.members, rings.keys.to(dtype), rings.values.to(dtype))
+        return out / (1 + self.config.epsilon), [list(labels)], after
 
     def _attend_members(
         self, sets: list[Tensor], v: Tensor, means: Tensor, lengths: list[int]

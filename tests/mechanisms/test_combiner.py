@@ -13,8 +13,11 @@ from torch import Tensor
 
 from subquad import Mask
 from subquad.build import build_mixer, traits
-from subquad.mechanisms.combiner import Combiner, RowSummary
+from subquad.combiner_stream import CombinerState
+from subquad.mechanisms.combiner import Combiner
+from subquad.ops.combiner import stream
 from subquad.ops.combiner.attention import Summarize, combiner_attention_by_regions
+from subquad.row_summary import RowSummary
 
 BOTH_FORMS = pytest.mark.parametrize("causal", [False, True])
 OPTIONS: list[dict[str, Any]] = [
@@ -101,6 +104,66 @@ def test_it_equals_the_definition(options: dict[str, Any], causal: bool, length:
     mixer, mask = combiner(causal=causal, **options), data.draw(masks(2, length, segments=False))
     x = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
     assert_same_values_and_gradients(mixer, lambda: mixer(x, mask=mask).y, lambda: definition(mixer, x, mask), [x])
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"plan": "vertical", "block": 1}], ids=str)
+@given(pieces=st.lists(st.integers(1, 7), min_size=1, max_size=5), data=st.data())
+def test_a_stream_in_pieces_equals_the_definition(
+    options: dict[str, Any], pieces: list[int], data: st.DataObject
+) -> None:
+    """Pieces end inside rows, at their borders and rows later; examples are at different places."""
+    mixer, mask = combiner(**options), data.draw(masks(2, sum(pieces), segments=False))
+    x = torch.randn(2, sum(pieces), 4, dtype=torch.float64, requires_grad=True)
+
+    def streamed() -> Tensor:
+        state, outputs, start = mixer.init_state(2), [], 0
+        for size in pieces:
+            cut = slice(start, start + size)
+            valid = None if mask is None or mask.valid is None else mask.valid[:, cut]
+            y, state, _ = mixer(x[:, cut], mask=Mask(valid), state=state)
+            outputs.append(y)
+            start += size
+        return torch.cat(outputs, dim=1)
+
+    assert_same_values_and_gradients(mixer, streamed, lambda: definition(mixer, x, mask), [x])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 11, 12, 13, 31])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_price_of_a_state_is_what_it_holds(options: dict[str, Any], length: int) -> None:
+    mixer = combiner(**options)
+    state = mixer(torch.randn(1, length, 4, dtype=torch.float64), state=mixer.init_state(1)).state
+    assert isinstance(state, CombinerState)
+    assert mixer.config.cost(mixer.dims, length, 8).state_bytes == state.nbytes - state.length.nbytes
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "summaries"),
+    [
+        ({}, 2, 3),
+        ({"plan": "logsparse"}, 11, 2),
+        ({"plan": "vertical"}, 11, 3),
+        ({"plan": "horizontal"}, 11, 9),
+        ({"plan": "rowmajor"}, 2, 9),
+        ({"plan": "mixture"}, 11, 12),
+        ({"plan": "mixture", "mixture": "joint"}, 11, 21),
+    ],
+    ids=str,
+)
+def test_a_state_keeps_what_later_tokens_see(options: dict[str, Any], tokens: int, summaries: int) -> None:
+    """After 11 tokens in rows of 3; 11 is 1011 in binary, the lowest bit of which is a token."""
+    mixer = combiner(**options)
+    state = mixer(torch.randn(1, 11, 4, dtype=torch.float64), state=mixer.init_state(1)).state
+    assert isinstance(state, CombinerState)
+    assert (state.keys.shape[2], state.summary_keys.shape[2]) == (tokens, summaries)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_long_calls_are_computed_in_parts(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, x = combiner(**options), torch.randn(2, 23, 4, dtype=torch.float64)
+    monkeypatch.setattr(stream, "LARGEST_SLICE", 64)
+    begun = mixer(x[:, :4], state=mixer.init_state(2))
+    torch.testing.assert_close(mixer(x[:, 4:], state=begun.state).y, mixer(x).y[:, 4:], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -27,9 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from subquad import Mask
 from subquad.build import build_mixer, make_dims
 from subquad.heads import HeadMixer
-from subquad.mechanisms.logsparse import Convolution, DoublingDistances, LogSparse, LogSparseConfig
+from subquad.mechanisms.logsparse import Convolution, ConvolutionCache, LogSparse, LogSparseConfig
 from subquad.ops.rotary import rotate
 from subquad.patterns import Causal, Log, Tile
+from subquad.patterns.doubling import DoublingDistances
 
 BOTH_FORMS = pytest.mark.parametrize("causal", [False, True])
 PATTERNS = st.builds(
@@ -182,7 +183,9 @@ def test_a_convolution_equals_that_of_each_document_alone(
 
 
 @given(
-    options=st.sampled_from([{}, {"local": 3}, {"local": 2, "restart": 8}]),
+    options=st.sampled_from(
+        [{}, {"local": 3}, {"local": 2, "restart": 8}, {"kernel": 2}, {"kernel": 9, "positions": "rotary"}]
+    ),
     pieces=st.lists(st.integers(1, 20), min_size=1, max_size=4),
     data=st.data(),
 )
@@ -236,11 +239,13 @@ def test_a_convolution_is_priced_as_torch_counts_its_own(causal: bool, bias: boo
     assert wide.activation_bytes == plain.activation_bytes
 
 
-def test_a_state_is_refused_with_a_convolution() -> None:
-    assert LogSparseConfig().traits.state
-    assert not LogSparseConfig(kernel=2).traits.state
-    with pytest.raises(ValueError, match="logsparse: a state is not supported"):
-        logsparse(kernel=2).init_state(1)
+def test_a_state_holds_the_inputs_that_a_convolution_reaches() -> None:
+    mixer, x = logsparse(causal=True, kernel=4), torch.randn(2, 9, 4, dtype=torch.float64)
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[1, 2:8] = False
+    state = mixer(x, mask=Mask(valid), state=mixer.init_state(2)).state
+    assert isinstance(state, ConvolutionCache)
+    assert torch.equal(state.inputs, torch.stack((x[0, 6:], x[1, [0, 1, 8]])))
 
 
 def test_a_convolution_begins_as_xavier_would_have_it() -> None:

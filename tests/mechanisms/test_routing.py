@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from subquad import Mask
 from subquad.build import build_mixer
-from subquad.mechanisms.routing import Routing
+from subquad.mechanisms.routing import Routing, RoutingState
+from subquad.ops.clusters import rings
 from subquad.ops.rotary import rotate
 from subquad.ops.softmax import softmax_attention_with_lse
 
@@ -76,6 +77,61 @@ def _attend(mixer: Routing, x: Tensor, h: int) -> Tensor:
             collected[i].append(scores[i, keys].softmax(dim=0) @ v[keys])
     none = torch.zeros_like(v[0])
     return torch.stack([sum(parts, none) / (len(parts) + config.epsilon) if parts else none for parts in collected])
+
+
+@pytest.mark.parametrize("options", [*FORMS[3:], {"causal": True, "window": 1}], ids=str)
+@given(pieces=st.lists(st.integers(1, 9), min_size=1, max_size=5), data=st.data())
+def test_a_stream_in_pieces_equals_the_definition(
+    options: dict[str, Any], pieces: list[int], data: st.DataObject
+) -> None:
+    mixer, mask = mixer_with(**options), data.draw(masks(2, sum(pieces), segments=False))
+    x = torch.randn(2, sum(pieces), 4, dtype=torch.float64, requires_grad=True)
+
+    def streamed() -> Tensor:
+        state, outputs, start = mixer.init_state(2), [], 0
+        for size in pieces:
+            cut = slice(start, start + size)
+            valid = None if mask is None or mask.valid is None else mask.valid[:, cut]
+            y, state, _ = mixer(x[:, cut], mask=Mask(valid), state=state)
+            outputs.append(y)
+            start += size
+        return torch.cat(outputs, dim=1)
+
+    assert_same_values_and_gradients(mixer, streamed, lambda: definition(mixer, x, mask), [x])
+
+
+def test_a_long_call_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, x = mixer_with(causal=True), torch.randn(2, 23, 4, dtype=torch.float64)
+    monkeypatch.setattr(rings, "LARGEST_SLICE", 64)
+    begun = mixer(x[:, :4], state=mixer.init_state(2))
+    torch.testing.assert_close(mixer(x[:, 4:], state=begun.state).y, mixer(x).y[:, 4:], rtol=1e-10, atol=1e-10)
+
+
+def test_a_state_holds_the_last_members_of_every_cluster() -> None:
+    mixer, x = mixer_with(causal=True, window=4), torch.randn(1, 29, 4, dtype=torch.float64)
+    state = mixer(x, state=mixer.init_state(1)).state
+    assert isinstance(state, RoutingState)
+    (q, _), values = queries_and_keys(mixer, x[0]), split_heads(mixer, mixer.project_value, x)[0]
+    for head in range(2):
+        labels = (q[:, head] @ mixer.means[head].T).argmax(dim=1)
+        for cluster in range(3):
+            members = (labels == cluster).nonzero()[-3:, 0]
+            assert state.members[0, head, cluster] == len(members)
+            held = state.values[0, head, cluster, 3 - len(members) :]
+            torch.testing.assert_close(held, values[members, head], rtol=1e-12, atol=1e-12)
+
+
+def test_a_stream_moves_the_centroids_as_its_calls_do_alone() -> None:
+    """Training with states learns from the tokens of each call."""
+    streamed, alone = mixer_with(causal=True).train(), mixer_with(causal=True).train()
+    alone.load_state_dict(streamed.state_dict())
+    x = torch.randn(2, 12, 4, dtype=torch.float64)
+    state = streamed.init_state(2)
+    for part in x.split(4, dim=1):
+        _, state, streamed_loss = streamed(part, state=state)
+        loss = alone(part).aux_loss
+        assert torch.equal(streamed_loss, loss)
+    assert torch.equal(streamed.means, alone.means)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -24,7 +24,8 @@ from subquad.ops.combiner.plans import (
     summaries,
     tokens,
 )
-from subquad.ops.combiner.region_pooling import Reduction, after, before, others
+from subquad.ops.combiner.region_pooling import Reduction, others
+from subquad.ops.combiner.stream_regions import ColumnsAbove, RowParts, StreamPlan
 from subquad.ops.rectangles import Part, View
 
 
@@ -135,7 +136,8 @@ class GridPlan(Plan):
         return in_row, [j for j in range(column, end, self.columns) if j != i], end
 
 
-def _regions(*regions: list[int]) -> list[Region]:
+def as_regions(*regions: list[int]) -> list[Region]:
+    """Those that aren't empty."""
     return [Region(tuple(region)) for region in regions if region]
 
 
@@ -148,7 +150,7 @@ class Vertical(GridPlan):
         in_row, in_column, end = self.lines(i, length, causal=causal)
         end = in_row[0] if causal else end
         columns = ([j for j in range(c, end, self.columns) if j not in in_row] for c in range(self.columns))
-        return Partition(in_row + in_column, _regions(*(x for c, x in enumerate(columns) if c != i % self.columns)))
+        return Partition(in_row + in_column, as_regions(*(x for c, x in enumerate(columns) if c != i % self.columns)))
 
     def on_grid(self, grid: Grid) -> Layout:
         """One region for every token: what is above it in its column, or everything else in it."""
@@ -172,6 +174,11 @@ class Vertical(GridPlan):
         cross, others_in_row = grid.pairs_in_rows + grid.pairs_in_columns, grid.used * grid.width * (grid.width - 1)
         return Pairs(cross + others_in_row, grid.pairs_in_columns if grid.width > 1 else 0)
 
+    @property
+    def stream(self) -> StreamPlan:
+        """The cross, and columns, which every row makes longer."""
+        return StreamPlan(self.columns, True, (ColumnsAbove(self.columns),))
+
 
 @dataclass(frozen=True)
 class Horizontal(GridPlan):
@@ -182,7 +189,7 @@ class Horizontal(GridPlan):
         in_row, in_column, end = self.lines(i, length, causal=causal)
         end, m = in_row[0] if causal else end, self.columns
         rows = ([j for j in range(t, min(t + m, end)) if j % m != i % m] for t in range(0, end, m) if t != in_row[0])
-        return Partition(in_row + in_column, _regions(*rows))
+        return Partition(in_row + in_column, as_regions(*rows))
 
     def on_grid(self, grid: Grid) -> Layout:
         """One region for every token: the others of its row."""
@@ -202,6 +209,11 @@ class Horizontal(GridPlan):
         """The cross, and a summary of every other row."""
         regions = grid.pairs_in_columns if grid.width > 1 else 0
         return Pairs(grid.pairs_in_rows + grid.pairs_in_columns + regions, grid.used * grid.width * (grid.width - 1))
+
+    @property
+    def stream(self) -> StreamPlan:
+        """The cross, and the others of each row."""
+        return StreamPlan(self.columns, True, (RowParts(self.columns, "others"),))
 
 
 @dataclass(frozen=True)
@@ -244,52 +256,10 @@ class Rowmajor(GridPlan):
         """The own row, and a summary of every other row."""
         return Pairs(grid.pairs_in_rows + grid.pairs_in_columns, grid.used * grid.width**2)
 
-
-@dataclass(frozen=True)
-class JointMixture(GridPlan):
-    """The official mixture, causal alone: the cross, the regions of `Vertical`, and those of `Horizontal` in two parts.
-
-    What is off the cross stands in two regions, one of its column and one of its row left or right of the token's
-    column; all share one softmax.
-    """
-
-    bidirectional = False
-
-    def partition(self, i: int, length: int, *, causal: bool) -> Partition:
-        """Columns above the token's row, and rows left and right of its column."""
-        (direct, columns), m = Vertical(self.columns).partition(i, length, causal=True), self.columns
-        starts = range(0, i - i % m, m)
-        left = _regions(*(list(range(t, t + i % m)) for t in starts))
-        right = _regions(*(list(range(t + i % m + 1, t + m)) for t in starts))
-        return Partition(direct, columns + left + right)
-
-    def on_grid(self, grid: Grid) -> Layout:
-        """Three regions for every token but those of the last row."""
-        width, used = grid.width, grid.used
-        vertical = Vertical(width).on_grid(grid)
-        if not vertical.regions:
-            return vertical
-
-        def pool(x: Tensor, reduction: Reduction) -> Tensor:
-            cells = grid.cells(x, used)
-            sides = (before(cells, reduction, 2), after(cells, reduction, 2))
-            return torch.cat((vertical.pool(x, reduction), *(side.flatten(1, 2) for side in sides)), dim=1)
-
-        made, parts, rows = list(vertical.summaries), list(vertical.parts), grid.rows.cut(0, used)
-        square = torch.ones(1, 1, width, width, dtype=torch.bool)
-        for side, first, visible in ((1, 1, square.tril(-1)), (2, 0, square.triu(1))):
-            offset = side * used * width
-            made.append(Part(replace(rows, first=offset), (tokens(rows),), visible))
-            (part,) = grid.own_column(offset)  # without the first column, or the last, where a side has nothing
-            keys = tuple(keys._replace(rows=keys.rows.cut(first, first + width - 1)) for keys in part.keys)
-            parts.append(Part(part.rows.cut(first, first + width - 1), keys, causal=True))
-        return Layout(3 * used * width, pool, sizes_by(pool), made, parts)
-
-    def pairs_on_grid(self, grid: Grid) -> Pairs:
-        """Those of `Vertical`, and two summaries of every row above, one at the borders."""
-        attended, summarised = Vertical(grid.width).pairs_on_grid(grid)
-        sides = (grid.width - 1) * grid.height * (grid.height - 1)
-        return Pairs(attended + sides, summarised + grid.used * grid.width * (grid.width - 1))
+    @property
+    def stream(self) -> StreamPlan:
+        """Of earlier rows summaries are enough."""
+        return StreamPlan(self.columns, False, (RowParts(self.columns, "all"),), needs_all=False)
 
 
 def _nothing(x: Tensor, reduction: Reduction) -> Tensor:

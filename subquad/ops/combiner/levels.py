@@ -13,6 +13,7 @@ from torch import Tensor
 
 from subquad.ops.combiner.plans import Layout, Pairs, Partition, Plan, Region, sizes_by, summaries, tokens
 from subquad.ops.combiner.region_pooling import Reduction, halve
+from subquad.ops.combiner.stream_regions import DoublingBlocks, StreamPlan
 from subquad.ops.rectangles import Gather, Part, View
 
 BLOCK_LEVEL = 5
@@ -85,6 +86,11 @@ class Logsparse(Plan):
             if level:
                 summarised += paired // 2 * size if causal else min(length, paired * size)
         return Pairs(attended, summarised)
+
+    @property
+    def stream(self) -> StreamPlan:
+        """Pairs of tokens, and larger blocks, which need the tokens of smaller ones again."""
+        return StreamPlan(2, False, (DoublingBlocks(),))
 
 
 class _SmallRegions:

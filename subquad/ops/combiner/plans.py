@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops.combiner.region_pooling import SUM, Pool, Reduction
+from subquad.ops.combiner.stream_regions import Segments, StreamPlan
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Gather, Keys, Part, View
 
 
@@ -100,6 +101,11 @@ class Plan(ABC):
     def pairs(self, length: int, *, causal: bool) -> Pairs:
         """What the parts of `layout` add up to."""
 
+    @property
+    @abstractmethod
+    def stream(self) -> StreamPlan:
+        """The causal partitions, token by token."""
+
 
 def tokens(view: View) -> Keys:
     """Token columns."""
@@ -168,6 +174,11 @@ class Fixed(Plan):
         if causal:
             return Pairs(count * size * (size + 1) // 2 + size * count * (count - 1) // 2, length - size)
         return Pairs(length * (size + count - 1), length if count > 1 else 0)
+
+    @property
+    def stream(self) -> StreamPlan:
+        """Of earlier segments summaries are enough."""
+        return StreamPlan(self.size, False, (Segments(self.size),), needs_all=False)
 
 
 def _earlier_segments(count: int, size: int, group: int = 8) -> list[Part]:

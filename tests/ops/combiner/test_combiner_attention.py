@@ -19,7 +19,8 @@ from subquad.ops.combiner.attention import (
     combiner_attention_by_regions,
     combiner_attention_with_summaries,
 )
-from subquad.ops.combiner.grid import Horizontal, JointMixture, Rowmajor, Vertical
+from subquad.ops.combiner.grid import Horizontal, Rowmajor, Vertical
+from subquad.ops.combiner.joint_mixture import JointMixture
 from subquad.ops.combiner.levels import Logsparse
 from subquad.ops.combiner.plans import Fixed, Plan
 from subquad.ops.rectangles import TOKENS, Gather, Keys, Part, Queries, Source, View

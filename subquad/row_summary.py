@@ -1,0 +1,25 @@
+"""Keys of the rows of Combiner's rowmajor plan, projected from averages; Ren et al. 2021, arXiv:2107.05768."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from subquad.heads import initialise_projection
+from subquad.interface import Dims
+
+
+class RowSummary(nn.Module):
+    """Averages of rows to keys: W₂ LayerNorm(x + W₁ average)."""
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+        self.project_average = nn.Linear(dims.inner_dim, dims.embed_dim, bias=dims.bias)
+        self.norm = nn.LayerNorm(dims.embed_dim)
+        self.project_key = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.dropout = nn.Dropout(dims.dropout)
+        for projection in (self.project_average, self.project_key):
+            initialise_projection(projection)
+
+    def forward(self, x: Tensor, average: Tensor) -> Tensor:
+        """(B, L, D) and (B, L, H * E) -> (B, L, H * E)."""
+        return self.project_key(self.norm(x + self.dropout(self.project_average(average))))
