@@ -19,7 +19,7 @@ LARGEST_FACTOR = 128
 """Buckets of one factor of a derived count; the products with the rotations stay linear in the length."""
 
 ROWS = 4096
-"""Vectors that are hashed at a time, of several examples where they are short, so that the products stay in the cache."""
+"""Vectors that are hashed at a time, of several examples where they are short; products stay in the cache."""
 
 
 def random_rotations(rounds: int, num_heads: int, width: int, columns: int, *, generator: torch.Generator) -> Tensor:

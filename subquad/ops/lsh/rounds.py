@@ -20,7 +20,7 @@ NO_QUERY, NO_KEY = -(2**29), -(2**30)
 """Codes of slots that hold no token."""
 
 GROUP_BYTES = 2**20
-"""Vectors of the heads that are worked on together: small enough for the cache, many heads where sequences are short."""
+"""Vectors of the heads that are worked on together: they stay in the cache, and are many where sequences are short."""
 
 
 class Order(NamedTuple):

@@ -1,8 +1,9 @@
 """Attention over the lists of `lists`, in tiles of sorted tokens.
 
 The tokens of a head are sorted once a round, and one call of the fused operator attends from many chunks of queries,
-each to its stretch of keys, as overlapping views; of short sequences many heads and examples go into one call. The rounds are merged by their log-sum-exp; with the merged result
-and log-sum-exp each round's backward pass gives its share of the gradients.
+each to its stretch of keys, as overlapping views; of short sequences many heads and examples go into one call. The
+rounds are merged by their log-sum-exp; with the merged result and log-sum-exp each round's backward pass gives its
+share of the gradients.
 """
 
 from __future__ import annotations
