@@ -99,12 +99,8 @@ class Call(NamedTuple):
 
 
 def sort_by_bucket(buckets: Tensor, rule: ListRule, valid: Tensor | None) -> Order:
-    """Sort by (bucket, position), invalid tokens last: in one dimension, for which torch has a faster sort.
-
-    Where one chunk holds the whole sequence, every round lists the same, and one round gives the result of all.
-    """
-    if buckets.shape[-1] <= rule.chunk and not (rule.per_bucket or rule.same_bucket_only):
-        buckets = buckets[:, :, :1]
+    """Sort by (bucket, position), invalid tokens last: in one dimension, for which torch has a faster sort."""
+    buckets = buckets[:, :, : rule.different_rounds(*buckets.shape[2:])]
     *rows, length = buckets.shape
     counts = [length] * rows[0] if valid is None else valid.sum(dim=1).tolist()
     above = int(buckets.max()) + 1 if buckets.numel() else 1

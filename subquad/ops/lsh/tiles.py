@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from subquad.ops.fused import fused_forward
 from subquad.ops.lsh.lists import ListRule
 from subquad.ops.lsh.rounds import Call, Group, Order, Round, Rounds, sort_by_bucket
-from subquad.ops.piece import add_stack, merge, stack
+from subquad.ops.piece import merge, stack
 
 NORM_EPSILON = 1e-6
 """Added to the mean square of a vector before keys are made of unit length, as in the official code."""
@@ -105,8 +105,7 @@ def _round_gradients(
     own, size = this.slots[:, this.first : this.first + this.rows], rule.chunk
     q, k, v = _in_slots(vectors.q, vectors.scale, vectors.v, this)
     grad, lse, delta = (_take(x, own) for x in (vectors.grad, vectors.lse, vectors.delta))
-    grad_q = q.new_empty(len(own), this.rows + 1, q.shape[2])
-    grad_q[:, this.rows] = 0.0
+    grad_q = q.new_zeros(len(own), this.rows + 1, q.shape[2])
     grad_k, grad_v = (q.new_zeros(len(own), this.slots.shape[1] + 1, q.shape[2]) for _ in range(2))
     for call in calls:
         rows, columns = (call.row, call.rows, call.number, size), (call.column, call.columns, call.number, size)
@@ -114,15 +113,30 @@ def _round_gradients(
         keys, values = (stack(x, *columns) for x in (k, v))
         weights = (queries @ keys.mT).add_(call.bias.values).sub_(row_lse).exp_()
         scores = (upstream @ values.mT).sub_(row_delta).mul_(weights)
-        stack(grad_q, *rows).copy_(scores @ keys)
-        add_stack(grad_k, scores.mT @ queries, call.column, size)
-        add_stack(grad_v, weights.mT @ upstream, call.column, size)
+        _add_products(grad_q, scores, keys, call.row, size)
+        _add_products(grad_k, scores.mT, queries, call.column, size)
+        _add_products(grad_v, weights.mT, upstream, call.column, size)
     after = slice(this.first, this.first + this.rows + 1)
     for total, share in zip(grads, (grad_q, grad_k[:, after], grad_v[:, after]), strict=True):
         total += share.reshape(-1, q.shape[2]).index_select(0, this.place)
     if rule.wrap:
         for total, share in zip(grads[1:], (grad_k, grad_v), strict=True):
             total.index_add_(0, this.slots[:, : this.first].flatten(), share[:, : this.first].flatten(0, 1))
+
+
+def _add_products(target: Tensor, weights: Tensor, x: Tensor, first: int, step: int) -> None:
+    """Add the products of tiles (n, G, S, T) and (n, G, T, E) to stretches of (G, length, E), `step` apart.
+
+    Stretches overlap, but not in one and the same chunk of theirs. Those of one sequence are matrices at equal
+    distances, to which products are added without a temporary.
+    """
+    for start in range(0, weights.shape[2], step):
+        some = weights[:, :, start : start + step]
+        part = stack(target, first + start, some.shape[2], len(some), step)
+        if len(target) == 1:
+            part[:, 0].baddbmm_(some[:, 0], x[:, 0])
+        else:
+            part.add_(some @ x)
 
 
 class _AttentionInBuckets(torch.autograd.Function):
