@@ -142,8 +142,9 @@ class ReformerConfig(MixerConfig):
         hashes = length * inner * rotation_columns(self.factors(length))
         kept = dtype_bytes * length * (dims.embed_dim + 2 * inner) + wide * length * (inner + dims.num_heads)
         widened = 0 if wide == dtype_bytes else wide * (length * dims.embed_dim + weights)
+        lists = self.rule(causal=dims.causal).different_rounds(self.rounds, length)
         return Cost(
-            flops=2 * (3 * length * weights + self.rounds * (hashes + 2 * self._pairs(dims, length) * inner)),
+            flops=2 * (3 * length * weights + self.rounds * hashes + lists * 2 * self._pairs(dims, length) * inner),
             activation_bytes=kept + widened,
             state_bytes=2 * length * inner * wide if dims.causal else 0,
             parameters=3 * weights + (2 * inner + dims.embed_dim if dims.bias else 0),

@@ -18,6 +18,9 @@ from subquad.ops.precision import full_precision
 LARGEST_FACTOR = 128
 """Buckets of one factor of a derived count; the products with the rotations stay linear in the length."""
 
+ROWS = 4096
+"""Vectors that are hashed at a time, of several examples where they are short; products stay in the cache."""
+
 
 def random_rotations(rounds: int, num_heads: int, width: int, columns: int, *, generator: torch.Generator) -> Tensor:
     """Gaussian R, float64 (rounds, H, E, columns), on the CPU; further rounds leave the first ones as they are."""
@@ -70,14 +73,13 @@ def hash_into_buckets(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) ->
     found = torch.zeros(batch, num_heads, len(rotations), length, dtype=torch.int64, device=x.device)
     if not columns:
         return found
-    rotated, sizes = (torch.empty(length, len(rotations) * columns, dtype=wide, device=x.device) for _ in range(2))
+    some = max(1, ROWS // max(1, length))
     with torch.no_grad(), full_precision(x.device):
         for head, rotation in enumerate(rotations.to(wide)[..., :columns].permute(1, 2, 0, 3).flatten(2)):
-            for example in range(batch):  # one head of one example at a time stays in the cache
-                torch.mm(x[example, head].to(wide), rotation, out=rotated)
-                torch.abs(rotated, out=sizes)
-                by_round = (len(rotations), columns)
-                found[example, head] = _digits(rotated.unflatten(1, by_round), sizes.unflatten(1, by_round), factors).T
+            for examples in range(0, batch, some):
+                vectors = x[examples : examples + some, head].to(wide)
+                rotated = (vectors @ rotation).unflatten(-1, (len(rotations), columns))
+                found[examples : examples + some, head] = _digits(rotated, rotated.abs(), factors).transpose(1, 2)
     return found
 
 

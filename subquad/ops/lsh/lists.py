@@ -33,6 +33,10 @@ class ListRule(NamedTuple):
     dedup: bool = False
     wrap: bool = False
 
+    def different_rounds(self, rounds: int, length: int) -> int:
+        """How many of the rounds have to be computed: one where a chunk holds everything, as all list the same."""
+        return 1 if length <= self.chunk and not (self.per_bucket or self.same_bucket_only) else rounds
+
 
 def listed_counts(buckets: Tensor, rule: ListRule, valid: Tensor | None = None) -> Tensor:
     """The definition: how often token j is on the lists of token i.

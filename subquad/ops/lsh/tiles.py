@@ -1,8 +1,9 @@
 """Attention over the lists of `lists`, in tiles of sorted tokens.
 
-The tokens of one head are sorted once a round, and one call of the fused operator attends from many chunks of queries,
-each to its stretch of keys, as overlapping views. The rounds are merged by their log-sum-exp; with the merged result
-and log-sum-exp each round's backward pass gives its share of the gradients.
+The tokens of a head are sorted once a round, and one call of the fused operator attends from many chunks of queries,
+each to its stretch of keys, as overlapping views; of short sequences many heads and examples go into one call. The
+rounds are merged by their log-sum-exp; with the merged result and log-sum-exp each round's backward pass gives its
+share of the gradients.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from subquad.ops.fused import fused_forward
 from subquad.ops.lsh.lists import ListRule
-from subquad.ops.lsh.rounds import Call, Order, Round, Rounds, sort_by_bucket
+from subquad.ops.lsh.rounds import Call, Group, Order, Round, Rounds, sort_by_bucket
 from subquad.ops.piece import merge, stack
 
 NORM_EPSILON = 1e-6
@@ -38,16 +39,16 @@ def _inverse_norm(x: Tensor) -> Tensor:
     return (x.square().mean(dim=-1) + NORM_EPSILON).rsqrt() * x.shape[-1] ** -0.5
 
 
-class _Head(NamedTuple):
-    """What the backward pass of one head works on.
+class _Vectors(NamedTuple):
+    """What the backward pass of one group works on, its sequences one behind the other.
 
     Attributes:
-        q: (L, E).
-        scale: (L,), factor that makes a key of a query.
-        v: (L, E).
-        grad: (L, E), gradient of the merged result.
-        lse: (L,), merged and finite.
-        delta: (L,), the product of the merged result with its gradient.
+        q: (G * L, E).
+        scale: (G * L, 1), factor that makes a key of a query.
+        v: (G * L, E).
+        grad: (G * L, E), gradient of the merged result.
+        lse: (G * L, 1), merged and finite.
+        delta: (G * L, 1), the product of the merged result with its gradient.
     """
 
     q: Tensor
@@ -58,30 +59,35 @@ class _Head(NamedTuple):
     delta: Tensor
 
 
+def _take(x: Tensor, slots: Tensor) -> Tensor:
+    """Vectors (G * L, E) in slots (G, S): (G, S, E)."""
+    return x.index_select(0, slots.flatten()).unflatten(0, slots.shape)
+
+
 def _in_slots(q: Tensor, scale: Tensor, v: Tensor, this: Round) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (rows, E), and keys and values (S, E) in the slots of a round."""
-    shared = q.index_select(0, this.slots)
-    keys, values = shared * scale.index_select(0, this.slots)[:, None], v.index_select(0, this.slots)
-    return shared[this.first : this.first + this.rows], keys, values
+    """Queries (G, rows, E), and keys and values (G, S, E) in the slots of a round."""
+    shared = _take(q, this.slots)
+    return shared[:, this.first : this.first + this.rows], shared * _take(scale, this.slots), _take(v, this.slots)
 
 
 def _attend_round(
     q: Tensor, scale: Tensor, v: Tensor, this: Round, calls: Iterator[Call], size: int
 ) -> tuple[Tensor, Tensor]:
-    """Result (L, E) and log-sum-exp (L,) of one round of a head (L, E), by token."""
-    out, lse = q.new_empty(this.rows + 1, q.shape[1]), q.new_empty(this.rows + 1)
-    out[this.rows], lse[this.rows] = 0.0, -torch.inf
+    """Result (G * L, E) and log-sum-exp (G * L,) of one round of a group, by token."""
+    room = len(this.slots), this.rows + 1
+    out, lse = q.new_empty(*room, q.shape[1]), q.new_empty(room)
+    out[:, this.rows], lse[:, this.rows] = 0.0, -torch.inf
     queries, keys, values = _in_slots(q, scale, v, this)
     for call in calls:
         rows, columns = (call.row, call.rows, call.number, size), (call.column, call.columns, call.number, size)
-        tiles = stack(queries[None], *rows), stack(keys[None], *columns), stack(values[None], *columns)
-        part, part_lse = _attend_tiles(*tiles, call.bias.values)
+        part, part_lse = _attend_tiles(
+            stack(queries, *rows), stack(keys, *columns), stack(values, *columns), call.bias.values
+        )
         if call.bias.hidden_rows is not None:
             part_lse = part_lse.masked_fill(call.bias.hidden_rows, -torch.inf)
-        stack(out[None], *rows).copy_(part)
-        stack(lse[None], *rows).copy_(part_lse)
-    place = this.place.clamp_max(this.rows)
-    return out.index_select(0, place), lse.index_select(0, place)
+        stack(out, *rows).copy_(part)
+        stack(lse, *rows).copy_(part_lse)
+    return out.flatten(0, 1).index_select(0, this.place), lse.flatten().index_select(0, this.place)
 
 
 def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,34 +98,45 @@ def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor
     return scores.softmax(dim=-1).nan_to_num(0.0) @ v, scores.logsumexp(dim=-1)
 
 
-def _round_gradients(head: _Head, grads: tuple[Tensor, ...], this: Round, calls: Iterator[Call], size: int) -> None:
+def _round_gradients(
+    vectors: _Vectors, grads: tuple[Tensor, ...], this: Round, calls: Iterator[Call], rule: ListRule
+) -> None:
     """Add one round's share to the gradients of q, k and v."""
-    own = this.slots[this.first : this.first + this.rows]
-    q, k, v = _in_slots(head.q, head.scale, head.v, this)
-    grad, lse, delta = (x.index_select(0, own) for x in (head.grad, head.lse, head.delta))
-    grad_q = q.new_empty(this.rows + 1, q.shape[1])
-    grad_q[this.rows] = 0.0
-    grad_k, grad_v = (q.new_zeros(len(this.slots) + 1, q.shape[1]) for _ in range(2))
+    own, size = this.slots[:, this.first : this.first + this.rows], rule.chunk
+    q, k, v = _in_slots(vectors.q, vectors.scale, vectors.v, this)
+    grad, lse, delta = (_take(x, own) for x in (vectors.grad, vectors.lse, vectors.delta))
+    grad_q = q.new_zeros(len(own), this.rows + 1, q.shape[2])
+    grad_k, grad_v = (q.new_zeros(len(own), this.slots.shape[1] + 1, q.shape[2]) for _ in range(2))
     for call in calls:
         rows, columns = (call.row, call.rows, call.number, size), (call.column, call.columns, call.number, size)
-        queries, upstream, row_lse, row_delta = (
-            stack(x[None], *rows)[:, 0] for x in (q, grad, lse[:, None], delta[:, None])
-        )
-        keys, values = (stack(x[None], *columns)[:, 0] for x in (k, v))
-        weights = torch.bmm(queries, keys.mT).add_(call.bias.values[:, 0]).sub_(row_lse).exp_()
-        scores = torch.bmm(upstream, values.mT).sub_(row_delta).mul_(weights)
-        torch.bmm(scores, keys, out=stack(grad_q[None], *rows)[:, 0])
-        for start in range(0, call.columns, size):  # tiles overlap, but not in one and the same chunk of theirs
-            part = slice(start, start + size)
-            chunks = call.column + start, min(size, call.columns - start), call.number, size
-            stack(grad_k[None], *chunks)[:, 0].baddbmm_(scores[:, :, part].mT, queries)
-            stack(grad_v[None], *chunks)[:, 0].baddbmm_(weights[:, :, part].mT, upstream)
-    place = this.place.clamp_max(this.rows)
-    for total, share in zip(grads, (grad_q, grad_k[this.first :], grad_v[this.first :]), strict=True):
-        total += share.index_select(0, place)
-    if looked_back := this.first:
+        queries, upstream, row_lse, row_delta = (stack(x, *rows) for x in (q, grad, lse, delta))
+        keys, values = (stack(x, *columns) for x in (k, v))
+        weights = (queries @ keys.mT).add_(call.bias.values).sub_(row_lse).exp_()
+        scores = (upstream @ values.mT).sub_(row_delta).mul_(weights)
+        _add_products(grad_q, scores, keys, call.row, size)
+        _add_products(grad_k, scores.mT, queries, call.column, size)
+        _add_products(grad_v, weights.mT, upstream, call.column, size)
+    after = slice(this.first, this.first + this.rows + 1)
+    for total, share in zip(grads, (grad_q, grad_k[:, after], grad_v[:, after]), strict=True):
+        total += share.reshape(-1, q.shape[2]).index_select(0, this.place)
+    if rule.wrap:
         for total, share in zip(grads[1:], (grad_k, grad_v), strict=True):
-            total.index_add_(0, this.slots[:looked_back], share[:looked_back])
+            total.index_add_(0, this.slots[:, : this.first].flatten(), share[:, : this.first].flatten(0, 1))
+
+
+def _add_products(target: Tensor, weights: Tensor, x: Tensor, first: int, step: int) -> None:
+    """Add the products of tiles (n, G, S, T) and (n, G, T, E) to stretches of (G, length, E), `step` apart.
+
+    Stretches overlap, but not in one and the same chunk of theirs. Those of one sequence are matrices at equal
+    distances, to which products are added without a temporary.
+    """
+    for start in range(0, weights.shape[2], step):
+        some = weights[:, :, start : start + step]
+        part = stack(target, first + start, some.shape[2], len(some), step)
+        if len(target) == 1:
+            part[:, 0].baddbmm_(some[:, 0], x[:, 0])
+        else:
+            part.add_(some @ x)
 
 
 class _AttentionInBuckets(torch.autograd.Function):
@@ -130,15 +147,17 @@ class _AttentionInBuckets(torch.autograd.Function):
         out = v.new_zeros(batch, length, num_heads, width).transpose(1, 2)
         lse = torch.full((batch, num_heads, length), -torch.inf, dtype=dtype, device=v.device)
         rounds = Rounds(order, rule, dtype)
-        for example, head in _heads(order, num_heads):
-            q, values = (x[example, head].to(dtype).contiguous() for x in (qk, v))
-            scale, merged, merged_lse = _inverse_norm(q), torch.zeros_like(values), lse[example, head]
-            for index, this in enumerate(rounds.of_head(example, head)):
+        for group in rounds.groups(width):
+            q, values = (_gather(x, group, dtype) for x in (qk, v))
+            scale, merged = _inverse_norm(q)[:, None], torch.zeros_like(values)
+            merged_lse = torch.full_like(values[:, 0], -torch.inf)
+            for index, this in enumerate(rounds.of_group(group)):
                 part = _attend_round(q, scale, values, this, rounds.calls(this, width), rule.chunk)
                 merge(merged, merged_lse, *part, fresh=index == 0)
-            alone = _alone(merged_lse, rounds, example, head)
+            alone = _alone(merged_lse, rounds, group)
             merged[alone] = values[alone]
-            out[example, head] = merged
+            _scatter(out, group, merged)
+            _scatter(lse, group, merged_lse)
         ctx.save_for_backward(qk, v, out, lse, order.tokens, order.codes)
         ctx.counts, ctx.rule = order.counts, rule
         return out
@@ -152,30 +171,34 @@ class _AttentionInBuckets(torch.autograd.Function):
         order, dtype = Order(tokens, codes, ctx.counts), lse.dtype
         grad_qk, grad_v = torch.zeros_like(qk), torch.zeros_like(v)
         rounds = Rounds(order, ctx.rule, dtype)
-        for example, head in _heads(order, qk.shape[1]):
-            q, values, merged, upstream = (x[example, head].to(dtype).contiguous() for x in (qk, v, out, grad))
-            scale, merged_lse = _inverse_norm(q), lse[example, head]
-            k, of_q, of_k, of_v = q * scale[:, None], *(torch.zeros_like(x) for x in (q, q, values))
-            finite = merged_lse.masked_fill(merged_lse == -torch.inf, 0.0)
-            parts = _Head(q, scale, values, upstream, finite, (merged * upstream).sum(dim=-1))
-            for this in rounds.of_head(example, head):
-                _round_gradients(parts, (of_q, of_k, of_v), this, rounds.calls(this, v.shape[-1]), ctx.rule.chunk)
-            alone = _alone(merged_lse, rounds, example, head)
+        for group in rounds.groups(v.shape[-1]):
+            q, values, merged, upstream = (_gather(x, group, dtype) for x in (qk, v, out, grad))
+            scale, merged_lse = _inverse_norm(q)[:, None], _gather(lse, group, dtype)
+            k, of_q, of_k, of_v = q * scale, *(torch.zeros_like(x) for x in (q, q, values))
+            finite = merged_lse.masked_fill(merged_lse == -torch.inf, 0.0)[:, None]
+            delta = (merged * upstream).sum(dim=-1, keepdim=True)
+            vectors = _Vectors(q, scale, values, upstream, finite, delta)
+            for this in rounds.of_group(group):
+                _round_gradients(vectors, (of_q, of_k, of_v), this, rounds.calls(this, v.shape[-1]), ctx.rule)
+            alone = _alone(merged_lse, rounds, group)
             of_v[alone] += upstream[alone]
-            grad_qk[example, head] = of_q + scale[:, None] * (of_k - k * (k * of_k).sum(dim=-1, keepdim=True))
-            grad_v[example, head] = of_v
+            _scatter(grad_qk, group, of_q + scale * (of_k - k * (k * of_k).sum(dim=-1, keepdim=True)))
+            _scatter(grad_v, group, of_v)
         return grad_qk, grad_v, None, None
 
 
-def _heads(order: Order, num_heads: int) -> Iterator[tuple[int, int]]:
-    """Heads of the examples that have a valid token."""
-    for example, count in enumerate(order.counts):
-        if count:
-            for head in range(num_heads):
-                yield example, head
+def _gather(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """Vectors or numbers (B, H, L, ...) of a group, one sequence behind the other: (G * L, ...), contiguous."""
+    return x[group.where].to(dtype).flatten(0, 2).contiguous()
 
 
-def _alone(lse: Tensor, rounds: Rounds, example: int, head: int) -> Tensor:
+def _scatter(x: Tensor, group: Group, found: Tensor) -> None:
+    """Write what `_gather` reads."""
+    target = x[group.where]
+    target.copy_(found.view(target.shape))
+
+
+def _alone(lse: Tensor, rounds: Rounds, group: Group) -> Tensor:
     """The valid tokens on whose lists nothing is, int64: they attend to themselves."""
-    valid = rounds.place[example, head, 0] < rounds.order.counts[example]
-    return (valid & (lse == -torch.inf)).nonzero()[:, 0]
+    valid = rounds.place[group.where][:, :, 0].flatten(0, 1) < group.counts
+    return (valid.flatten() & (lse == -torch.inf)).nonzero()[:, 0]

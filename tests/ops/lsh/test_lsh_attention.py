@@ -97,6 +97,18 @@ def test_long_sequences_are_cut_into_calls_without_a_trace() -> None:
         assert_equal_with_gradients(attend_in_buckets(qk, v, buckets, rule), scores.softmax(dim=-1) @ v, (qk, v))
 
 
+@pytest.mark.parametrize("heads_together", [1, 2, 7])
+@pytest.mark.parametrize("rule", [ListRule(4), ListRule(4, wrap=True, dedup=True), ListRule(3, True, True)], ids=str)
+def test_heads_and_examples_are_cut_into_groups_without_a_trace(heads_together: int, rule: ListRule) -> None:
+    qk, v = (torch.randn(5, 3, 11, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    valid = torch.arange(11) < torch.tensor([[11], [0], [4], [7], [1]])
+    options: dict[str, Any] = {"rounds": 2, "buckets": 4, "seed": 0, "valid": valid, **options_of(rule)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("subquad.ops.lsh.rounds.GROUP_BYTES", heads_together * 11 * 4 * 8)
+        out = lsh_attention(qk, v, **options)
+        assert_equal_with_gradients(out, lsh_attention_by_pairs(qk, v, **options), (qk, v))
+
+
 def lists_by_loops(buckets: list[list[int]], rule: ListRule, valid: list[bool]) -> list[list[list[int]]]:
     """For each token the list of each round, made as a person would make it; buckets by round."""
     size, orders = rule.chunk, []
