@@ -8,6 +8,7 @@ from typing import Any
 
 from subquad.benchmark.compare import compare, plan_comparison
 from subquad.benchmark.data import data_directory
+from subquad.benchmark.environment import hardware_name
 from subquad.benchmark.mixers import NamedMixer, parse_mixer
 from subquad.benchmark.profiler import profile_dims
 from subquad.benchmark.request import Request
@@ -20,6 +21,7 @@ from subquad.cli.observer import BarObserver
 from subquad.cli.progress import Progress
 from subquad.cli.results import print_results, results_document
 from subquad.config import write_option
+from subquad.records.comparison import Protocol
 from subquad.records.queries import comparisons
 from subquad.records.store import check_writable, read_all, read_run
 from subquad.report.page import write_report
@@ -115,15 +117,22 @@ def show_plan(planned: Sequence[PlannedRun], data: TaskData[Any], *, as_json: bo
 
 
 def run_comparison(request: Request, data: TaskData[Any], *, as_json: bool) -> None:
-    """Compare, write the report, print table and recommendation."""
+    """Compare, write the report on all that is recorded, print table and recommendation of this comparison."""
     with Progress(progress_console()) as bars:
         compare(request, data, BarObserver(bars))
     page = write_report(request.output)
     records = read_all(request.output)
+    found = [each for each in comparisons(records) if _answers(each.protocol, request, data)]
     if as_json:
-        print_document(results_document(records, page, comparisons(records)))
+        print_document(results_document(records, page, found))
     else:
-        print_results(output_console(), records, page, comparisons(records))
+        print_results(output_console(), records, page, found)
+
+
+def _answers(protocol: Protocol, request: Request, data: TaskData[Any]) -> bool:
+    """Whether these runs are of the request, as against others in its folder."""
+    found = protocol.hardware, protocol.task, protocol.data_hash, protocol.preset
+    return found == (hardware_name(), data.name, data.data_hash, request.preset.name)
 
 
 def run_once(request: Request, data: TaskData[Any], *, as_json: bool) -> int:

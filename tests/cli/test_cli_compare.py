@@ -63,6 +63,15 @@ def test_the_document_is_one_and_a_second_call_only_reads(invoke: Invoke, argume
     assert "train " not in second.err
 
 
+def test_what_else_lies_in_the_folder_is_left_to_the_page(invoke: Invoke, arguments: list[str]) -> None:
+    first = invoke("compare", "--mixers", "linear", "--json", *arguments)
+    _, preset, *output = arguments
+    second = invoke("compare", "--mixers", "linear", "--json", "--preset", f"{preset}:learning_rate=4e-3", *output)
+    (own,), (other,) = first.document["comparisons"], second.document["comparisons"]
+    assert own["preset"] != other["preset"]
+    assert len(invoke("report", "--json", *output).document["comparisons"]) == 2
+
+
 def test_a_dry_run_trains_nothing_and_writes_no_record(invoke: Invoke, arguments: list[str], tmp_path: Path) -> None:
     options = ["compare", "--mixers", "linear", "--seeds", "2", "--seed", "5", "--dry-run", *arguments]
     document = invoke(*options, "--json").document
