@@ -58,6 +58,8 @@ def parse_mixer(text: str) -> NamedMixer:
         ValueError: an unknown name or option, or a file or class that isn't there.
     """
     name, *rest = text.split(":")
+    if "," in text or "=" in name:
+        raise ValueError(f"{text!r}: each option stands behind a colon, as in reformer:chunk=16:rounds=2")
     if name.endswith(".py"):
         if not rest:
             raise ValueError(f"{text!r}: name the config class in the file, as {name}:MyConfig")

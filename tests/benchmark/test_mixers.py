@@ -109,3 +109,11 @@ def test_a_config_that_can_not_be_made_says_why(tmp_path: Path, body: str) -> No
     )
     with pytest.raises(ValueError, match=r"mine\.py:MineConfig: the config can't be made: (Type|Attribute)Error"):
         parse_mixer(f"{tmp_path / 'mine.py'}:MineConfig")
+
+
+@pytest.mark.parametrize("text", ["full,reformer:chunk=16,rounds=2", "rounds=2"])
+def test_options_behind_commas_are_explained(text: str) -> None:
+    with pytest.raises(ValueError, match="'rounds=2': each option stands behind a colon, as in reformer:chunk=16:rou"):
+        parse_mixers(text)
+    with pytest.raises(ValueError, match="each option stands behind a colon"):
+        parse_mixer(text)
