@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.util
 import inspect
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def parse_mixer(text: str) -> NamedMixer:
         ValueError: an unknown name or option, or a file or class that isn't there.
     """
     name, *rest = text.split(":")
-    if "," in text or "=" in name:
+    if re.search(r",\s*\w+=", text) or "=" in name:
         raise ValueError(f"{text!r}: each option stands behind a colon, as in reformer:chunk=16:rounds=2")
     if name.endswith(".py"):
         if not rest:
