@@ -115,9 +115,11 @@ def _fewest_bytes_among_ties(ranked: Sequence[Entry]) -> Entry:
 def _nothing_learned(entry: Entry, summary: Summary, comparison: Comparison) -> str:
     kind, guess = comparison.kind, comparison.guess_score
     assert guess is not None
+    better = kind.goodness(summary.mean) > kind.goodness(guess)
+    against = "two standard errors don't separate from" if better else "is no better than"
     return (
         f"No mechanism has learned the task: train longer. The best, {entry.label}, reaches "
-        f"{kind.on_test(summary.mean, summary.cautious_error)}, which two standard errors don't separate from the "
+        f"{kind.on_test(summary.mean, summary.cautious_error)}, which {against} the "
         f"{comparison.guess_label} guess of {kind.write(guess)}."
     )
 

@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-TaskOption = Annotated[str, typer.Option("--task", help="The task; see `subquad data --help`.")]
+TaskOption = Annotated[
+    str,
+    typer.Option(
+        "--task", help="The task: copy, duplicate, image-lm, listops, mqar, reverse, text, text-lm or text-mlm."
+    ),
+]
 PresetOption = Annotated[
     str,
     typer.Option(

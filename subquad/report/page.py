@@ -7,6 +7,7 @@ records and `mechanisms.json`, never the code of a mechanism.
 
 import base64
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -94,7 +95,7 @@ def _top(records: Records, found: Sequence[Comparison], profiled: int) -> Html:
     mechanisms = {entry.mixer_key for comparison in found for entry in comparison.entries} or mixer_labels(records)
     tasks = list(dict.fromkeys(comparison.task.title for comparison in found))
     what = f"{_number(len(mechanisms), 'mechanism')} on {', '.join(tasks)}" if tasks else "Speed and memory"
-    links = [(f"#comparison-{i}", comparison.task.title) for i, comparison in enumerate(found)]
+    links = [(f"#comparison-{i}", text) for i, text in enumerate(_link_texts(found))]
     links += [(f"#scaling-{i}", "Scaling") for i in range(profiled)]
     if records.mechanisms:
         links += [("#capabilities", "Capabilities"), ("#mechanisms", "Mechanisms")]
@@ -109,6 +110,12 @@ def _top(records: Records, found: Sequence[Comparison], profiled: int) -> Html:
         element("div", navigation, _filter(machines), toggle, class_="bar"),
         class_="top",
     )
+
+
+def _link_texts(found: Sequence[Comparison]) -> list[str]:
+    """The title of each comparison's task, with the preset where several have the title."""
+    titles = Counter(comparison.task.title for comparison in found)
+    return [f"{c.task.title} ({c.preset})" if titles[c.task.title] > 1 else c.task.title for c in found]
 
 
 def _counted(records: Records) -> str:

@@ -315,6 +315,14 @@ def test_no_fewer_bits_than_the_unigram_code_means_train_longer() -> None:
     )
 
 
+def test_a_score_below_the_guess_is_not_called_inseparable_from_it() -> None:
+    found = answer([*UNIGRAM, *bits_runs("full", 7.08), *bits_runs("local", 7.5)])
+    assert found.verdict is Verdict.TRAIN_LONGER
+    assert found.sentences[0].endswith(
+        "7.080 ± 0.010 bits/byte on test, which is no better than the unigram guess of 4.800 bits/byte."
+    )
+
+
 def test_dense_attention_may_win_by_bits() -> None:
     found = answer([*UNIGRAM, *bits_runs("full", 1.5, 1.5), *bits_runs("local", 1.9, 1.9)], profile("local", 5))
     assert found.verdict is Verdict.KEEP_DENSE

@@ -1,3 +1,4 @@
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 from command_line import Invoke
 
 from subquad.benchmark.data import data_directory
-from subquad.tasks.registry import load_task
+from subquad.tasks.registry import list_tasks, load_task
 from subquad.training.presets import load_preset
 
 
@@ -40,6 +41,13 @@ def test_the_table_is_on_standard_output_and_progress_on_standard_error(quick: P
     assert ran.err.splitlines()[0] == "preparing listops, quick ..."
     assert ran.err.splitlines()[1].startswith("✓ preparing listops, quick")
     assert "22,000 examples" in ran.err
+
+
+@pytest.mark.parametrize("verb", ["compare", "data"])
+def test_help_names_every_task(verb: str, invoke: Invoke) -> None:
+    described = re.search(r"The task: (.+?)\.", re.sub(r"[\s│]+", " ", invoke(verb, "--help").out))
+    assert described is not None
+    assert re.split(r", | or ", described[1]) == list_tasks()
 
 
 def test_the_default_folder_is_the_one_that_compare_uses(

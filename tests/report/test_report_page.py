@@ -97,6 +97,17 @@ def test_every_mechanism_keeps_its_row_and_the_red_one_has_no_figures(report: Pa
     assert "majority class" in page
 
 
+def test_links_to_comparisons_of_one_task_are_told_apart_by_the_preset() -> None:
+    record = run(SPECS[0], 0)
+    tuned = record.model_copy(update={"preset": "paper"})
+    title = escape(record.task.title)
+    assert f">{title}</a>" in render(Records(runs=(record,)))
+    page = render(Records(runs=(record, tuned)))
+    assert f">{title} (quick)</a>" in page
+    assert f">{title} (paper)</a>" in page
+    assert f">{title}</a>" not in page
+
+
 def test_only_what_is_long_range_arena_is_called_that(report: Path) -> None:
     assert "<h2>ListOps, short trees</h2>" in report.read_text()
     record = run(SPECS[0], 0)
