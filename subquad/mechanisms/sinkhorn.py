@@ -14,12 +14,17 @@ part below L = 100 B or so. With `sort_cut` O(L n B D + L n D), and the scores, 
 causal: s_u is made of the tokens up to the first one of block u, P_uv is 0 unless v < u, and block 0 sees a learned
 null key in place of a sorted block.
 
+State, of the causal form: all keys and values, the sum of all tokens, the block sorted to the open one, and for each
+iteration and block the logarithm of a column's sum, on which later rows of P depend. A row is made with the first token
+of its block.
+
 Departures: the paper normalises the columns of the causal P over all rows, so that a row depends on blocks of the
 future; here over the rows up to it, which is causal exactly. The paper's formula adds the scores of own and sorted
 keys, the author's code in Long Range Arena the results of two softmaxes, other code joins the keys in one softmax:
 `combine`. (That code in Long Range Arena also cuts blocks by index modulo N and sorts by default with one softmax over
 rows; a popular implementation sorts keys where it should sort values.) Gumbel noise g is an option, drawn in training
-only. Blocks count valid tokens, and blocks without any are left out of the sorting, so that padding has no effect.
+only, in a stream anew for the blocks that begin in a call. Blocks count valid tokens, and blocks without any are left
+out of the sorting, so that padding has no effect.
 """
 
 from __future__ import annotations
@@ -33,11 +38,14 @@ from torch import Tensor, nn
 from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads, initialise_projection, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.precision import full_precision
 from subquad.ops.sorted_blocks.definition import NullKey, SortedBlocks, sorted_block_attention, sorted_cut_attention
-from subquad.ops.sorted_blocks.sorting import BlockScores, Sorting, block_descriptors
+from subquad.ops.sorted_blocks.sorting import BlockScores, Sorting, block_descriptors, later_rows, sorting_logits
+from subquad.ops.sorted_blocks.stream import Arrivals, attend_arrivals
 from subquad.registry import register
+from subquad.sinkhorn_stream import Known, SinkhornState, empty_stream
 from subquad.state import State
 
 
@@ -78,7 +86,8 @@ class SinkhornConfig(MixerConfig):
     @property
     def traits(self) -> Traits:
         """Bound to a maximal length, since the network scores each possible block; cut, it sees the whole sequence."""
-        return Traits(bidirectional=True, causal=self.sort_cut is None, padding=True, fixed_length=True)
+        causal = self.sort_cut is None
+        return Traits(bidirectional=True, causal=causal, padding=True, state=causal, fixed_length=True)
 
     def build(self, dims: Dims) -> Sinkhorn:
         """The module."""
@@ -107,8 +116,14 @@ class SinkhornConfig(MixerConfig):
         return projection_cost(dims, length, dtype_bytes) + Cost(
             flops=2 * (network + mixing) + 2 * 2 * self._pairs(dims, length) * dims.inner_dim,
             activation_bytes=dtype_bytes * (2 * count * dims.embed_dim + cut) + lse,
+            state_bytes=wide * self._state_numbers(dims, length) if dims.causal else 0,
             parameters=weights + biases + (2 * dims.inner_dim if dims.causal else 0),
         )
+
+    def _state_numbers(self, dims: Dims, length: int) -> int:
+        columns = max(0, -(-length // self.block) - 1)
+        sums = dims.embed_dim + dims.num_heads * self.iterations * columns
+        return 2 * (length + self.block) * dims.inner_dim + sums
 
     def _pairs(self, dims: Dims, length: int) -> int:
         """Visible pairs of a query and an own or sorted key."""
@@ -147,6 +162,10 @@ class Sinkhorn(HeadMixer):
             if null is not None:
                 nn.init.normal_(null)
 
+    def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> SinkhornState:
+        """Nothing seen yet."""
+        return empty_stream(self.dims, self.config.block, self.config.iterations, batch_size, device, dtype)
+
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Sort and attend, never narrowed by autocast; padding is taken out first, so that it takes no position."""
         assert heads.k is not None
@@ -156,23 +175,73 @@ class Sinkhorn(HeadMixer):
         if valid is not None and order is not None:
             q, k, v, valid = (take(tensor, order) for tensor in (q, k, v, valid))
             x = take(x[:, None], order)[:, 0]
+        form = self._form()
         with full_precision(q.device):
-            out = self._attend_sorted(x, q, k, v, valid)
-        return (out if order is None else put_back(out, order)), None
+            if isinstance(state, SinkhornState):
+                out, state = self._continue(Heads(x, q, k, v, Mask(valid), Mask(valid)), form, state)
+            else:
+                out = self._attend_sorted(x, q, k, v, form, valid)
+        return (out if order is None else put_back(out, order)), state
 
-    def _attend_sorted(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-        blocks, form = self._scores(x), self._form()
+    def _attend_sorted(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, form: SortedBlocks, valid: Tensor | None
+    ) -> Tensor:
+        x = x.to(self.score.weight.dtype)
+        blocks = self._scores(block_descriptors(x, form.block, causal=self.dims.causal))
         if self.config.sort_cut is not None:
             return sorted_cut_attention(q, k, v, blocks, form, self.config.sort_cut, valid=valid)
-        null = None
-        if self.null_key is not None and self.null_value is not None:
-            null = NullKey(self.null_key, self.null_value)
-        return sorted_block_attention(q, k, v, blocks, form, null=null, valid=valid)
+        return sorted_block_attention(q, k, v, blocks, form, null=self._null, valid=valid)
 
-    def _scores(self, x: Tensor) -> BlockScores:
+    def _continue(self, heads: Heads, form: SortedBlocks, before: SinkhornState) -> tuple[Tensor, SinkhornState]:
+        """Attend to what is stored too, and store; a stream begins with all its tokens at once."""
+        x, q, k, v, valid = heads.x, heads.q, heads.k, heads.v, heads.mask.valid
+        assert k is not None
+        assert v is not None
+        assert self._null is not None
+        known = self._known(heads, form, before)
+        if bool(before.length.any()):
+            other = known.sorted(before, self._null)
+            queries = q.to(known.own[0].dtype)
+            out = attend_arrivals(queries, known.own, other, known.arrivals, form.combine)
+        else:
+            known = known.last_alone()
+            other = known.sorted(before, self._null)
+            out = self._attend_sorted(x, q, k, v, form, valid)
+        return out, known.left(before, other)
+
+    def _known(self, heads: Heads, form: SortedBlocks, before: SinkhornState) -> Known:
+        x, valid = heads.x, heads.mask.valid
+        assert heads.k is not None
+        assert heads.v is not None
+        added = torch.full_like(before.length, x.shape[1]) if valid is None else valid.sum(dim=1)
+        arrivals = Arrivals(before.length, before.length + added, x.shape[1], form.block)
+        self._check_length(arrivals.end)
+        x = x.to(torch.promote_types(self.score.weight.dtype, torch.float32))
+        earlier, numbers = before.input_sum.to(x.dtype), arrivals.new_blocks()
+        blocks = self._scores(arrivals.descriptors(earlier, x).to(self.score.weight.dtype))
+        logits = sorting_logits(blocks, form.sorting, min(arrivals.capacity, self.config.most_blocks(self.dims)))
+        rows, sums = later_rows(logits, numbers, arrivals.opened, before.column_sums)
+        wide = torch.promote_types(heads.k.dtype, torch.float32)
+        own = arrivals.join(before.keys, heads.k.to(wide)), arrivals.join(before.values, heads.v.to(wide))
+        return Known(arrivals, earlier + x.sum(dim=1), numbers, rows, sums, own)
+
+    def _check_length(self, lengths: Tensor) -> None:
+        longest, most = max([0, *lengths.tolist()]), self.dims.max_length
+        if most is not None and longest > most:
+            raise ValueError(
+                f"sinkhorn: the stream has come to {longest} tokens but was built for max_length={most}; build it with "
+                "a larger max_length"
+            )
+
+    @property
+    def _null(self) -> NullKey | None:
+        if self.null_key is None or self.null_value is None:
+            return None
+        return NullKey(self.null_key, self.null_value)
+
+    def _scores(self, descriptors: Tensor) -> BlockScores:
         """The network, up to the product that would have a number for each pair of blocks."""
-        sums = block_descriptors(x.to(self.score.weight.dtype), self.config.block, causal=self.dims.causal)
-        hidden = self.describe(sums).relu()
+        hidden = self.describe(descriptors).relu()
         shape = (self.dims.num_heads, -1)
         return BlockScores(hidden, self.score.weight.unflatten(0, shape), self.score.bias.unflatten(0, shape))
 

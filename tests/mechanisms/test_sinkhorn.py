@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from subquad import Mask
-from subquad.build import build_mixer
+from subquad.build import build_mixer, traits
 from subquad.mechanisms.sinkhorn import Sinkhorn
 from subquad.ops.sorted_blocks.sorting import sinkhorn as normalise
+from subquad.sinkhorn_stream import SinkhornState
 
 OPTIONS = [
     {},
@@ -23,6 +25,8 @@ OPTIONS = [
     {"combine": "logits", "iterations": 2, "temperature": 2.0},
     {"sort_cut": 2},
 ]
+
+CAUSAL_OPTIONS = OPTIONS[:3]
 
 
 def mixer_with(*, causal: bool = False, **options: Any) -> Sinkhorn:
@@ -45,6 +49,18 @@ def definition(mixer: Sinkhorn, x: Tensor, mask: Mask | None) -> Tensor:
             ]
             out[b] = out[b].index_put((torch.tensor(tokens),), torch.stack(rows))
     return finish(mixer, out, mask)
+
+
+def streamed(mixer: Sinkhorn, x: Tensor, mask: Mask | None, pieces: list[int]) -> Tensor:
+    """The result of one call for each piece."""
+    state, outputs, start = mixer.init_state(len(x)), [], 0
+    for size in pieces:
+        cut = slice(start, start + size)
+        valid = None if mask is None or mask.valid is None else mask.valid[:, cut]
+        y, state, _ = mixer(x[:, cut], mask=Mask(valid), state=state)
+        outputs.append(y)
+        start += size
+    return torch.cat(outputs, dim=1)
 
 
 def _matrix(mixer: Sinkhorn, x: Tensor) -> Tensor:
@@ -113,6 +129,83 @@ def test_it_equals_the_definition(causal: bool, options: dict[str, Any], length:
     assert_same_values_and_gradients(
         mixer, lambda: mixer(x, mask=mask).y, lambda: definition(mixer, masked(), mask), [x]
     )
+
+
+@pytest.mark.parametrize("options", [*CAUSAL_OPTIONS, {"block": 1}, {"iterations": 0}, {"block": 40}], ids=str)
+@given(pieces=st.lists(st.integers(1, 7), min_size=1, max_size=5), data=st.data())
+def test_a_stream_in_pieces_equals_the_definition(
+    options: dict[str, Any], pieces: list[int], data: st.DataObject
+) -> None:
+    """Pieces end inside blocks, at their borders and blocks later; examples are at different places."""
+    mixer = mixer_with(causal=True, max_length=35, **options)
+    mask = data.draw(masks(2, sum(pieces), segments=False))
+    x = torch.randn(2, sum(pieces), 4, dtype=torch.float64, requires_grad=True)
+
+    def masked() -> Tensor:
+        return x if mask is None else mask.zero_invalid(x)
+
+    assert_same_values_and_gradients(
+        mixer, lambda: streamed(mixer, x, mask, pieces), lambda: definition(mixer, masked(), mask), [x]
+    )
+
+
+@pytest.mark.parametrize("options", CAUSAL_OPTIONS, ids=str)
+def test_a_stream_token_by_token_equals_the_definition(options: dict[str, Any]) -> None:
+    mixer, x = mixer_with(causal=True, **options), torch.randn(2, 11, 4, dtype=torch.float64)
+    valid = torch.ones(2, 11, dtype=torch.bool)
+    valid[0, :5] = valid[1, 4] = False
+    mask = Mask(valid)
+    found = streamed(mixer, x, mask, [1] * 11)
+    torch.testing.assert_close(found, definition(mixer, mask.zero_invalid(x), mask), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 11, 12])
+@pytest.mark.parametrize("options", CAUSAL_OPTIONS, ids=str)
+def test_the_price_of_a_state_is_what_it_holds(options: dict[str, Any], length: int) -> None:
+    mixer = mixer_with(causal=True, **options)
+    state = mixer(torch.randn(1, length, 4, dtype=torch.float64), state=mixer.init_state(1)).state
+    assert isinstance(state, SinkhornState)
+    assert mixer.config.cost(mixer.dims, length, 8).state_bytes == state.nbytes - state.length.nbytes
+
+
+def test_invalid_tokens_leave_the_state_as_it_is() -> None:
+    mixer, x = mixer_with(causal=True), torch.randn(2, 7, 4, dtype=torch.float64)
+    valid = torch.arange(7) < torch.tensor([[7], [0]])
+    for first in (mixer.init_state(2), mixer(x, mask=Mask(valid), state=mixer.init_state(2)).state):
+        after = mixer(x, mask=Mask(torch.zeros_like(valid)), state=first).state
+        for field in fields(SinkhornState):
+            assert torch.equal(getattr(after, field.name), getattr(first, field.name))
+
+
+def test_a_stream_that_begins_draws_the_noise_of_a_call_without_a_state() -> None:
+    mixer, x = mixer_with(causal=True, noise=True).train(), torch.randn(2, 12, 4, dtype=torch.float64)
+    valid = torch.arange(12) < torch.tensor([[12], [5]])
+    before = torch.get_rng_state()
+    expected = mixer(x, mask=Mask(valid)).y
+    torch.set_rng_state(before)
+    assert torch.equal(mixer(x, mask=Mask(valid), state=mixer.init_state(2)).y, expected)
+
+
+def test_an_open_block_keeps_the_noise_it_was_sorted_with() -> None:
+    mixer, x = mixer_with(causal=True, noise=True).train(), torch.randn(2, 12, 4, dtype=torch.float64)
+    before = torch.get_rng_state()
+    expected = mixer(x).y
+    torch.set_rng_state(before)
+    torch.testing.assert_close(streamed(mixer, x, None, [10, 2]), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_stream_beyond_the_maximal_length_is_refused() -> None:
+    mixer, x = mixer_with(causal=True), torch.zeros(1, 12, 4, dtype=torch.float64)
+    state = mixer(x[:, :11], state=mixer.init_state(1)).state
+    valid = torch.arange(12)[None] < 1
+    state = mixer(x, mask=Mask(valid), state=state).state
+    with pytest.raises(ValueError, match="sinkhorn: the stream has come to 13 tokens but was built for max_length=12"):
+        mixer(x[:, :1], state=state)
+
+
+def test_a_cut_has_no_state() -> None:
+    assert traits("sinkhorn").state
+    assert not traits("sinkhorn", sort_cut=2).state
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

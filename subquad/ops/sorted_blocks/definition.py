@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from subquad.ops.packing import token_counts
 from subquad.ops.softmax import softmax_attention
-from subquad.ops.sorted_blocks.fused import FusedSortedBlocks, block_counts
+from subquad.ops.sorted_blocks.fused import Combine, FusedSortedBlocks, block_counts
 from subquad.ops.sorted_blocks.fused import SortedBlocks as SortedBlocks
 from subquad.ops.sorted_blocks.sorting import BlockScores, sorting_matrices
 from subquad.receipt import leave_receipt
@@ -63,7 +63,10 @@ def sorted_block_attention_by_blocks(
             if causal and block == 0:
                 assert null is not None
                 other_k, other_v = (tensor[:, None].expand_as(other_k) for tensor in null)
-            rows.append(_attend_block(q[b, :, own], k[b, :, own], v[b, :, own], other_k, other_v, form))
+            seen = torch.ones(q[b, :, own].shape[1], places, dtype=torch.bool, device=q.device)
+            seen = seen.tril() if causal else seen
+            tokens = (k[b, :, own], v[b, :, own]), (other_k, other_v)
+            rows.append(attend_block(q[b, :, own], *tokens, seen, form.combine))
         examples.append(torch.cat([*rows, torch.zeros_like(q[b, :, length:])], dim=1))
     return torch.stack(examples)
 
@@ -74,18 +77,27 @@ def _sort(x: Tensor, matrix: Tensor, block: int) -> Tensor:
     return (matrix.to(x.dtype) @ in_blocks.flatten(2)).unflatten(2, in_blocks.shape[2:])
 
 
-def _attend_block(q: Tensor, k: Tensor, v: Tensor, other_k: Tensor, other_v: Tensor, form: SortedBlocks) -> Tensor:
-    everything = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
-    own = everything.tril() if form.sorting.causal else everything
-    others = everything.new_ones(q.shape[1], other_k.shape[1])
-    if form.combine == "joint":
-        keys, values = torch.cat((k, other_k), dim=1), torch.cat((v, other_v), dim=1)
-        return softmax_attention(q, keys, values, torch.cat((own, others), dim=1))
-    if form.combine == "sum":
-        return softmax_attention(q, k, v, own) + softmax_attention(q, other_k, other_v, others)
-    missing = (0, 0, 0, other_k.shape[1] - k.shape[1])
-    visible = others.tril() if form.sorting.causal else others
-    return softmax_attention(q, F.pad(k, missing) + other_k, F.pad(v, missing) + other_v, visible)
+def attend_block(
+    q: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], seen: Tensor, combine: Combine
+) -> Tensor:
+    """Queries of a block to its keys and to those sorted to it.
+
+    Args:
+        q: (..., R, E).
+        own: keys and values (..., S, E) of the block.
+        other: keys and values (..., T, E) of the sorted block, T at least S.
+        seen: bool, broadcastable to (..., R, T), the own places that each query may see.
+        combine: how the two are put together.
+    """
+    count, missing = own[0].shape[-2], other[0].shape[-2] - own[0].shape[-2]
+    own_seen, everything = seen[..., :count], torch.ones_like(seen)
+    if combine == "joint":
+        keys, values = (torch.cat(pair, dim=-2) for pair in zip(own, other, strict=True))
+        return softmax_attention(q, keys, values, torch.cat((own_seen, everything), dim=-1))
+    if combine == "sum":
+        return softmax_attention(q, *own, own_seen) + softmax_attention(q, *other, everything)
+    keys, values = (F.pad(x, (0, 0, 0, missing)) + y for x, y in zip(own, other, strict=True))
+    return softmax_attention(q, keys, values, seen)
 
 
 def sorted_block_attention(

@@ -19,6 +19,9 @@ from subquad.ops.onednn import product
 from subquad.ops.piece import CALL_BYTES
 from subquad.ops.sorted_blocks.sorting import BlockScores, Sorting, sorting_matrices
 
+Combine = Literal["joint", "sum", "logits"]
+"""How own and sorted keys are put together."""
+
 
 class SortedBlocks(NamedTuple):
     """The form of the attention.
@@ -31,7 +34,7 @@ class SortedBlocks(NamedTuple):
 
     block: int
     sorting: Sorting
-    combine: Literal["joint", "sum", "logits"] = "joint"
+    combine: Combine = "joint"
 
 
 class Softmax(NamedTuple):

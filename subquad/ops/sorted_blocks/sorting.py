@@ -4,6 +4,7 @@
 
 With enough rounds P is doubly stochastic. Among causal blocks a row reaches earlier blocks only, and its columns are
 normalised over the rows up to it: the sum over all rows, as published, would tell a row about blocks of the future.
+A stream goes on with the logarithms of its columns' sums alone, one for each iteration.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ class BlockScores(NamedTuple):
     weight: Tensor
     bias: Tensor
 
-    def scores(self) -> Tensor:
-        """All scores, (B, H, N, N), float32 or wider."""
+    def scores(self, columns: int | None = None) -> Tensor:
+        """All scores, (B, H, N, N), or those of the first blocks that may be chosen, (B, H, N, columns); float32 up."""
         wide = torch.promote_types(self.hidden.dtype, torch.float32)
         hidden, weight, bias = (tensor.to(wide) for tensor in self)
-        count = hidden.shape[1]
+        count = hidden.shape[1] if columns is None else columns
         return torch.einsum("bnf,hmf->bhnm", hidden, weight[:, :count]) + bias[None, :, None, :count]
 
 
@@ -99,12 +100,47 @@ def sinkhorn(scores: Tensor, iterations: int, *, causal: bool = False) -> Tensor
     return scores.exp()
 
 
-def sorting_matrices(blocks: BlockScores, sorting: Sorting, counts: list[int]) -> list[Tensor]:
-    """The sorting matrix (H, n, n) of each example, of whose blocks the first n = counts[b] are sorted."""
-    scores = blocks.scores()
+def later_rows(scores: Tensor, numbers: Tensor, opened: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of causal sorting matrices that follow on earlier ones.
+
+    Args:
+        scores: (B, H, R, N), of blocks that follow on each other, over the temperature; float32 or wider.
+        numbers: int64 (B, R), which blocks they are.
+        opened: int64 (B,), how many blocks of each example there are; rows of later ones count for nothing.
+        sums: (B, H, K, T), logarithms of the sums of the columns over the earlier rows, after the normalisation of the
+            rows in each iteration; T at most N. Columns without an entry may hold anything finite.
+
+    Returns:
+        The rows (B, H, R, N), and the sums over all rows, (B, H, K, max(opened) - 1), 0 in columns without an entry.
+    """
+    columns = torch.arange(scores.shape[3], device=scores.device)
+    before = numbers[:, 0] if numbers.shape[1] else opened
+    without = (columns >= (before - 1)[:, None])[:, None]
+    hidden = ((columns >= numbers[..., None]) | (numbers >= opened[:, None])[..., None])[:, None]
+    sums = F.pad(sums.to(scores.dtype), (0, len(columns) - sums.shape[3]))
+    scores, after = scores.masked_fill(hidden, HIDDEN), []
+    for earlier in sums.unbind(dim=2):
+        scores = (scores - scores.logsumexp(dim=-1, keepdim=True)).masked_fill(hidden, HIDDEN)
+        earlier = earlier.masked_fill(without, HIDDEN)[:, :, None]
+        running = torch.cat((earlier, scores), dim=2).logcumsumexp(dim=2)
+        scores = (scores - running[:, :, 1:]).masked_fill(hidden, HIDDEN)
+        after.append(running[:, :, -1])
+    left = torch.stack(after, dim=2) if after else sums
+    left = left.masked_fill((columns >= (opened - 1)[:, None])[:, None, None], 0.0)
+    return scores.exp(), left[..., : max([0, *(opened - 1).tolist()])]
+
+
+def sorting_logits(blocks: BlockScores, sorting: Sorting, columns: int | None = None) -> Tensor:
+    """(s + g) / τ, as `BlockScores.scores` gives s."""
+    scores = blocks.scores(columns)
     if sorting.noise_seed is not None:
         scores = scores + _gumbel(scores, sorting.noise_seed)
-    scores = scores / sorting.temperature
+    return scores / sorting.temperature
+
+
+def sorting_matrices(blocks: BlockScores, sorting: Sorting, counts: list[int]) -> list[Tensor]:
+    """The sorting matrix (H, n, n) of each example, of whose blocks the first n = counts[b] are sorted."""
+    scores = sorting_logits(blocks, sorting)
     if all(count == scores.shape[2] for count in counts):
         return list(sinkhorn(scores, sorting.iterations, causal=sorting.causal))
     parts = (example[:, :count, :count] for example, count in zip(scores, counts, strict=True))

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from subquad.ops.sorted_blocks.sorting import BlockScores, Sorting, block_descriptors, sinkhorn, sorting_matrices
+from subquad.ops.sorted_blocks.sorting import (
+    BlockScores,
+    Sorting,
+    block_descriptors,
+    later_rows,
+    sinkhorn,
+    sorting_matrices,
+)
 
 
 def by_division(scores: Tensor, iterations: int, *, causal: bool) -> Tensor:
@@ -59,6 +66,29 @@ def test_a_causal_row_is_not_changed_by_later_rows(count: int, data: st.DataObje
     whole = sinkhorn(scores, 5, causal=True)
     torch.testing.assert_close(sinkhorn(scores[:cut, :cut], 5, causal=True), whole[:cut, :cut], rtol=0, atol=0)
     assert not whole.triu().any()
+
+
+@given(sizes=st.lists(st.integers(0, 3), min_size=1, max_size=4), iterations=st.integers(0, 4), data=st.data())
+def test_later_rows_follow_from_the_sums_of_columns(sizes: list[int], iterations: int, data: st.DataObject) -> None:
+    """Of two examples the second has fewer new rows in each part."""
+    count = sum(sizes)
+    scores = torch.randn(2, 3, count + 1, count + 1, dtype=torch.float64)
+    sums, opened = torch.zeros(2, 3, iterations, 0, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    found: list[list[Tensor]] = [[], []]
+    for size in sizes:
+        added = torch.tensor([size, data.draw(st.integers(0, size))])
+        numbers = opened[:, None] + torch.arange(size)
+        part = torch.stack([scores[b][:, numbers[b]] for b in range(2)])
+        opened = opened + added
+        rows, sums = later_rows(part, numbers, opened, sums)
+        for b in range(2):
+            found[b].append(rows[b, :, : added[b]])
+            assert not rows[b, :, added[b] :].any()
+    for b, length in enumerate(opened.tolist()):
+        whole = sinkhorn(scores[b, :, :length, :length], iterations, causal=True)
+        rows = torch.cat(found[b], dim=1)
+        torch.testing.assert_close(rows[..., :length], whole, rtol=1e-12, atol=1e-12)
+        assert not rows[..., length:].any()
 
 
 def test_columns_normalised_over_all_rows_would_tell_of_later_blocks() -> None:
