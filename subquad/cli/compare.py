@@ -10,7 +10,7 @@ from subquad.cli.options import Data, DryRun, Force, Json, MixersOption, Output,
 def command(
     task: TaskOption = "listops",
     preset: PresetOption = "quick",
-    mixers: MixersOption = "",
+    mixers: MixersOption = None,
     seeds: Seeds = 1,
     seed: Seed = 0,
     output: Output = Path("subquad-results"),
@@ -33,7 +33,7 @@ def command(
     request = make_request(
         task=task,
         preset=preset,
-        mixers=parse_mixers(mixers) if mixers else [],
+        mixers=[] if mixers is None else parse_mixers(mixers),
         seeds=tuple(range(seed, seed + seeds)),
         output=output,
         data=data,

@@ -24,10 +24,11 @@ PresetOption = Annotated[
 OfTask = Annotated[str | None, typer.Option("--task", help="Of this task alone.", show_default="all tasks")]
 OfPreset = Annotated[str | None, typer.Option("--preset", help="Under this preset alone.", show_default="all presets")]
 MixersOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--mixers",
-        help="Mechanisms, separated by commas: name, name:option=value, ./file.py:ConfigClass. Default: all.",
+        help="Mechanisms, separated by commas: name, name:option=value, ./file.py:ConfigClass.",
+        show_default="all",
     ),
 ]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each set-up, one a seed.")]

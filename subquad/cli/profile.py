@@ -11,7 +11,7 @@ from subquad.cli.options import DryRun, Force, Json, MixersOption, Output
 
 
 def command(
-    mixers: MixersOption = "",
+    mixers: MixersOption = None,
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, separated by commas.")] = "256,512,1024,2048,4096",
     embed_dim: Annotated[int, typer.Option(min=1, help="Width of the layer.")] = 512,
     num_heads: Annotated[int, typer.Option(min=1, help="Heads of the layer.")] = 8,

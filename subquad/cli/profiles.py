@@ -21,7 +21,7 @@ from subquad.training.presets import ProfileSettings
 
 def run_profile(
     *,
-    mixers: str,
+    mixers: str | None,
     lengths: str,
     sizes: dict[str, int],
     causal: bool,
@@ -36,7 +36,8 @@ def run_profile(
         ValueError: an unknown name or option, or a form that a mechanism doesn't have.
     """
     settings = ProfileSettings(lengths=_parse_lengths(lengths), **sizes)
-    chosen = parse_mixers(mixers) if mixers else [parse_mixer(name) for name in list_mixers(**_form(causal))]
+    every = list_mixers(**_form(causal))
+    chosen = [parse_mixer(name) for name in every] if mixers is None else parse_mixers(mixers)
     for mixer in chosen:
         profile_dims(mixer.config, settings, causal=causal)
     if dry_run:

@@ -21,7 +21,7 @@ def command(
     ],
     task: TaskOption = "listops",
     preset: PresetOption = "quick",
-    mixers: MixersOption = "",
+    mixers: MixersOption = None,
     seeds: Seeds = 1,
     seed: Seed = 0,
     output: Output = Path("subquad-results"),
@@ -48,14 +48,14 @@ def command(
     request = make_request(
         task=task,
         preset=preset,
-        mixers=parse_mixers(mixers) if mixers else [],
+        mixers=[] if mixers is None else parse_mixers(mixers),
         seeds=tuple(range(seed, seed + seeds)),
         output=output,
         data=data,
         force=force,
     ).with_dense()
     trials = make_trials(axes, request.mixers, request.preset)
-    check_fit([trial.set_up.mixer for trial in trials] if mixers else [], request.preset)
+    check_fit([trial.set_up.mixer for trial in trials] if mixers is not None else [], request.preset)
     task_data = prepare_data(request)
     if dry_run:
         show_plan(plan_sweep(request, trials, task_data), task_data, as_json=as_json)

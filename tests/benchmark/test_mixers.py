@@ -117,3 +117,9 @@ def test_options_behind_commas_are_explained(text: str) -> None:
         parse_mixers(text)
     with pytest.raises(ValueError, match="each option stands behind a colon"):
         parse_mixer(text)
+
+
+@pytest.mark.parametrize("text", ["", " , "])
+def test_an_empty_name_is_not_every_mechanism(text: str) -> None:
+    with pytest.raises(ValueError, match="expected mixers separated by commas, such as full,local:window=65; got"):
+        parse_mixers(text)
