@@ -52,7 +52,7 @@ class Point:
 
 
 def measure(length: int, options: argparse.Namespace) -> Point:
-    """Time segments behind a full memory, then again after `options.tokens` tokens, and windows."""
+    """Time by turns a segment behind a full memory, one `options.tokens` tokens later, and a window."""
     torch.manual_seed(0)
     config = SubquadConfig(
         hidden_size=options.width,
@@ -64,22 +64,28 @@ def measure(length: int, options: argparse.Namespace) -> Point:
     )
     model = SubquadForCausalLM(config).eval()
     with torch.no_grad():
-        cache, early = _read(model, None, max(length, SEGMENT), options.samples)
-        _, late = _read(model, cache, options.tokens, options.samples)
-        window = [_seconds_of_window(model, length) for _ in range(options.samples)]
-    return Point(length, early, late, statistics.median(window))
+        early = _read(model, None, max(length, SEGMENT))
+        late = _read(model, early, options.tokens)
+        taken = [
+            (_seconds_a_token(model, early), _seconds_a_token(model, late), _seconds_of_window(model, length))
+            for _ in range(options.samples)
+        ]
+    return Point(length, *(statistics.median(seconds) for seconds in zip(*taken, strict=True)))
 
 
-def _read(model: SubquadForCausalLM, cache: object, tokens: int, samples: int) -> tuple[object, float]:
-    """The cache after so many tokens and the timed ones; median seconds per token of these."""
-    taken: list[float] = []
-    for index in range(-(-tokens // SEGMENT) + samples):
-        segment = torch.randint(0, 256, (1, SEGMENT))
-        start = time.perf_counter()
-        cache = model(segment, past_key_values=cache, use_cache=True).past_key_values
-        if index * SEGMENT >= tokens:
-            taken.append((time.perf_counter() - start) / SEGMENT)
-    return cache, statistics.median(taken)
+def _read(model: SubquadForCausalLM, cache: object, tokens: int) -> object:
+    """The cache after so many tokens more."""
+    for _ in range(-(-tokens // SEGMENT)):
+        cache = model(torch.randint(0, 256, (1, SEGMENT)), past_key_values=cache, use_cache=True).past_key_values
+    return cache
+
+
+def _seconds_a_token(model: SubquadForCausalLM, cache: object) -> float:
+    """Of one segment; the cache stays as it is."""
+    segment = torch.randint(0, 256, (1, SEGMENT))
+    start = time.perf_counter()
+    model(segment, past_key_values=cache, use_cache=True)
+    return (time.perf_counter() - start) / SEGMENT
 
 
 def _seconds_of_window(model: SubquadForCausalLM, length: int) -> float:

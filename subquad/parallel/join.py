@@ -67,6 +67,7 @@ def joined(grid: Grid, here: Place, *, device_type: str, timeout_seconds: float)
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
         yield device
+        dist.barrier(device_ids=None if device.index is None else [device.index])  # nobody leaves while another works
     except RuntimeError as error:
         if not _is_of_the_network(error):
             raise
