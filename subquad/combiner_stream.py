@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from subquad.interface import Dims
-from subquad.ops.combiner.stream import Kept, Sights, Summaries, pick
+from subquad.ops.combiner.stream import Kept, Sights, Summaries
 from subquad.ops.combiner.stream_regions import NOTHING
-from subquad.ops.packing import append
+from subquad.ops.packing import append, take
 from subquad.state import State, state_dataclass
 
 
@@ -83,4 +83,4 @@ def left(state: CombinerState, kept: Kept, summaries: Summaries, sights: Sights)
 
 
 def _pick(x: Tensor, columns: Tensor, there: Tensor, dtype: torch.dtype) -> Tensor:
-    return pick(x, columns).masked_fill(~there[:, None, :, None], 0.0).to(dtype)
+    return take(x, columns).masked_fill(~there[:, None, :, None], 0.0).to(dtype)

@@ -51,7 +51,7 @@ from subquad.ops.combiner.grid import Horizontal, Rowmajor, Vertical
 from subquad.ops.combiner.joint_mixture import JointMixture
 from subquad.ops.combiner.levels import Logsparse
 from subquad.ops.combiner.plans import Fixed, Plan
-from subquad.ops.combiner.stream import Members, Sights, pick, pooled_summaries
+from subquad.ops.combiner.stream import Members, Sights, pooled_summaries
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.blocks import Block
@@ -244,11 +244,11 @@ class Combiner(HeadMixer):
     def _summarize_rows(self, dtype: torch.dtype, members: Members) -> tuple[Tensor, Tensor]:
         """Average rows by the queries of their tokens, and make keys as `_by_rows` does."""
         kept, asking = members.kept, members.asking
-        keys, values = members.averages(pick(kept.q, asking))
+        keys, values = members.averages(take(kept.q, asking))
         if self.row_summary is None:
-            return (keys if self.config.grid.weighted_keys else pick(kept.k, asking)), values
+            return (keys if self.config.grid.weighted_keys else take(kept.k, asking)), values
         average = values if self.config.row_summary == "proj" else keys
-        x = pick(kept.x[:, None], asking)[:, 0]
+        x = take(kept.x[:, None], asking)[:, 0]
         made = self.row_summary(x.to(dtype), average.to(dtype).transpose(1, 2).flatten(2))
         return self.split(made).to(keys.dtype), values
 

@@ -28,10 +28,11 @@ def valid_first(valid: Tensor) -> Tensor:
 
 
 def take(x: Tensor, order: Tensor) -> Tensor:
-    """Reorder the tokens of x (B, H, L, E) or (B, L) by order (B, N)."""
+    """The tokens of x (B, H, L, E) or (B, L) at the places `order`, int64 (B, ...): (B, H, ..., E) or (B, ...)."""
     if x.ndim == 2:
-        return x.gather(1, order)
-    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        return x.gather(1, order.flatten(1)).view(order.shape)
+    index = order.flatten(1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, index).unflatten(2, order.shape[1:])
 
 
 def in_order(mask: Mask, order: Tensor) -> Mask:

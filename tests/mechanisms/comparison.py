@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from subquad import Mask
 from subquad.heads import HeadMixer
+from subquad.interface import TokenMixer
 
 Sees = Callable[[int, int, int], bool]
 """Whether, in example b, token i sees token j."""
@@ -36,6 +38,17 @@ def assert_same_values_and_gradients(
     wanted = torch.autograd.grad((expected * weights).sum(), leaves, allow_unused=True, materialize_grads=True)
     for gradient, expected_gradient in zip(found, wanted, strict=True):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
+
+
+def streamed(mixer: TokenMixer, x: Tensor, mask: Mask | None, pieces: list[int]) -> Tensor:
+    """The result of one call for each piece of x (B, L, D), each from the state that the last one left."""
+    state, outputs = mixer.init_state(len(x)), []
+    facts = (None, None) if mask is None else (mask.valid, mask.segments)
+    for cut in (slice(end - size, end) for size, end in zip(pieces, accumulate(pieces), strict=True)):
+        part = Mask(*(None if fact is None else fact[:, cut] for fact in facts))
+        y, state, _ = mixer(x[:, cut], mask=part, state=state)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1)
 
 
 def split_heads(mixer: HeadMixer, projection: nn.Module, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import assert_same_values_and_gradients, disturbed, finish, masks, qkv, softmax_over
+from comparison import assert_same_values_and_gradients, disturbed, finish, masks, qkv, softmax_over, streamed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -115,17 +115,9 @@ def test_a_stream_in_pieces_equals_the_definition(
     mixer, mask = combiner(**options), data.draw(masks(2, sum(pieces), segments=False))
     x = torch.randn(2, sum(pieces), 4, dtype=torch.float64, requires_grad=True)
 
-    def streamed() -> Tensor:
-        state, outputs, start = mixer.init_state(2), [], 0
-        for size in pieces:
-            cut = slice(start, start + size)
-            valid = None if mask is None or mask.valid is None else mask.valid[:, cut]
-            y, state, _ = mixer(x[:, cut], mask=Mask(valid), state=state)
-            outputs.append(y)
-            start += size
-        return torch.cat(outputs, dim=1)
-
-    assert_same_values_and_gradients(mixer, streamed, lambda: definition(mixer, x, mask), [x])
+    assert_same_values_and_gradients(
+        mixer, lambda: streamed(mixer, x, mask, pieces), lambda: definition(mixer, x, mask), [x]
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 11, 12, 13, 31])

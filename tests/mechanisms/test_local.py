@@ -16,6 +16,7 @@ from comparison import (
     masks,
     qkv,
     same_document,
+    streamed,
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -97,18 +98,9 @@ def test_a_stream_equals_the_definition_over_the_whole(
     mixer, mask = local(causal=True, **options), None if data is None else data.draw(masks(2, length))
     x = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
 
-    def streamed() -> Tensor:
-        state, outputs, start = mixer.init_state(2), [], 0
-        for size in pieces:
-            cut = slice(start, start + size)
-            facts = (None, None) if mask is None else (mask.valid, mask.segments)
-            part_mask = Mask(*(None if fact is None else fact[:, cut] for fact in facts))
-            y, state, _ = mixer(x[:, cut], mask=part_mask, state=state)
-            outputs.append(y)
-            start += size
-        return torch.cat(outputs, dim=1)
-
-    assert_same_values_and_gradients(mixer, streamed, lambda: definition(mixer, x, mask), [x])
+    assert_same_values_and_gradients(
+        mixer, lambda: streamed(mixer, x, mask, pieces), lambda: definition(mixer, x, mask), [x]
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])

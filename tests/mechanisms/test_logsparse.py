@@ -17,6 +17,7 @@ from comparison import (
     masks,
     same_document,
     split_heads,
+    streamed,
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -195,17 +196,9 @@ def test_a_stream_equals_the_definition_over_the_whole(
     mixer, mask = logsparse(**options), data.draw(masks(2, sum(pieces)))
     x = torch.randn(2, sum(pieces), 4, dtype=torch.float64, requires_grad=True)
 
-    def streamed() -> Tensor:
-        state, outputs, start = mixer.init_state(2), [], 0
-        for size in pieces:
-            cut = slice(start, start + size)
-            facts = (None, None) if mask is None else (mask.valid, mask.segments)
-            y, state, _ = mixer(x[:, cut], mask=Mask(*(f if f is None else f[:, cut] for f in facts)), state=state)
-            outputs.append(y)
-            start += size
-        return torch.cat(outputs, dim=1)
-
-    assert_same_values_and_gradients(mixer, streamed, lambda: definition(mixer, x, mask), [x])
+    assert_same_values_and_gradients(
+        mixer, lambda: streamed(mixer, x, mask, pieces), lambda: definition(mixer, x, mask), [x]
+    )
 
 
 @BOTH_FORMS

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import assert_same_values_and_gradients, disturbed, finish, is_valid, masks, qkv
+from comparison import assert_same_values_and_gradients, disturbed, finish, is_valid, masks, qkv, streamed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -49,18 +49,6 @@ def definition(mixer: Sinkhorn, x: Tensor, mask: Mask | None) -> Tensor:
             ]
             out[b] = out[b].index_put((torch.tensor(tokens),), torch.stack(rows))
     return finish(mixer, out, mask)
-
-
-def streamed(mixer: Sinkhorn, x: Tensor, mask: Mask | None, pieces: list[int]) -> Tensor:
-    """The result of one call for each piece."""
-    state, outputs, start = mixer.init_state(len(x)), [], 0
-    for size in pieces:
-        cut = slice(start, start + size)
-        valid = None if mask is None or mask.valid is None else mask.valid[:, cut]
-        y, state, _ = mixer(x[:, cut], mask=Mask(valid), state=state)
-        outputs.append(y)
-        start += size
-    return torch.cat(outputs, dim=1)
 
 
 def _matrix(mixer: Sinkhorn, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from subquad.ops.combiner.attention import Summarize
 from subquad.ops.combiner.stream_regions import NOTHING, StreamPlan, StreamRegions
+from subquad.ops.packing import take
 from subquad.ops.precision import full_precision
 
 LARGEST_SLICE = 2**20
@@ -208,15 +209,9 @@ def _by_size(kind: StreamRegions, regions: Tensor) -> Iterator[Tensor]:
     yield from (regions,) if bool((sizes == sizes[:1]).all()) else regions.split(1, dim=1)
 
 
-def pick(x: Tensor, columns: Tensor) -> Tensor:
-    """The columns (B, ...) of x (B, H, T, E): (B, H, ..., E)."""
-    index = columns.flatten(1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return x.gather(2, index).unflatten(2, columns.shape[1:])
-
-
 def _summarise(kind: StreamRegions, kept: Kept, regions: Tensor, summarizer: Summarizer) -> tuple[Tensor, Tensor]:
     columns, there = kept.columns(kind.members(regions))
-    q, k, v = (pick(x, columns) for x in (kept.q, kept.k, kept.v))
+    q, k, v = (take(x, columns) for x in (kept.q, kept.k, kept.v))
     return summarizer(Members(q, k, v, there[:, None, ..., None], kept.columns(regions)[0], kept))
 
 
@@ -224,7 +219,7 @@ def _attend_indexed(
     q: Tensor, kept: Kept, summaries: Summaries, columns: Tensor, of_summaries: Tensor, bias: Tensor
 ) -> Tensor:
     k, v = (
-        torch.cat((pick(tokens, columns), pick(regions, of_summaries)), dim=3)
+        torch.cat((take(tokens, columns), take(regions, of_summaries)), dim=3)
         for tokens, regions in ((kept.k, summaries.keys), (kept.v, summaries.values))
     )
     with full_precision(q.device):

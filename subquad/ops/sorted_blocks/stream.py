@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.packing import append
+from subquad.ops.packing import append, take
 from subquad.ops.sorted_blocks.definition import attend_block
 from subquad.ops.sorted_blocks.fused import Combine
 
@@ -118,17 +118,12 @@ def attend_arrivals(
     begin = torch.maximum(numbers * block, start)  # the first query of each block
     width = min(block, arrivals.tokens)
     columns = (begin - start)[..., None] + torch.arange(width, device=q.device)
-    queries = _pick(q, columns.clamp_max(arrivals.tokens - 1).flatten(1)).unflatten(2, columns.shape[1:])
+    queries = take(q, columns.clamp_max(arrivals.tokens - 1))
     places = (begin - numbers * block)[..., None] + torch.arange(width, device=q.device)
     seen = torch.arange(block, device=q.device) <= places[..., None]
     chosen = numbers.clamp(0, arrivals.capacity - 1)
-    near_k, near_v = (_pick(x.flatten(3), chosen).unflatten(3, x.shape[3:]) for x in own)
+    near_k, near_v = (take(x.flatten(3), chosen).unflatten(3, x.shape[3:]) for x in own)
     found = attend_block(queries, (near_k, near_v), other, seen[:, None], combine)
     positions = start + torch.arange(arrivals.tokens, device=q.device)
     slots = positions // block - arrivals.first[:, None] + 1
-    return _pick(found.flatten(2, 3), slots * width + positions - begin.gather(1, slots))
-
-
-def _pick(x: Tensor, columns: Tensor) -> Tensor:
-    """Columns (B, M) of x (B, H, T, E): (B, H, M, E)."""
-    return x.gather(2, columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    return take(found.flatten(2, 3), slots * width + positions - begin.gather(1, slots))
