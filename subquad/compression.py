@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
+from subquad.ops.projection import project
 
 Kind = Literal["max", "mean", "convolution", "dilated", "most_used"]
 
@@ -62,8 +63,8 @@ class Convolution(Compression):
         """Rows (B, R, D) of windows (B, R, W, D)."""
         for dilation, weight in zip(self.dilations, self.dilated, strict=True):
             pairs = torch.cat((windows[:, :, :-dilation], windows[:, :, dilation:]), dim=-1)
-            windows = F.relu(F.linear(pairs, weight))
-        return F.linear(windows.flatten(2), self.weight)
+            windows = F.relu(project(pairs, weight))
+        return project(windows.flatten(2), self.weight)
 
 
 def compression(kind: Kind, embed_dim: int, kernel: int, dilations: tuple[int, ...]) -> Compression:
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Tokens (N, rate, D) of rows (N, D)."""
-        return F.linear(rows, self.weight).unflatten(-1, (-1, rows.shape[-1]))
+        return project(rows, self.weight).unflatten(-1, (-1, rows.shape[-1]))
 
 
 def convolution_cost(embed_dim: int, kernel: int, dilations: tuple[int, ...], rows: int, dtype_bytes: int) -> Cost:

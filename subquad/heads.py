@@ -17,6 +17,7 @@ from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
 from subquad.mask import Mask, token_positions
 from subquad.ops.rotary import rotate
 from subquad.parting import Parting
+from subquad.projection import Projection
 from subquad.state import State
 
 BY_HEADS = Parting(("project_query", "project_key", "project_value"), ("project_out",))
@@ -62,10 +63,10 @@ class HeadMixer(TokenMixer):
 
     def __init__(self, config: MixerConfig, dims: Dims) -> None:
         super().__init__(config, dims)
-        self.project_query = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
-        self.project_key = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
-        self.project_value = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
-        self.project_out = nn.Linear(dims.inner_dim, dims.embed_dim, bias=dims.bias)
+        self.project_query = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_key = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_value = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_out = Projection(dims.inner_dim, dims.embed_dim, bias=dims.bias)
         self.dropout = nn.Dropout(dims.dropout)
         for projection in (self.project_query, self.project_key, self.project_value, self.project_out):
             initialise_projection(projection)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.heads import HeadMixer, Heads
@@ -17,6 +16,7 @@ from subquad.interface import Dims, MixerConfig
 from subquad.ops.memory.attention import Memory, project_memory
 from subquad.ops.memory.sinusoids import distance_sinusoids
 from subquad.ops.packing import has_gaps, take, valid_first
+from subquad.ops.projection import project
 
 DEVIATION = 0.02
 """Of new u, w and W_r, as in the official code."""
@@ -90,7 +90,7 @@ class MemoryMixer(HeadMixer):
     def encode(self, count: int, projection: Tensor, like: Tensor) -> Tensor:
         """The encodings of the distances 0, ..., count - 1, projected by (H * E, D) into heads: (H, count, E)."""
         encodings = distance_sinusoids(count, self.dims.embed_dim, device=like.device, dtype=like.dtype)
-        return F.linear(encodings, projection).unflatten(-1, (self.dims.num_heads, -1)).transpose(0, 1)
+        return project(encodings, projection).unflatten(-1, (self.dims.num_heads, -1)).transpose(0, 1)
 
 
 def recent_inputs(old: Tensor, x: Tensor, added: Tensor, unfinished: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from subquad.costs import Cost
 from subquad.heads import initialise_projection
 from subquad.interface import Dims
+from subquad.projection import Projection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ def longest_input(dims: Dims) -> int:
 
 def head_projection(dims: Dims) -> nn.Linear:
     """From D to H * E."""
-    projection = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+    projection = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
     initialise_projection(projection)
     return projection
 

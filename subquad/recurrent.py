@@ -23,6 +23,7 @@ from subquad.mask import Mask
 from subquad.ops.recomputed import recomputed
 from subquad.ops.recurrence.chunks import chunk_size, segment_chunks
 from subquad.ops.recurrence.linear import recurrence
+from subquad.projection import Projection
 from subquad.state import State, state_dataclass
 
 NORM_EPSILON = 1e-5
@@ -69,11 +70,11 @@ class RecurrentMixer(TokenMixer):
         super().__init__(config, dims)
         self.heads = heads
         keys, values = dims.num_heads * heads.width, dims.num_heads * heads.value_width
-        self.project_query = nn.Linear(dims.embed_dim, keys, bias=dims.bias)
-        self.project_key = nn.Linear(dims.embed_dim, keys, bias=dims.bias)
-        self.project_value = nn.Linear(dims.embed_dim, values, bias=dims.bias)
-        self.project_gate = nn.Linear(dims.embed_dim, values, bias=dims.bias) if heads.gate else None
-        self.project_out = nn.Linear(values, dims.embed_dim, bias=dims.bias)
+        self.project_query = Projection(dims.embed_dim, keys, bias=dims.bias)
+        self.project_key = Projection(dims.embed_dim, keys, bias=dims.bias)
+        self.project_value = Projection(dims.embed_dim, values, bias=dims.bias)
+        self.project_gate = Projection(dims.embed_dim, values, bias=dims.bias) if heads.gate else None
+        self.project_out = Projection(values, dims.embed_dim, bias=dims.bias)
         self.norm_gain = nn.Parameter(torch.ones(heads.value_width)) if heads.gain else None
         self.dropout = nn.Dropout(dims.dropout)
         for projection in self.children():

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from subquad.heads import initialise_projection
 from subquad.interface import Dims
+from subquad.projection import Projection
 
 
 class RowSummary(nn.Module):
@@ -13,9 +14,9 @@ class RowSummary(nn.Module):
 
     def __init__(self, dims: Dims) -> None:
         super().__init__()
-        self.project_average = nn.Linear(dims.inner_dim, dims.embed_dim, bias=dims.bias)
+        self.project_average = Projection(dims.inner_dim, dims.embed_dim, bias=dims.bias)
         self.norm = nn.LayerNorm(dims.embed_dim)
-        self.project_key = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_key = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
         self.dropout = nn.Dropout(dims.dropout)
         for projection in (self.project_average, self.project_key):
             initialise_projection(projection)

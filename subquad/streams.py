@@ -23,6 +23,7 @@ from subquad.ops.memory.relative import RelativeTable, kept_tokens, stream_atten
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Window
 from subquad.patterns.tokens import Sink
+from subquad.projection import Projection
 from subquad.state import State
 
 Sharing = Literal["none", "kv", "qkv"]
@@ -208,7 +209,7 @@ def _projections(names: tuple[str, ...], width: int, out_width: int, *, bias: bo
     """One layer for each different name."""
     layers = nn.ModuleDict()
     for name in dict.fromkeys(names):
-        layer = nn.Linear(width, out_width, bias=bias)
+        layer = Projection(width, out_width, bias=bias)
         initialise_projection(layer)
         layers[name] = layer
     return layers

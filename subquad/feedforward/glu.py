@@ -25,6 +25,7 @@ from subquad.interface import ChannelMixer, FeedforwardConfig, Mixed
 from subquad.mask import Mask
 from subquad.ops.recomputed import recomputed
 from subquad.parting import Parting
+from subquad.projection import Projection
 from subquad.registry import register
 
 
@@ -78,9 +79,9 @@ class Glu(ChannelMixer):
         super().__init__()
         self.config = config
         hidden = config.width(embed_dim)
-        self.gate, self.expand = nn.Linear(embed_dim, hidden), nn.Linear(embed_dim, hidden)
+        self.gate, self.expand = Projection(embed_dim, hidden), Projection(embed_dim, hidden)
         self.hidden_dropout = nn.Dropout(config.dropout)
-        self.contract = nn.Linear(hidden, embed_dim)
+        self.contract = Projection(hidden, embed_dim)
         self.dropout = nn.Dropout(config.dropout)
         for layer in (self.gate, self.expand, self.contract):
             nn.init.xavier_uniform_(layer.weight)

@@ -20,6 +20,7 @@ from subquad.costs import Cost
 from subquad.interface import ChannelMixer, FeedforwardConfig, Mixed
 from subquad.mask import Mask
 from subquad.parting import Parting
+from subquad.projection import Projection
 from subquad.registry import register
 
 
@@ -73,10 +74,10 @@ class Mlp(ChannelMixer):
     def __init__(self, config: MlpConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
-        self.expand = nn.Linear(embed_dim, config.width(embed_dim))
+        self.expand = Projection(embed_dim, config.width(embed_dim))
         self.activation = nn.GELU() if config.activation == "gelu" else nn.ReLU()
         self.hidden_dropout = nn.Dropout(config.dropout)
-        self.contract = nn.Linear(config.width(embed_dim), embed_dim)
+        self.contract = Projection(config.width(embed_dim), embed_dim)
         self.dropout = nn.Dropout(config.dropout)
         for layer in (self.expand, self.contract):
             nn.init.xavier_uniform_(layer.weight)

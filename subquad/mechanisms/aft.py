@@ -45,6 +45,7 @@ from subquad.ops.means.running_means import NOTHING
 from subquad.ops.means.strip_geometry import Reach, strips
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.position_scores import longest_input
+from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State
 
@@ -171,10 +172,10 @@ class Aft(TokenMixer):
 
     def __init__(self, config: AftConfig, dims: Dims) -> None:
         super().__init__(config, dims)
-        self.project_query = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
-        self.project_key = nn.Linear(dims.embed_dim, config.key_width(dims), bias=dims.bias)
-        self.project_value = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
-        self.project_out = nn.Linear(dims.inner_dim, dims.embed_dim, bias=dims.bias)
+        self.project_query = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_key = Projection(dims.embed_dim, config.key_width(dims), bias=dims.bias)
+        self.project_value = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_out = Projection(dims.inner_dim, dims.embed_dim, bias=dims.bias)
         for projection in (self.project_query, self.project_key, self.project_value, self.project_out):
             initialise_projection(projection)
         self.positions = config.positions(dims)

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.compression import Decoder, Kind, compression, convolution_cost
@@ -49,6 +48,7 @@ from subquad.ops.memory.most_used import Scored, most_used
 from subquad.ops.memory.reconstruction import attention_parts, decoding_parts, mean_of
 from subquad.ops.memory.stream_layout import Layout
 from subquad.ops.packing import put_back
+from subquad.ops.projection import project
 from subquad.registry import register
 from subquad.state import State
 
@@ -295,5 +295,5 @@ class Compressive(MemoryMixer):
         """Keys and values of rows (N, R, D), of which the projections learn nothing."""
         layers = (self.project_key, self.project_value)
         weights = ((layer.weight.detach(), None if layer.bias is None else layer.bias.detach()) for layer in layers)
-        k, v = (self.split(F.linear(rows, weight, bias)) for weight, bias in weights)
+        k, v = (self.split(project(rows, weight, bias)) for weight, bias in weights)
         return k, v

@@ -36,6 +36,7 @@ from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.recomputed import recomputed
 from subquad.ops.recurrence.short_convolution import short_convolution, unit_vectors
+from subquad.projection import Projection
 from subquad.recurrent import (
     RecurrentHeads,
     RecurrentMixer,
@@ -144,8 +145,8 @@ class Delta(RecurrentMixer):
         heads = dims.num_heads
         self.channels = (heads * self.heads.width, heads * self.heads.width, heads * self.heads.value_width)
         self.taps = nn.Parameter(torch.empty(config.kernel, sum(self.channels))) if config.kernel else None
-        self.project_beta = nn.Linear(dims.embed_dim, heads, bias=False)
-        self.project_decay = nn.Linear(dims.embed_dim, heads, bias=False) if config.gated else None
+        self.project_beta = Projection(dims.embed_dim, heads, bias=False)
+        self.project_decay = Projection(dims.embed_dim, heads, bias=False) if config.gated else None
         self.log_rate = nn.Parameter(torch.empty(heads)) if config.gated else None
         self.rate_bias = nn.Parameter(torch.empty(heads)) if config.gated else None
         for projection in (self.project_beta, self.project_decay):

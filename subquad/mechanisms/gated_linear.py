@@ -24,13 +24,15 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from subquad.costs import Cost
 from subquad.heads import initialise_projection
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask
+from subquad.ops.projection import project
 from subquad.ops.recomputed import recomputed
+from subquad.projection import Projection
 from subquad.recurrent import (
     RecurrentHeads,
     RecurrentMixer,
@@ -119,8 +121,8 @@ class GatedLinear(RecurrentMixer):
 
     def __init__(self, config: GatedLinearConfig, dims: Dims) -> None:
         super().__init__(config, dims, config.heads(dims))
-        self.narrow_forget = nn.Linear(dims.embed_dim, config.rank, bias=False)
-        self.project_forget = nn.Linear(config.rank, dims.num_heads * self.heads.width)
+        self.narrow_forget = Projection(dims.embed_dim, config.rank, bias=False)
+        self.project_forget = Projection(config.rank, dims.num_heads * self.heads.width)
         for projection in (self.narrow_forget, self.project_forget):
             initialise_projection(projection)
 
@@ -141,4 +143,4 @@ class GatedLinear(RecurrentMixer):
 def _log_gates(x: Tensor, weight: Tensor, bias: Tensor, *, temperature: float) -> Tensor:
     """Log σ(x W + b) / τ, float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.logsigmoid(F.linear(x.to(wide), weight.to(wide), bias.to(wide))) / temperature
+    return F.logsigmoid(project(x.to(wide), weight.to(wide), bias.to(wide))) / temperature

@@ -33,6 +33,7 @@ from subquad.ops.positions.causal_toeplitz import causal_product_flops, causal_t
 from subquad.ops.positions.toeplitz import toeplitz_product, transform_flops, transform_length
 from subquad.ops.positions.token_product import token_product
 from subquad.ops.precision import full_precision
+from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State, state_dataclass
 
@@ -163,8 +164,8 @@ class TinyAttention(nn.Module):
 
     def __init__(self, config: GmlpConfig, dims: Dims) -> None:
         super().__init__()
-        self.project_in = nn.Linear(dims.embed_dim, 3 * config.attention_dim, bias=dims.bias)
-        self.project_out = nn.Linear(config.attention_dim, config.half(dims), bias=dims.bias)
+        self.project_in = Projection(dims.embed_dim, 3 * config.attention_dim, bias=dims.bias)
+        self.project_out = Projection(config.attention_dim, config.half(dims), bias=dims.bias)
         for projection in (self.project_in, self.project_out):
             initialise_projection(projection)
 
@@ -179,8 +180,8 @@ class Gmlp(TokenMixer):
         assert dims.max_length is not None
         half = config.half(dims)
         self.norm, self.gate_norm = nn.LayerNorm(dims.embed_dim), nn.LayerNorm(half)
-        self.project_in = nn.Linear(dims.embed_dim, 2 * half, bias=dims.bias)
-        self.project_out = nn.Linear(half, dims.embed_dim, bias=dims.bias)
+        self.project_in = Projection(dims.embed_dim, 2 * half, bias=dims.bias)
+        self.project_out = Projection(half, dims.embed_dim, bias=dims.bias)
         for projection in (self.project_in, self.project_out):
             initialise_projection(projection)
         self.token_weights = nn.Parameter(torch.empty(config.weight_shape(dims)))

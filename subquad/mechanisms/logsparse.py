@@ -33,6 +33,7 @@ from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask, continue_segments, token_positions
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.pattern.attention import pattern_attention
+from subquad.ops.projection import project
 from subquad.ops.rotary import rotate
 from subquad.patterns.doubling import DoublingDistances
 from subquad.patterns.pattern import Pattern
@@ -125,7 +126,7 @@ class Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What each token of x (B, L, D) gives to K outputs, the latest last: (B, L, H * K * E)."""
-        return F.linear(x, self.weight.flatten(0, 2))
+        return project(x, self.weight.flatten(0, 2))
 
     def add_up(self, shares: Tensor, segments: Tensor | None) -> Tensor:
         """The outputs (B, H, L, E) from shares (B, H, L, K * E); `segments` (B, L) don't mix."""

@@ -24,7 +24,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from subquad.costs import Cost, visible_pairs, window_sides
@@ -37,6 +37,7 @@ from subquad.ops.rotary import rotate
 from subquad.patterns.bands import Dilated
 from subquad.patterns.pattern import Pattern
 from subquad.patterns.tokens import Sink
+from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State
 
@@ -160,9 +161,9 @@ class Longformer(HeadMixer):
 
     def __init__(self, config: LongformerConfig, dims: Dims) -> None:
         super().__init__(config, dims)
-        self.project_global_query = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
-        self.project_global_key = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
-        self.project_global_value = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_global_query = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_global_key = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_global_value = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
         for projection in (self.project_global_query, self.project_global_key, self.project_global_value):
             initialise_projection(projection)
 

@@ -27,6 +27,8 @@ from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
+from subquad.ops.projection import project
+from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State
 
@@ -103,10 +105,10 @@ class MlpMixer(TokenMixer):
         assert dims.max_length is not None
         along_tokens, hidden = config.widths(dims)
         self.token_norm, self.channel_norm = nn.LayerNorm(dims.embed_dim), nn.LayerNorm(dims.embed_dim)
-        self.gather_tokens = nn.Linear(dims.max_length, along_tokens)
-        self.spread_tokens = nn.Linear(along_tokens, dims.max_length)
-        self.expand = nn.Linear(dims.embed_dim, hidden, bias=dims.bias)
-        self.contract = nn.Linear(hidden, dims.embed_dim, bias=dims.bias)
+        self.gather_tokens = Projection(dims.max_length, along_tokens)
+        self.spread_tokens = Projection(along_tokens, dims.max_length)
+        self.expand = Projection(dims.embed_dim, hidden, bias=dims.bias)
+        self.contract = Projection(hidden, dims.embed_dim, bias=dims.bias)
         for projection in (self.gather_tokens, self.spread_tokens, self.expand, self.contract):
             initialise_projection(projection)
         self.dropout = nn.Dropout(dims.dropout)
@@ -129,5 +131,5 @@ class MlpMixer(TokenMixer):
         length = x.shape[1]
         channels = (x if valid is None else x.masked_fill(~valid[..., None], 0.0)).mT.contiguous()
         gather, spread = self.gather_tokens, self.spread_tokens
-        hidden = F.gelu(F.linear(channels, gather.weight[:, :length], gather.bias))
-        return F.linear(hidden, spread.weight[:length], spread.bias[:length]).mT
+        hidden = F.gelu(project(channels, gather.weight[:, :length], gather.bias))
+        return project(hidden, spread.weight[:length], spread.bias[:length]).mT

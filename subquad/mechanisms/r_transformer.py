@@ -33,6 +33,7 @@ from subquad.mask import Mask
 from subquad.ops.local_recurrence.network import GATES, CellName, local_recurrence
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.patterns.bands import Causal
+from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State, state_dataclass
 
@@ -138,7 +139,7 @@ class LocalNetwork(nn.Module):
         self.window = config.window
         gates = GATES[config.cell] * dims.embed_dim
         self.norm = nn.LayerNorm(dims.embed_dim)
-        self.project_input = nn.Linear(dims.embed_dim, gates, bias=dims.bias)
+        self.project_input = Projection(dims.embed_dim, gates, bias=dims.bias)
         self.weights = nn.Parameter(torch.empty(gates, dims.embed_dim))
         self.biases = nn.Parameter(torch.empty(gates)) if dims.bias else None
         initialise_projection(self.project_input)
@@ -169,11 +170,11 @@ class RTransformer(TokenMixer):
         width, inner, hidden = dims.embed_dim, dims.inner_dim, config.width(dims)
         self.local_networks = nn.ModuleList(LocalNetwork(config, dims) for _ in range(config.local_layers))
         self.attention_norm, self.feedforward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.project_query = nn.Linear(width, inner, bias=dims.bias)
-        self.project_key = nn.Linear(width, inner, bias=dims.bias)
-        self.project_value = nn.Linear(width, inner, bias=dims.bias)
-        self.project_out = nn.Linear(inner, width, bias=dims.bias)
-        self.expand, self.contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.project_query = Projection(width, inner, bias=dims.bias)
+        self.project_key = Projection(width, inner, bias=dims.bias)
+        self.project_value = Projection(width, inner, bias=dims.bias)
+        self.project_out = Projection(inner, width, bias=dims.bias)
+        self.expand, self.contract = Projection(width, hidden), Projection(hidden, width)
         for projection in (self.project_query, self.project_key, self.project_value, self.project_out):
             initialise_projection(projection)
         for projection in (self.expand, self.contract):

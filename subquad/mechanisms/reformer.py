@@ -51,6 +51,7 @@ from subquad.ops.lsh.lists import ListRule
 from subquad.ops.lsh.tiles import attend_in_buckets
 from subquad.ops.packing import append
 from subquad.ops.precision import full_precision
+from subquad.ops.projection import project
 from subquad.registry import register
 from subquad.state import State, state_dataclass
 
@@ -205,7 +206,7 @@ class Reformer(HeadMixer):
         wide, layer = torch.promote_types(x.dtype, torch.float32), self.project_query
         with full_precision(x.device):
             bias = None if layer.bias is None else layer.bias.to(wide)
-            shared = self.split(F.linear(x.to(wide), layer.weight.to(wide), bias))
+            shared = self.split(project(x.to(wide), layer.weight.to(wide), bias))
         return shared, shared, self.split(self.project_value(x))
 
     def _rotate(

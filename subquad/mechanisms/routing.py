@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost, visible_pairs
@@ -41,6 +40,7 @@ from subquad.ops.clusters.member_attention import member_attention
 from subquad.ops.clusters.rings import RingOrder, Rings
 from subquad.ops.packing import has_gaps, put_back, take, token_counts, valid_first
 from subquad.ops.precision import full_precision
+from subquad.ops.projection import project
 from subquad.ops.rotary import rotate
 from subquad.registry import register
 from subquad.state import State, state_dataclass
@@ -280,4 +280,4 @@ class Routing(HeadMixer):
 def _linear(x: Tensor, projection: nn.Linear) -> Tensor:
     """The projection in the dtype of x."""
     bias = None if projection.bias is None else projection.bias.to(x.dtype)
-    return F.linear(x, projection.weight.to(x.dtype), bias)
+    return project(x, projection.weight.to(x.dtype), bias)

@@ -44,6 +44,7 @@ from subquad.ops.precision import full_precision
 from subquad.ops.sorted_blocks.definition import NullKey, SortedBlocks, sorted_block_attention, sorted_cut_attention
 from subquad.ops.sorted_blocks.sorting import BlockScores, Sorting, block_descriptors, later_rows, sorting_logits
 from subquad.ops.sorted_blocks.stream import Arrivals, attend_arrivals
+from subquad.projection import Projection
 from subquad.registry import register
 from subquad.sinkhorn_stream import Known, SinkhornState, empty_stream
 from subquad.state import State
@@ -147,8 +148,8 @@ class Sinkhorn(HeadMixer):
 
     def __init__(self, config: SinkhornConfig, dims: Dims) -> None:
         super().__init__(config, dims)
-        self.describe = nn.Linear(dims.embed_dim, dims.embed_dim)
-        self.score = nn.Linear(dims.embed_dim, dims.num_heads * config.most_blocks(dims))
+        self.describe = Projection(dims.embed_dim, dims.embed_dim)
+        self.score = Projection(dims.embed_dim, dims.num_heads * config.most_blocks(dims))
         for projection in (self.describe, self.score):
             initialise_projection(projection)
         shape = (dims.num_heads, dims.head_dim)

@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
@@ -38,6 +37,8 @@ from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
+from subquad.ops.projection import project
+from subquad.projection import Projection
 from subquad.registry import register
 from subquad.routed_experts import RoutedExperts, Routing, routed_cost
 from subquad.state import State
@@ -184,10 +185,10 @@ class Representation(nn.Module):
     def __init__(self, dims: Dims, length: int, width: int) -> None:
         super().__init__()
         assert dims.max_length is not None
-        self.enter_channels = nn.Linear(dims.embed_dim, width, bias=dims.bias)
-        self.enter_tokens = nn.Linear(dims.max_length, length)
-        self.leave_tokens = nn.Linear(length, dims.max_length)
-        self.leave_channels = nn.Linear(width, dims.embed_dim, bias=dims.bias)
+        self.enter_channels = Projection(dims.embed_dim, width, bias=dims.bias)
+        self.enter_tokens = Projection(dims.max_length, length)
+        self.leave_tokens = Projection(length, dims.max_length)
+        self.leave_channels = Projection(width, dims.embed_dim, bias=dims.bias)
         for projection in (self.enter_channels, self.enter_tokens, self.leave_tokens, self.leave_channels):
             initialise_projection(projection)
 
@@ -195,11 +196,11 @@ class Representation(nn.Module):
         """R, transposed: channels (B, D₁, S₁) of tokens x (B, L, D); invalid ones (valid: bool (B, L)) count as 0."""
         narrow = _keep(self.enter_channels(x), valid)
         weight = self.enter_tokens.weight[:, : x.shape[1]]
-        return F.linear(narrow.mT.contiguous(), weight, self.enter_tokens.bias)
+        return project(narrow.mT.contiguous(), weight, self.enter_tokens.bias)
 
     def leave(self, channels: Tensor, length: int) -> Tensor:
         """R': tokens (B, L, D) of channels (B, D₁, S₁)."""
-        tokens = F.linear(channels, self.leave_tokens.weight[:length], self.leave_tokens.bias[:length])
+        tokens = project(channels, self.leave_tokens.weight[:length], self.leave_tokens.bias[:length])
         return self.leave_channels(tokens.mT)
 
 

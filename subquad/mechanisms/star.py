@@ -34,6 +34,7 @@ from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.precision import full_precision
+from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State
 
@@ -132,10 +133,10 @@ class Attention(nn.Module):
     def __init__(self, dims: Dims) -> None:
         super().__init__()
         self.num_heads = dims.num_heads
-        self.project_query = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
-        self.project_key = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
-        self.project_value = nn.Linear(dims.embed_dim, dims.inner_dim, bias=dims.bias)
-        self.project_out = nn.Linear(dims.inner_dim, dims.embed_dim, bias=dims.bias)
+        self.project_query = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_key = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_value = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
+        self.project_out = Projection(dims.inner_dim, dims.embed_dim, bias=dims.bias)
         for projection in (self.project_query, self.project_key, self.project_value, self.project_out):
             initialise_projection(projection)
 

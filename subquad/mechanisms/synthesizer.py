@@ -37,6 +37,7 @@ from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.precision import full_precision
 from subquad.position_scores import Places, ScoreOptions, head_projection, longest_input, projections_cost, split_heads
+from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State
 from subquad.synthesis import COMPONENTS, Component, attend_slice
@@ -132,7 +133,7 @@ class Synthesizer(TokenMixer):
         self.components = nn.ModuleDict(parts)
         self.mixing = nn.Parameter(torch.zeros(len(parts))) if config.weighed else None
         self.project_value = head_projection(dims)
-        self.project_out = nn.Linear(dims.inner_dim, dims.embed_dim, bias=dims.bias)
+        self.project_out = Projection(dims.inner_dim, dims.embed_dim, bias=dims.bias)
         initialise_projection(self.project_out)
         self.dropout = nn.Dropout(dims.dropout)
 

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from subquad.models.backbone import SubquadModel
 from subquad.models.configuration import SubquadConfig
 from subquad.models.pretrained import SubquadPreTrainedModel, add_aux_loss
+from subquad.projection import Projection
 
 
 @dataclass
@@ -25,11 +26,11 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, config: SubquadConfig) -> None:
         super().__init__()
-        self.expand = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.expand = Projection(config.hidden_size, config.intermediate_size)
         self.activation = nn.ReLU()
         if config.num_labels is None:
             raise ValueError("SubquadConfig: num_labels is needed for classification")
-        self.classify = nn.Linear(config.intermediate_size, config.num_labels)
+        self.classify = Projection(config.intermediate_size, config.num_labels)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(B, D) -> (B, num_labels)."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from subquad.models.configuration import SubquadConfig
 from subquad.models.pretrained import IGNORED, SubquadPreTrainedModel, add_aux_loss
+from subquad.projection import Projection
 
 
 class LanguageHead(nn.Module):
@@ -20,7 +21,7 @@ class LanguageHead(nn.Module):
 
     def __init__(self, config: SubquadConfig) -> None:
         super().__init__()
-        self.project = nn.Linear(config.hidden_size, config.vocab_size)
+        self.project: nn.Linear = Projection(config.hidden_size, config.vocab_size)
         self.scale = config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0
 
     def forward(self, x: Tensor, logits_to_keep: int | Tensor = 0) -> Tensor:

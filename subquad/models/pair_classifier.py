@@ -21,6 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from subquad.models.backbone import SubquadModel
 from subquad.models.configuration import SubquadConfig
 from subquad.models.pretrained import SubquadPreTrainedModel, add_aux_loss
+from subquad.projection import Projection
 
 
 @dataclass
@@ -45,9 +46,9 @@ class PairHead(nn.Module):
         if config.num_labels is None:
             raise ValueError("SubquadConfig: num_labels is needed for classification")
         wide, narrow = config.intermediate_size, max(1, config.intermediate_size // 2)
-        self.expand = nn.Linear((4 if self.interaction else 2) * config.hidden_size, wide)
-        self.narrow = nn.Linear(wide, narrow)
-        self.classify = nn.Linear(narrow, config.num_labels)
+        self.expand = Projection((4 if self.interaction else 2) * config.hidden_size, wide)
+        self.narrow = Projection(wide, narrow)
+        self.classify = Projection(narrow, config.num_labels)
         self.activation = nn.ReLU()
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:

@@ -14,6 +14,11 @@ from torch import Tensor
 SMALLEST_PRODUCT = 2**21
 """Multiplications below which `mm` is faster: a call costs about 20 µs."""
 
+SUMMED = 2**18
+"""Numbers of a product that is made and added at a time."""
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 @cache
 def has_onednn() -> bool:
@@ -36,14 +41,45 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (M, N), contiguous.
     """
-    if _suits(a, b):
+    if a.shape[0] * a.shape[1] * b.shape[0] >= SMALLEST_PRODUCT and suits(a, b):
         return torch.ops.mkldnn._linear_pointwise(a.contiguous(), _whole(b), bias, "none", [], "")
     return a @ b.T if bias is None else torch.addmm(bias, a, b.T)
 
 
-def _suits(a: Tensor, b: Tensor) -> bool:
-    large = a.shape[0] * a.shape[1] * b.shape[0] >= SMALLEST_PRODUCT
-    return large and a.dtype == torch.float32 and a.device.type == "cpu" and has_onednn()
+def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """The product aᵀ b.
+
+    Args:
+        a: (K, M).
+        b: (K, N). The operator wants one of both transposed in memory: the narrower one is copied.
+
+    Returns:
+        (M, N), any strides.
+    """
+    return product(a.mT, b.mT) if a.shape[1] < b.shape[1] else product(b.mT, a.mT).mT
+
+
+def add_product_(target: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a bᵀ to the target (M, N), some rows at a time, so that their product is still in the cache.
+
+    Args:
+        target: (M, N), any strides.
+        a: (M, K).
+        b: (N, K).
+    """
+    if not suits(a, b):
+        target.addmm_(a, b.mT)
+        return
+    b, size = _whole(b), max(1, SUMMED // max(1, b.shape[0]))
+    for start in range(0, len(target), size):
+        rows = slice(start, start + size)
+        target[rows].add_(product(a[rows], b))
+
+
+def suits(a: Tensor, b: Tensor) -> bool:
+    """Whether the operator takes these: float32 on a CPU, and no subclass such as a distributed or a fake tensor."""
+    plain = type(a) in PLAIN and type(b) in PLAIN
+    return plain and a.dtype == b.dtype == torch.float32 and a.device.type == "cpu" and has_onednn()
 
 
 def _whole(b: Tensor) -> Tensor:

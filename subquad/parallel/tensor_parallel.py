@@ -15,12 +15,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from subquad.interface import ChannelMixer, TokenMixer
+from subquad.ops.projection import project
 from subquad.parallel.collectives import enter_parts, sum_parts
 from subquad.parallel.randomness import ApartDropout
 
@@ -40,7 +40,7 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N / m)."""
-        return F.linear(x, _local(self.weight), None if self.bias is None else _local(self.bias))
+        return project(x, _local(self.weight), None if self.bias is None else _local(self.bias))
 
 
 class RowLinear(nn.Module):
@@ -59,7 +59,7 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K / m) -> (..., N), on all processes."""
-        y = sum_parts(F.linear(x, _local(self.weight)), self.group)
+        y = sum_parts(project(x, _local(self.weight)), self.group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -73,11 +73,13 @@ def counted_flops(forward: Callable[[], object]) -> int:
         hidden += counter.get_total_flops() - before - 2 * 2 * q.shape[0] * q.shape[1] * q.shape[3] * visible
         return weights
 
-    def visible_product(weights: Tensor, tokens: Tensor, start: int, *, causal: bool) -> Tensor:
+    def visible_product(weights: Tensor, tokens: Tensor, *, causal: bool) -> Tensor:
         nonlocal hidden
-        rows = triangular_product(weights, tokens, start, causal=causal)
+        before = counter.get_total_flops()
+        rows = triangular_product(weights, tokens, causal=causal)
         if causal:
-            hidden += len(rows) * (len(rows) - 1) * tokens.shape[1]
+            visible = len(tokens) * (len(tokens) + 1) // 2
+            hidden += counter.get_total_flops() - before - 2 * visible * tokens.shape[1]
         return rows
 
     topk_scores, synthesised, aten = topk.visible_scores, synthesizer.attend_slice, torch.ops.aten

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from subquad.ops.onednn import has_onednn, product
+from subquad.ops.onednn import add_product_, has_onednn, product, product_over_rows
 
 
 def test_this_build_of_torch_offers_the_private_operator() -> None:
@@ -28,3 +28,14 @@ def test_products_are_those_of_plain_matrices(shape: tuple[int, int, int], trans
 def test_float64_keeps_its_precision() -> None:
     a, b = torch.randn(200, 100, dtype=torch.float64), torch.randn(200, 100, dtype=torch.float64)
     torch.testing.assert_close(product(a, b), a @ b.T, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 2), (300, 200, 256), (300, 256, 200), (90, 1500, 700)])
+def test_products_over_rows_and_added_ones_are_those_of_plain_matrices(shape: tuple[int, int, int]) -> None:
+    rows, first, second = shape
+    a, b = torch.randn(rows, first), torch.randn(rows, second)
+    expected = a.double().T @ b.double()
+    torch.testing.assert_close(product_over_rows(a, b), expected.float(), atol=1e-3, rtol=1e-4)
+    target = torch.ones(first, second)
+    add_product_(target, a.T, b.T)
+    torch.testing.assert_close(target, (1 + expected).float(), atol=1e-3, rtol=1e-4)

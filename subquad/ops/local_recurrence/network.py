@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.local_recurrence.cells import Cell, Gru, Lstm, Rnn, States, Step
-from subquad.ops.onednn import product
+from subquad.ops.onednn import product, product_over_rows
 from subquad.ops.precision import full_precision
 
 CellName = Literal["rnn", "gru", "lstm"]
@@ -94,7 +94,7 @@ class _LocalRecurrence(torch.autograd.Function):
                     of_hidden = step.gates.flatten(0, 1)
                     of_biases += of_hidden.sum(dim=0)
                     if shift:
-                        of_weights.addmm_(of_hidden.mT, step.before[0].flatten(0, 1))
+                        of_weights += product_over_rows(of_hidden, step.before[0].flatten(0, 1))
                         gradients[0].add_(product(of_hidden, run.weights.mT).view_as(gradients[0]))
         found = None if biases is None else of_biases.to(biases.dtype)
         return of_given.to(given.dtype), of_weights.to(weights.dtype), found, None, None

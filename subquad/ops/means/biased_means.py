@@ -128,10 +128,8 @@ def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length
     far = Far.of(k, v, all_strips)
     for columns in weighted_columns(k, v, all_strips):
         for i in columns.strips:
-            part, product = strip_means(tokens, all_strips[i], columns, far.seen(i))
-            result.total[:, :, all_strips[i].queries] = part.total
-            result.mean[:, :, all_strips[i].queries] = part.mean
-            factored.append(product)
+            own = Means(*(x[:, :, all_strips[i].queries] for x in result))
+            factored.append(strip_means(tokens, all_strips[i], columns, far.seen(i), own))
     return result, _Parts(far, factored)
 
 

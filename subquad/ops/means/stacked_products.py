@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from subquad.ops.onednn import SMALLEST_PRODUCT, product
+from subquad.ops.onednn import SMALLEST_PRODUCT, add_product_, product
 
 
 def stacked_product(a: Tensor, b: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def add_stacked_product_(target: Tensor, a: Tensor, b: Tensor) -> None:
         target += a @ b
         return
     for sums, (one, other) in zip((sums for stack in target for sums in stack), _pairs(a, b), strict=True):
-        sums.addmm_(one, other)
+        add_product_(sums, one, other.mT)
 
 
 def _large(a: Tensor, b: Tensor) -> bool:

@@ -56,14 +56,15 @@ class Wanted(NamedTuple):
         return Wanted(Means(total, mean), grad, of_weights)
 
 
-def strip_means(tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Means]) -> tuple[Means, bool]:
-    """Means for the queries of a strip, and whether products gave them.
+def strip_means(tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Means], result: Means) -> bool:
+    """Write the means for the queries of a strip, and tell whether products gave them.
 
     Args:
         tokens: of the call.
         strip: the pairs.
         columns: the weighted columns, of this strip and others.
         far: means over columns that no bias of the strip reaches, seen by all of its queries.
+        result: of the strip's queries alone.
     """
     scores, width = strip.hide_(_scores(tokens.bias, strip)), tokens.v.shape[3]
     top = _top(scores, far)
@@ -72,9 +73,14 @@ def strip_means(tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Me
         sums.addcmul_((-top).exp_(), columns.far(mean))
     weights = sums[..., width:]
     if _too_small(weights, tokens.k, strip):
-        return means_by_pairs(_with_far(scores, far), *_joined(tokens, strip, far)), False
-    weights = weights.clamp_min(torch.finfo(weights.dtype).tiny)
-    return Means(weights.log().add_(top).add_(columns.peak), sums[..., :width] / weights), True
+        by_pairs = means_by_pairs(_with_far(scores, far), *_joined(tokens, strip, far))
+        result.total.copy_(by_pairs.total)
+        result.mean.copy_(by_pairs.mean)
+        return False
+    weights.clamp_min_(torch.finfo(weights.dtype).tiny)
+    torch.log(weights, out=result.total).add_(top).add_(columns.peak)
+    torch.div(sums[..., :width], weights, out=result.mean)
+    return True
 
 
 def add_strip_gradients_(

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from subquad.ops.onednn import product
+from subquad.ops.onednn import product, product_over_rows
 from subquad.ops.precision import full_precision
 
 BLOCK = 512
-"""Tokens whose row of products runs at once; a causal one computes, beside the visible pairs, half a block for each."""
+"""Tokens whose causal row of products runs at once: beside the visible pairs half a block is computed for each."""
 
 
 def token_product_at_once(weights: Tensor, x: Tensor, *, causal: bool) -> Tensor:
@@ -45,8 +45,7 @@ class _TokenProduct(torch.autograd.Function):
         ctx.causal = causal
         tokens = _folded(x)
         with full_precision(x.device):
-            rows = [visible_product(weights, tokens, start, causal=causal) for start in range(0, len(tokens), BLOCK)]
-        return _unfolded(torch.cat(rows), x)
+            return _unfolded(visible_product(weights, tokens, causal=causal), x)
 
     @staticmethod
     @once_differentiable
@@ -54,26 +53,42 @@ class _TokenProduct(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         weights, x = ctx.saved_tensors
-        of_rows, tokens, wants_weights = _folded(grad), _folded(x), ctx.needs_input_grad[0]
-        of_weights, of_tokens = torch.zeros_like(weights) if wants_weights else None, torch.zeros_like(tokens)
+        of_rows, of_weights = _folded(grad), None
         with full_precision(x.device):
-            for start in range(0, len(tokens), BLOCK):
-                block, last = slice(start, start + BLOCK), start + BLOCK if ctx.causal else len(tokens)
-                rows = weights[block, :last].tril(start) if ctx.causal else weights[block]
-                of_tokens[:last].addmm_(rows.mT, of_rows[block])
-                if of_weights is not None:
-                    of_block = product(of_rows[block], tokens[:last])
-                    of_weights[block, :last] = of_block.tril(start) if ctx.causal else of_block
+            of_tokens = seeing_product(weights, of_rows, causal=ctx.causal)
+            if ctx.needs_input_grad[0]:
+                of_weights = outer_products(of_rows, _folded(x), causal=ctx.causal)
         return of_weights, _unfolded(of_tokens, x), None
 
 
-def visible_product(weights: Tensor, tokens: Tensor, start: int, *, causal: bool) -> Tensor:
-    """The rows from `start` of a block: (R, N) of the weights (L, L) and tokens (L, N)."""
-    rows = weights[start : start + BLOCK]
+def visible_product(weights: Tensor, tokens: Tensor, *, causal: bool) -> Tensor:
+    """W X of (L, L) and (L, N), a row of it for the tokens that it sees: (L, N)."""
     if not causal:
-        return product(rows, tokens.mT)
-    reach = start + rows.shape[0]
-    return product(rows[:, :reach].tril(start), tokens[:reach].mT)
+        return product(weights, tokens.mT)
+    blocks = _blocks(len(tokens))
+    return torch.cat([product(weights[i, : i.stop].tril(i.start), tokens[: i.stop].mT) for i in blocks])
+
+
+def seeing_product(weights: Tensor, rows: Tensor, *, causal: bool) -> Tensor:
+    """Wᵀ Y of (L, L) and (L, N), a row of it for the tokens that see it: (L, N)."""
+    if not causal:
+        return product_over_rows(weights, rows)
+    blocks = _blocks(len(rows))
+    return torch.cat([product_over_rows(weights[i.start :, i].tril(), rows[i.start :]) for i in blocks])
+
+
+def outer_products(rows: Tensor, tokens: Tensor, *, causal: bool) -> Tensor:
+    """Y Xᵀ of (L, N) both, 0 where a token isn't seen: (L, L)."""
+    if not causal:
+        return product(rows, tokens)
+    found = rows.new_zeros(len(rows), len(rows))
+    for i in _blocks(len(rows)):
+        found[i, : i.stop] = product(rows[i], tokens[: i.stop]).tril_(i.start)
+    return found
+
+
+def _blocks(length: int) -> list[slice]:
+    return [slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
 def _folded(x: Tensor) -> Tensor:
