@@ -72,7 +72,7 @@ def permute(
 ) -> Tensor:
     """Experts that give back what they get."""
     weighted = x.index_select(0, rows.tokens) * gates[rows.tokens, rows.choices][:, None]
-    return torch.zeros_like(x).index_add(0, rows.tokens, weighted)
+    return torch.zeros_like(x).index_add_(0, rows.tokens, weighted)
 
 
 def build_layers(sizes: Sizes) -> dict[str, nn.Module]:
@@ -107,8 +107,10 @@ def step(layer: nn.Module, x: Tensor, upstream: Tensor) -> None:
     x.grad = None
     mixed = layer(x)
     y, aux_loss = (mixed.y, mixed.aux_loss) if isinstance(mixed, Mixed) else (mixed, None)
-    total = (y * upstream).sum()
-    (total if aux_loss is None else total + aux_loss).backward()
+    results, gradients = (
+        ([y], [upstream]) if aux_loss is None else ([y, aux_loss], [upstream, torch.ones_like(aux_loss)])
+    )
+    torch.autograd.backward(results, gradients)
 
 
 def routing_step(layer: ExpertMixer, x: Tensor, upstream: Tensor) -> None:

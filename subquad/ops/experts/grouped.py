@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.experts.routing import ExpertRows
-from subquad.ops.onednn import product
+from subquad.ops.onednn import product, product_over_rows
 from subquad.ops.precision import autocast_dtype, full_precision
 
 
@@ -140,7 +140,7 @@ class _Experts(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         tokens, choices, gates, x, *rest = ctx.saved_tensors
         weights, kept = ExpertWeights(*rest[:4]), rest[4:]
-        of_x, of_gates, of_weights = torch.zeros_like(x), torch.zeros_like(gates), _zeros(weights)
+        of_x, of_gates, of_weights = torch.zeros_like(x), torch.zeros_like(gates), _gradients(weights, ctx.counts)
         for index, run in enumerate(_runs(tokens, choices, ctx.counts)):
             e, before = run.expert, kept[index]
             hidden = ctx.activation.forward(before)
@@ -155,13 +155,18 @@ class _Experts(torch.autograd.Function):
             gate = gates[run.tokens, run.choices].to(x.dtype)[:, None]
             upstream.mul_(gate)
             of_before = ctx.activation.backward(of_hidden.mul_(gate), before)
-            of_weights.contract[e] = product(upstream.mT, hidden.mT)
+            of_weights.contract[e] = product_over_rows(upstream, hidden)
             of_weights.contract_bias[e] = upstream.sum(dim=0)
-            of_weights.expand[e] = product(x.index_select(0, run.tokens).mT, of_before.mT).mT
+            of_weights.expand[e] = product_over_rows(of_before, x.index_select(0, run.tokens))
             of_weights.expand_bias[e] = of_before.sum(dim=0)
             of_x.index_add_(0, run.tokens, product(of_before, weights.expand[e].mT))
         return None, None, None, of_gates, of_x, *of_weights
 
 
-def _zeros(weights: ExpertWeights) -> ExpertWeights:
-    return ExpertWeights(*(torch.zeros_like(tensor) for tensor in weights))
+def _gradients(weights: ExpertWeights, counts: tuple[int, ...]) -> ExpertWeights:
+    """Room for those of the weights; 0 for experts without rows."""
+    found = ExpertWeights(*(torch.empty_like(tensor) for tensor in weights))
+    for expert, count in enumerate(counts):
+        for tensor in found if not count else ():
+            tensor[expert].zero_()
+    return found
