@@ -64,12 +64,14 @@ def add_product_(target: Tensor, a: Tensor, b: Tensor) -> None:
 
     Args:
         target: (M, N), any strides.
-        a: (M, K).
+        a: (M, K). Where it isn't contiguous, the narrower one of both is copied.
         b: (N, K).
     """
     if not suits(a, b):
         target.addmm_(a, b.mT)
         return
+    if a.shape[0] > b.shape[0] and not a.is_contiguous():
+        target, a, b = target.mT, b, a
     b, size = _whole(b), max(1, SUMMED // max(1, b.shape[0]))
     for start in range(0, len(target), size):
         rows = slice(start, start + size)

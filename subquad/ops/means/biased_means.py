@@ -69,10 +69,15 @@ def _gated_mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _Parts(NamedTuple):
-    """What the backward pass goes on with: the far means of strips, which are few, and which strips were products."""
+    """What the backward pass goes on with, small beside the rest.
+
+    Attributes:
+        far: the far means of strips.
+        tops: the largest score of each row of a strip, or None where the strip was summed pair by pair.
+    """
 
     far: Far
-    factored: list[bool]
+    tops: list[Tensor | None]
 
 
 class _BiasedMeans(Function):
@@ -123,14 +128,15 @@ def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length
     if bias is None:
         start = k.shape[2] - length
         return Means(*(x[:, :, start:] for x in running_means(k, v))), None
-    tokens, all_strips, factored = Tokens(k, v, bias), strips(length, k.shape[2], reach), []
+    tokens, all_strips = Tokens(k, v, bias), strips(length, k.shape[2], reach)
+    tops: list[Tensor | None] = []
     result = Means(k.new_empty((*k.shape[:2], length, k.shape[3])), v.new_empty((*v.shape[:2], length, v.shape[3])))
     far = Far.of(k, v, all_strips)
     for columns in weighted_columns(k, v, all_strips):
         for i in columns.strips:
             own = Means(*(x[:, :, all_strips[i].queries] for x in result))
-            factored.append(strip_means(tokens, all_strips[i], columns, far.seen(i), own))
-    return result, _Parts(far, factored)
+            tops.append(strip_means(tokens, all_strips[i], columns, far.seen(i), own))
+    return result, _Parts(far, tops)
 
 
 def _gradients(
@@ -149,8 +155,8 @@ def _gradients(
         of_weighted = torch.zeros_like(columns.weighted)
         for i in columns.strips:
             strip, seen, own = all_strips[i], far.seen(i), wanted.of(all_strips[i].queries)
-            if parts.factored[i]:
-                of_scores, found = add_strip_gradients_(of_weighted, tokens, strip, columns, seen, own)
+            if (top := parts.tops[i]) is not None:
+                of_scores, found = add_strip_gradients_(of_weighted, tokens, strip, columns, seen, own, top)
             else:
                 more_k, more_v, of_scores, found = pair_gradients(tokens, strip, seen, own)
                 of_k[:, :, strip.columns] += more_k

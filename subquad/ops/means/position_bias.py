@@ -28,8 +28,11 @@ class PositionBias(Protocol):
         """The same made of other tensors."""
         ...
 
-    def scores(self, queries: slice, columns: slice, offset: int) -> Tensor:
-        """(B or 1, G or 1, R, S) for these queries and columns; query i is column `offset` + i."""
+    def scores(self, queries: slice, columns: slice, offset: int, *, columns_first: bool = False) -> Tensor:
+        """(B or 1, G or 1, R, S) for these queries and columns; query i is column `offset` + i.
+
+        With `columns_first` the numbers of a column lie beside each other in memory, not those of a query.
+        """
         ...
 
     def add_gradients(
@@ -60,9 +63,12 @@ class FactorisedBias:
         """Of other factors."""
         return FactorisedBias(*tensors)
 
-    def scores(self, queries: slice, columns: slice, offset: int) -> Tensor:
+    def scores(self, queries: slice, columns: slice, offset: int, *, columns_first: bool = False) -> Tensor:
         """(B or 1, 1, R, S)."""
-        return stacked_product(self.rows[:, None, queries], self.columns[:, None, columns].mT)
+        of_rows, of_columns = self.rows[:, None, queries], self.columns[:, None, columns]
+        if columns_first:
+            return stacked_product(of_columns, of_rows.mT).mT
+        return stacked_product(of_rows, of_columns.mT)
 
     def add_gradients(
         self, gradients: tuple[Tensor, ...], of_scores: Tensor, queries: slice, columns: slice, offset: int
@@ -97,9 +103,10 @@ class KernelBias:
         (kernels,) = tensors
         return KernelBias(kernels, self.left, self.width)
 
-    def scores(self, queries: slice, columns: slice, offset: int) -> Tensor:
+    def scores(self, queries: slice, columns: slice, offset: int, *, columns_first: bool = False) -> Tensor:
         """(1, G, R, S)."""
-        return F.pad(self.kernels, (0, 1))[None, :, self._places(queries, columns, offset)]
+        padded, places = F.pad(self.kernels, (0, 1))[None], self._places(queries, columns, offset)
+        return padded[:, :, places.mT].mT if columns_first else padded[:, :, places]
 
     def add_gradients(
         self, gradients: tuple[Tensor, ...], of_scores: Tensor, queries: slice, columns: slice, offset: int

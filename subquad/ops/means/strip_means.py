@@ -56,8 +56,8 @@ class Wanted(NamedTuple):
         return Wanted(Means(total, mean), grad, of_weights)
 
 
-def strip_means(tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Means], result: Means) -> bool:
-    """Write the means for the queries of a strip, and tell whether products gave them.
+def strip_means(tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Means], result: Means) -> Tensor | None:
+    """Write the means for the queries of a strip.
 
     Args:
         tokens: of the call.
@@ -65,28 +65,34 @@ def strip_means(tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Me
         columns: the weighted columns, of this strip and others.
         far: means over columns that no bias of the strip reaches, seen by all of its queries.
         result: of the strip's queries alone.
+
+    Returns:
+        The largest score of each row, (·, ·, R, 1), or None where the means were summed pair by pair.
     """
     scores, width = strip.hide_(_scores(tokens.bias, strip)), tokens.v.shape[3]
     top = _top(scores, far)
-    sums = stacked_product((scores - top).exp_(), columns.of(strip, columns.weighted))
+    sums = stacked_product(scores.sub_(top).exp_(), columns.of(strip, columns.weighted))
     for mean in far:
         sums.addcmul_((-top).exp_(), columns.far(mean))
     weights = sums[..., width:]
     if _too_small(weights, tokens.k, strip):
+        scores = strip.hide_(_scores(tokens.bias, strip))
         by_pairs = means_by_pairs(_with_far(scores, far), *_joined(tokens, strip, far))
         result.total.copy_(by_pairs.total)
         result.mean.copy_(by_pairs.mean)
-        return False
+        return None
     weights.clamp_min_(torch.finfo(weights.dtype).tiny)
     torch.log(weights, out=result.total).add_(top).add_(columns.peak)
     torch.div(sums[..., :width], weights, out=result.mean)
-    return True
+    return top
 
 
 def add_strip_gradients_(
-    sums: Tensor, tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Means], wanted: Wanted
+    sums: Tensor, tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Means], wanted: Wanted, top: Tensor
 ) -> tuple[Tensor, list[Means]]:
     """Gradients of a strip whose means products gave: of its scores, limited as they are, and of the far means.
+
+    Both products with the weights want them column by column, and get them so instead of copied.
 
     Args:
         sums: (B, G, W, ·), to which the gradients of the weighted columns of all strips are added.
@@ -95,9 +101,9 @@ def add_strip_gradients_(
         columns: the weighted columns.
         far: as in `strip_means`.
         wanted: of the strip's queries.
+        top: the result of `strip_means`.
     """
-    scores, width = strip.hide_(_scores(tokens.bias, strip)), tokens.v.shape[3]
-    top = _top(scores, far)
+    width = tokens.v.shape[3]
     scale = (top + columns.peak).sub_(wanted.result.total).exp_()
     of_sums = sums.new_empty((*wanted.grad.shape[:3], sums.shape[3]))
     torch.mul(wanted.grad, scale, out=of_sums[..., :width])
@@ -109,9 +115,9 @@ def add_strip_gradients_(
         weight = (mean.total - columns.peak).exp_()
         of_total = (of_values * mean.mean).sum_to_size(weight.shape).add_(of_weights).mul_(weight)
         of_far.append(Means(of_total, of_values * weight))
-    rows = scores.sub_(top).exp_()
+    rows = strip.hide_(_scores(tokens.bias, strip, columns_first=True)).sub_(top).exp_()
     add_stacked_product_(columns.of(strip, sums), rows.mT, of_sums)
-    of_rows = stacked_product(of_sums, columns.of(strip, columns.weighted).mT)
+    of_rows = stacked_product(columns.of(strip, columns.weighted), of_sums.mT).mT
     return strip.limit_(of_rows.sum_to_size(rows.shape).mul_(rows)), of_far
 
 
@@ -127,8 +133,8 @@ def pair_gradients(
     return of_k[:, :, :own], of_v[:, :, :own], strip.limit_(of_scores[..., :own].contiguous()), of_far
 
 
-def _scores(bias: PositionBias, strip: Strip) -> Tensor:
-    return strip.limit_(bias.scores(strip.queries, strip.columns, strip.offset))
+def _scores(bias: PositionBias, strip: Strip, *, columns_first: bool = False) -> Tensor:
+    return strip.limit_(bias.scores(strip.queries, strip.columns, strip.offset, columns_first=columns_first))
 
 
 def _top(scores: Tensor, far: Sequence[Means]) -> Tensor:

@@ -97,7 +97,7 @@ def takes_products(tokens: Tokens, reach: Reach) -> bool:
     (strip,) = strips(20, 20, reach)
     (columns,) = weighted_columns.weighted_columns(tokens.k, tokens.v, [strip])
     result = Means(torch.empty_like(tokens.k[:, :, :20]), torch.empty_like(tokens.v[:, :, :20]))
-    return strip_means(tokens, strip, columns, [], result)
+    return strip_means(tokens, strip, columns, [], result) is not None
 
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])
