@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SHORTEST, LONGEST = 32, 256
+SHORTEST, LONGEST = 32, 512
 """Queries of a strip: as many as the bias reaches columns, within these bounds."""
 
 WHOLE = 16
