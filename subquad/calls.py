@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from subquad.capability import Dims, Traits, mixers_with, refuse
@@ -47,6 +48,21 @@ def check_call(name: str, traits: Traits, dims: Dims, call: Call) -> None:
         _check_mask(name, traits, call.context, call.context_mask, "context_mask")
 
 
+def check_dtypes(name: str, parameters: torch.dtype, call: Call) -> None:
+    """Check that x and the context have the dtype of the mixer's parameters, or one that autocast makes the same.
+
+    Raises:
+        ValueError: another dtype, with the two ways of making them agree.
+    """
+    for label, tensor in (("x", call.x), ("context", call.context)):
+        if tensor is None or tensor.dtype == parameters or _autocast_unites(tensor, parameters):
+            continue
+        raise ValueError(
+            f"{name}: {label} has dtype {tensor.dtype} but the mixer's parameters have {parameters}; pass "
+            f"{label}.to({parameters}), or convert the mixer with mixer.to({tensor.dtype})"
+        )
+
+
 def check_state(name: str, x: Tensor, state: State, fresh: State) -> None:
     """Check that a state is such as `init_state` makes; where the `fresh` one has extent 0 it may have grown.
 
@@ -80,6 +96,13 @@ def _check_stream(name: str, label: str, tensor: Tensor, embed_dim: int) -> None
         raise ValueError(f"{name}: {label} must have shape (B, L, {embed_dim}), got {tuple(tensor.shape)}")
     if tensor.shape[1] == 0:
         raise ValueError(f"{name}: {label} has no tokens, shape {tuple(tensor.shape)}; pass at least one")
+
+
+def _autocast_unites(tensor: Tensor, parameters: torch.dtype) -> bool:
+    """Whether autocast is on where the tensor lies; it narrows every dtype but float64."""
+    kind = tensor.device.type
+    available = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return available and torch.float64 not in (tensor.dtype, parameters)
 
 
 def _check_context(name: str, dims: Dims, call: Call) -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from subquad.calls import Call, check_call, check_state
+from subquad.calls import Call, check_call, check_dtypes, check_state
 from subquad.capability import TRAIT_NAMES as TRAIT_NAMES
 from subquad.capability import Dims as Dims
 from subquad.capability import Traits as Traits
@@ -176,7 +176,9 @@ class TokenMixer(nn.Module, ABC):
             ValueError: wrong shapes, dtypes or devices, or a constraint that this mechanism can't honour.
         """
         name = self.config.name
-        check_call(name, self.config.traits, self.dims, Call(x, context, mask, context_mask, state))
+        call = Call(x, context, mask, context_mask, state)
+        check_call(name, self.config.traits, self.dims, call)
+        check_dtypes(name, next(self.parameters(), x).dtype, call)
         if state is not None:
             check_state(name, x, state, self.init_state(0))
         if mask is not None and not self.config.traits.global_tokens:

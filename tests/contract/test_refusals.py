@@ -123,6 +123,38 @@ class TestInputs:
             mixer(x, x)
 
     @pytest.mark.parametrize(
+        ("theirs", "ours"), [(torch.float64, torch.float32), (torch.float32, torch.float64)], ids=["wider", "narrower"]
+    )
+    def test_a_stream_of_another_dtype_than_the_parameters_is_refused(
+        self, mixer: TokenMixer, theirs: torch.dtype, ours: torch.dtype
+    ) -> None:
+        x = torch.zeros(2, 9, 24, dtype=theirs)
+        message = re.escape(
+            f"x has dtype {theirs} but the mixer's parameters have {ours}; pass x.to({ours}), or convert the mixer "
+            f"with mixer.to({theirs})"
+        )
+        context = x if mixer.dims.cross else None
+        with pytest.raises(ValueError, match=rf"^{mixer.config.name}: {message}$"):
+            mixer.to(ours)(x, context)
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),  # which leaves float64 as it is
+            pytest.raises(ValueError, match=message),
+        ):
+            mixer(x, context)
+
+    def test_autocast_takes_streams_that_it_narrows(self, mixer: TokenMixer) -> None:
+        x = torch.randn(2, 9, 24, dtype=torch.bfloat16)
+        context = x.float() if mixer.dims.cross else None
+        with pytest.raises(
+            ValueError, match=r"x has dtype torch\.bfloat16 but the mixer's parameters have torch\.float32"
+        ):
+            mixer(x, context)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = mixer(x, context).y
+        assert y.dtype == torch.bfloat16
+        assert bool(y.isfinite().all())
+
+    @pytest.mark.parametrize(
         ("mask", "message"),
         [
             (Mask(valid=torch.ones(2, 8, dtype=torch.bool)), r"mask.valid must have shape .* = \(2, 9\), got \(2, 8\)"),
@@ -155,6 +187,8 @@ def test_cross_attention_needs_a_fitting_context(name: str) -> None:
         mixer(x, torch.zeros(3, 5, 24))
     with pytest.raises(ValueError, match="context has no tokens"):
         mixer(x, torch.zeros(2, 0, 24))
+    with pytest.raises(ValueError, match=r"context has dtype torch\.float64 .* pass context\.to\(torch\.float32\)"):
+        mixer(x, torch.zeros(2, 5, 24, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", list_mixers(cross=True, state=True))
