@@ -6,10 +6,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from subquad.build import make_dims
-from subquad.config import nearest
+from subquad.config import field_names, nearest
 from subquad.interface import Dims, FeedforwardConfig, MixerConfig, mixers_with
 from subquad.models.axial import AxialGrid, axial_grid
 
@@ -24,6 +24,23 @@ _CHOICES = {
     "global_tokens": ("none", "first"),
     "pair_features": ("interaction", "concat"),
 }
+
+_OF_TRANSFORMERS = (
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "task_specific_params",
+    "tokenizer_class",
+    "torch_dtype",
+)
+"""What transformers reads of every config, or writes into it, beside its declared fields and its private names."""
 
 
 class SubquadConfig(PreTrainedConfig):
@@ -102,11 +119,12 @@ class SubquadConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Check ranges and choices.
+        """Check names, ranges and choices.
 
         Raises:
             ValueError: naming the field, what was expected and what was got.
         """
+        _refuse_unknown(type(self), kwargs, saved=self.transformers_version is not None)
         super().__post_init__(**kwargs)
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
@@ -243,6 +261,21 @@ class SubquadConfig(PreTrainedConfig):
             layer=layer,
             num_global=1 if self.global_tokens == "first" else 0,
         )
+
+
+def _refuse_unknown(config_class: type[SubquadConfig], given: Mapping[str, Any], *, saved: bool) -> None:
+    """Refuse keywords that nothing reads, except in a saved config, where other tools keep notes of their own.
+
+    Raises:
+        ValueError: naming the keyword and the nearest field.
+    """
+    if saved or not given:
+        return
+    foreign = {*_OF_TRANSFORMERS, *GenerationConfig().to_dict()}
+    for name in given:
+        if name not in foreign and not name.startswith("_"):
+            known = {*field_names(config_class), "num_labels"} - {*field_names(PreTrainedConfig)}
+            raise ValueError(f"SubquadConfig: unknown keyword {name!r}; {nearest(name, known)}")
 
 
 def _tile(written: Any, depth: int, field: str) -> list[Written]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
 from small_models import classifier, config, small
+from transformers import AutoConfig
 
 from subquad import Cost, Dims, MixerConfig, TokenMixer, Traits
 from subquad.build import make_dims, mixer_config
 from subquad.mechanisms.full import Full
-from subquad.models import SubquadConfig
+from subquad.models import SubquadConfig, SubquadForSequenceClassification
 from subquad.models.block import Block
 from subquad.registry import MIXERS, register
 
@@ -61,11 +63,47 @@ def test_the_config_survives_its_written_form() -> None:
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
         ({"max_position_embeddings": 0}, "max_position_embeddings must be at least 1, got 0"),
         ({"feedforward_chunk": -1}, "feedforward_chunk must not be negative, got -1"),
+        ({"mixr": "local"}, r"unknown keyword 'mixr'; did you mean 'mixer'\? Known: .*, mixer, "),
+        ({"window": 129}, "unknown keyword 'window'; .*Known: axial_pos_embds_dim, "),
+        ({"num_label": 3}, r"unknown keyword 'num_label'; did you mean 'num_labels'\?"),
     ],
 )
 def test_a_bad_field_is_refused_when_the_config_is_made(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"torch_dtype": "bfloat16", "num_labels": 5, "name_or_path": "here", "_name_or_path": "here"},
+        {
+            "dtype": torch.float32,
+            "architectures": ["SubquadModel"],
+            "problem_type": "regression",
+            "model_type": "subquad",
+        },
+        {"attn_implementation": "sdpa", "output_attentions": False, "_attn_implementation_internal": "sdpa"},
+        {"temperature": 0.5, "num_beams": 4, "use_cache": False, "max_new_tokens": 7},
+        {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}, "quantization_config": None},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_keywords_that_are_transformers_own_are_taken(given: dict[str, Any]) -> None:
+    assert config(**given).mixer == "full"
+
+
+def test_a_saved_config_keeps_what_other_tools_wrote_into_it(tmp_path: Path) -> None:
+    noted = config(mixer="local")
+    noted.use_cache = False
+    noted.note = "trained on Sundays"
+    assert SubquadConfig.from_dict(noted.to_dict()).note == noted.note
+    model = SubquadForSequenceClassification(noted)
+    model.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert (again.mixer, again.note) == ("local", noted.note)
+    assert SubquadForSequenceClassification.from_pretrained(tmp_path, dtype="auto").config.note == noted.note
+    assert AutoConfig.from_pretrained(tmp_path, mixer="full", num_labels=2).mixer == "full"
 
 
 @pytest.mark.parametrize(
