@@ -42,12 +42,13 @@ def obtain(task: str, preset: str, directory: Path | None, *, seed: int, workers
         directory: of the files; None for the place where `compare` looks, too.
         seed: of the generator.
         workers: processes that generate; None for one a core.
-        check: read what is there and generate nothing.
+        check: read what is there and generate nothing; so it is, too, with a folder for a task without examples.
 
     Raises:
         ValueError: unknown task or preset, files that are missing, malformed or another's, a folder not writable.
     """
     loader, settings = load_task(task), load_preset(task, preset)
+    check = check or (directory is not None and not loader.has_examples)
     directory = directory or data_directory(Path("subquad-results"), settings)
     with Progress(progress_console()) as bars:
         if check:

@@ -20,7 +20,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_document_holds_the_facts_of_the_data(quick: Path, invoke: Invoke) -> None:
-    ran = invoke("data", "--directory", str(quick), "--json")
+    ran = invoke("data", "--data", str(quick), "--json")
     data = load_task("listops").read(quick, load_preset("listops", "quick").data)
     assert ran.exit_code == 0
     assert ran.document["data_hash"] == data.data_hash
@@ -34,7 +34,7 @@ def test_the_document_holds_the_facts_of_the_data(quick: Path, invoke: Invoke) -
 
 
 def test_the_table_is_on_standard_output_and_progress_on_standard_error(quick: Path, invoke: Invoke) -> None:
-    ran = invoke("data", "--directory", str(quick))
+    ran = invoke("data", "--data", str(quick))
     assert "not Long Range Arena" in ran.out
     assert str(quick) in ran.out.replace("\n", "")
     assert "always answers" in ran.out
@@ -63,12 +63,25 @@ def test_the_default_folder_is_the_one_that_compare_uses(
 def test_files_of_the_users_own_are_checked_and_never_replaced(quick: Path, tmp_path: Path, invoke: Invoke) -> None:
     for name in ("basic_train.tsv", "basic_val.tsv", "basic_test.tsv"):
         shutil.copy(quick / name, tmp_path / name)
-    refused = invoke("data", "--directory", str(tmp_path))
+    refused = invoke("data", "--data", str(tmp_path))
     assert refused.exit_code == 2
     assert "that were not generated here" in refused.err
     assert "✗ preparing listops, quick" in refused.err
-    checked = invoke("data", "--directory", str(tmp_path), "--check", "--json")
+    checked = invoke("data", "--data", str(tmp_path), "--check", "--json")
     assert checked.document["splits"]["train"]["examples"] == 20_000
+
+
+def test_a_task_without_examples_reads_the_folder_that_its_error_asks_for(tmp_path: Path, invoke: Invoke) -> None:
+    refused = invoke("data", "--task", "text")
+    assert refused.exit_code == 2
+    assert "name yours with --data PATH" in refused.err
+    for label in ("yes", "no"):
+        (tmp_path / label).mkdir()
+        for index in range(30):
+            (tmp_path / label / f"{index}.txt").write_text(f"{label} {index}")
+    for option in ("--data", "--directory"):
+        ran = invoke("data", "--task", "text", option, str(tmp_path), "--json")
+        assert sum(split["examples"] for split in ran.document["splits"].values()) == 60
 
 
 @pytest.mark.parametrize(
@@ -77,7 +90,7 @@ def test_files_of_the_users_own_are_checked_and_never_replaced(quick: Path, tmp_
         (["--task", "listop"], "unknown task 'listop': did you mean 'listops'?"),
         (["--preset", "qick"], "unknown preset 'qick' of task 'listops'; did you mean 'quick'?"),
         (["--workers", "0"], "invalid value for '--workers'"),
-        (["--directory", "nowhere", "--check"], "no ListOps data in nowhere"),
+        (["--data", "nowhere", "--check"], "no ListOps data in nowhere"),
     ],
 )
 def test_what_can_not_be_had_says_why(arguments: list[str], text: str, invoke: Invoke) -> None:
