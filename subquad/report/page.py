@@ -16,16 +16,17 @@ from plotly.offline import get_plotlyjs
 
 from subquad.records import units
 from subquad.records.comparison import Comparison
-from subquad.records.queries import comparisons, mixer_key, mixer_labels, receipts_of
+from subquad.records.queries import comparisons, mixer_labels
 from subquad.records.schema import Environment
 from subquad.records.store import Records, read_all, write_atomically
 from subquad.report.comparison_section import comparison_section
 from subquad.report.html import Html, element, escape, join, script_json
 from subquad.report.mechanism_section import capability_section, gallery_section
-from subquad.report.palette import Ink, css, inks
+from subquad.report.palette import css, inks
+from subquad.report.receipts_section import receipts_section
 from subquad.report.scaling import settings
 from subquad.report.scaling_section import scaling_section
-from subquad.report.widgets import Figures, card, heading_cells, name_cell, table
+from subquad.report.widgets import Figures, card, heading_cells, table
 
 REPORT_FILE = "report.html"
 
@@ -58,7 +59,7 @@ def render(records: Records) -> str:
     sections += [scaling_section(setting, lines, i, chosen, figures) for i, (setting, lines) in enumerate(profiled)]
     if records.mechanisms:
         sections += [capability_section(records, chosen), gallery_section(records, chosen)]
-    sections += [_receipts(records, chosen), _environments(records), *_unreadable(records)]
+    sections += [receipts_section(records, chosen), _environments(records), *_unreadable(records)]
     body = join([_top(records, found, len(profiled)), element("main", *sections)])
     return _document(body, figures, css(chosen))
 
@@ -132,19 +133,6 @@ def _filter(machines: Sequence[str]) -> str:
     options = [element("option", machine, value=machine) for machine in machines]
     every = element("option", "all machines", value="")
     return element("label", "Hardware ", element("select", every, *options, id="hardware"))
-
-
-def _receipts(records: Records, chosen: dict[str, Ink]) -> Html:
-    labels, rows = mixer_labels(records), []
-    for key, label in sorted(labels.items(), key=lambda item: item[1]):
-        mine = [r for r in (*records.runs, *records.profiles) if mixer_key(r.mixer) == key]
-        for receipt in receipts_of(mine):
-            texts = (receipt.where, receipt.asked, receipt.ran, receipt.reason, units.count(receipt.count))
-            rows.append(element("tr", name_cell(chosen[key], label), *[element("td", text) for text in texts]))
-    intro = "Wherever something else ran than was asked for: another path, padding added, tokens dropped."
-    head = heading_cells(["Mechanism", "Where", "Asked", "Ran", "Reason", "Times"])
-    body = table(head, rows, class_="text") if rows else element("p", "None: everything ran as asked.", class_="note")
-    return card(element("h2", "Receipts"), element("p", intro, class_="facts"), body, id_="receipts")
 
 
 def _environments(records: Records) -> Html:
