@@ -22,11 +22,25 @@ class Mask:
         valid: bool (B, L), True for a real token; None when all are.
         segments: int (B, L), non-decreasing along L: tokens of different segments (packed documents) don't mix.
         global_tokens: bool (B, L), True for tokens that should see, and be seen by, everything.
+
+    Raises:
+        ValueError: another dtype or number of dimensions, or fields of different shapes or devices.
     """
 
     valid: Tensor | None = None
     segments: Tensor | None = None
     global_tokens: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        first: tuple[str, Tensor] | None = None
+        for field, tensor in self._given():
+            _check_field(field, tensor)
+            first = first or (field, tensor)
+            if tensor.shape != first[1].shape or tensor.device != first[1].device:
+                raise ValueError(
+                    f"Mask: {field} is {tuple(tensor.shape)} on {tensor.device} but {first[0]} is "
+                    f"{tuple(first[1].shape)} on {first[1].device}; all are about the same tokens"
+                )
 
     @classmethod
     def from_lengths(cls, lengths: Tensor | Sequence[int], length: int) -> Mask:
@@ -45,22 +59,14 @@ class Mask:
         return cls(valid=torch.arange(length, device=counts.device) < counts[:, None])
 
     def check(self, owner: str, x: Tensor, *, name: str = "mask") -> None:
-        """Check shapes, dtypes and devices against x (B, L, D).
+        """Check shapes, devices and the order of segments against x (B, L, D); the dtypes are right since `__init__`.
 
         Raises:
             ValueError: naming the field, what was expected and what was got.
         """
         expected = tuple(x.shape[:2])
-        for field in ("valid", "segments", "global_tokens"):
-            tensor = getattr(self, field)
-            if tensor is None:
-                continue
+        for field, tensor in self._given():
             where = f"{owner}: {name}.{field}"
-            integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-            if field == "segments" and not integer:
-                raise ValueError(f"{where} must hold integers, got {tensor.dtype}")
-            if field != "segments" and tensor.dtype != torch.bool:
-                raise ValueError(f"{where} must be bool (True = keep), got {tensor.dtype}; write (tensor != 0)")
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{where} must have shape (B, L) = {expected}, got {tuple(tensor.shape)}")
             if tensor.device != x.device:
@@ -71,6 +77,22 @@ class Mask:
     def zero_invalid(self, x: Tensor) -> Tensor:
         """X (B, L, D) with invalid tokens set to exactly 0 and cut off from the gradient, whatever they hold."""
         return x if self.valid is None else x.masked_fill(~self.valid[..., None], 0.0)
+
+    def _given(self) -> list[tuple[str, Tensor]]:
+        fields = (("valid", self.valid), ("segments", self.segments), ("global_tokens", self.global_tokens))
+        return [(field, tensor) for field, tensor in fields if tensor is not None]
+
+
+def _check_field(field: str, given: object) -> None:
+    if not isinstance(given, Tensor):
+        raise ValueError(f"Mask: {field} must be a tensor (B, L), got {type(given).__name__}; write torch.tensor(...)")
+    integer = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    if field == "segments" and not integer:
+        raise ValueError(f"Mask: segments must hold integers, got {given.dtype}")
+    if field != "segments" and given.dtype != torch.bool:
+        raise ValueError(f"Mask: {field} must be bool (True = keep), got {given.dtype}; write ({field} != 0)")
+    if given.ndim != 2:
+        raise ValueError(f"Mask: {field} must have shape (B, L), got {tuple(given.shape)}")
 
 
 def token_positions(

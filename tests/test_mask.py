@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -35,6 +37,34 @@ def test_lengths_make_right_padding() -> None:
 def test_lengths_that_are_none_are_refused(lengths: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Mask.from_lengths(lengths, 3)
+
+
+KEPT = torch.ones(2, 9, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"valid": KEPT.float()}, r"Mask: valid must be bool \(True = keep\), got torch.float32; write \(valid != 0\)"),
+        ({"valid": KEPT.long()}, r"Mask: valid must be bool \(True = keep\), got torch.int64; write \(valid != 0\)"),
+        ({"segments": KEPT.float()}, r"Mask: segments must hold integers, got torch.float32"),
+        ({"segments": KEPT}, r"Mask: segments must hold integers, got torch.bool"),
+        ({"global_tokens": KEPT.float()}, r"Mask: global_tokens must be bool .* write \(global_tokens != 0\)"),
+        ({"valid": [[True, False]]}, r"Mask: valid must be a tensor \(B, L\), got list"),
+        ({"valid": KEPT[0]}, r"Mask: valid must have shape \(B, L\), got \(9,\)"),
+        (
+            {"valid": KEPT, "segments": torch.zeros(2, 8).long()},
+            r"segments is \(2, 8\) on cpu but valid is \(2, 9\) on cpu",
+        ),
+        (
+            {"segments": KEPT.long(), "global_tokens": KEPT.to("meta")},
+            r"global_tokens is \(2, 9\) on meta but segments",
+        ),
+    ],
+)
+def test_a_wrong_field_is_refused_when_the_mask_is_made(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Mask(**fields)
 
 
 def test_what_invalid_tokens_hold_is_cut_off_with_its_gradient() -> None:

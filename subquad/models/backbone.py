@@ -117,15 +117,15 @@ class SubquadModel(SubquadPreTrainedModel):
 
         Args:
             input_ids: int (B, L); or inputs_embeds.
-            attention_mask: (B, L), nonzero for real tokens; with a cache also (B, past + L), for all tokens so far.
+            attention_mask: (B, L), 1 or True for real tokens; with a cache also (B, past + L), for all tokens so far.
             segment_ids: int (B, L), non-decreasing; packed documents don't mix.
-            global_attention_mask: (B, L), nonzero for global tokens.
+            global_attention_mask: (B, L), 1 or True for global tokens.
             inputs_embeds: (B, L, D) instead of input_ids.
             output_hidden_states: return the stream between blocks.
             past_key_values: a `SubquadCache` to go on from; left as it is.
             use_cache: return a cache; None for whether one is given.
             encoder_hidden_states: (B, S, D), what the cross mixers of a decoder read.
-            encoder_attention_mask: (B, S), nonzero for real tokens of it.
+            encoder_attention_mask: (B, S), 1 or True for real tokens of it.
             encoder_segment_ids: int (B, S), non-decreasing, which packed document each of them belongs to.
             **kwargs: what trainers pass to every model, such as `num_items_in_batch`.
 

@@ -61,9 +61,9 @@ class SubquadForCausalLM(SubquadGeneratingModel):
 
         Args:
             input_ids: int (B, L); or inputs_embeds.
-            attention_mask: (B, L), nonzero for real tokens; with a cache also (B, past + L), for all tokens so far.
+            attention_mask: (B, L), 1 or True for real tokens; with a cache also (B, past + L), for all tokens so far.
             segment_ids: int (B, L), non-decreasing; packed documents don't mix.
-            global_attention_mask: (B, L), nonzero for global tokens.
+            global_attention_mask: (B, L), 1 or True for global tokens.
             inputs_embeds: (B, L, D) instead of input_ids.
             labels: int (B, L), aligned with input_ids (they are shifted here); -100 where nothing is to be predicted,
                 as for padding and for the first token of a packed document.

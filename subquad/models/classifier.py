@@ -61,9 +61,9 @@ class SubquadForSequenceClassification(SubquadPreTrainedModel):
 
         Args:
             input_ids: int (B, L); or inputs_embeds.
-            attention_mask: (B, L), nonzero for real tokens.
+            attention_mask: (B, L), 1 or True for real tokens.
             segment_ids: int (B, L), non-decreasing.
-            global_attention_mask: (B, L), nonzero for global tokens.
+            global_attention_mask: (B, L), 1 or True for global tokens.
             inputs_embeds: (B, L, D) instead of input_ids.
             labels: int (B,) for the cross-entropy loss.
             output_hidden_states: return the stream between blocks.

@@ -54,9 +54,9 @@ class SubquadForMaskedLM(SubquadLanguageModel):
 
         Args:
             input_ids: int (B, L), some of them hidden behind the mask token; or inputs_embeds.
-            attention_mask: (B, L), nonzero for real tokens.
+            attention_mask: (B, L), 1 or True for real tokens.
             segment_ids: int (B, L), non-decreasing; packed documents don't mix.
-            global_attention_mask: (B, L), nonzero for global tokens.
+            global_attention_mask: (B, L), 1 or True for global tokens.
             inputs_embeds: (B, L, D) instead of input_ids.
             labels: int (B, L), the true tokens in their own places; -100 where nothing is to be predicted.
             output_hidden_states: return the stream between blocks.

@@ -85,10 +85,10 @@ class SubquadForPairClassification(SubquadPreTrainedModel):
 
         Args:
             input_ids: int (B, L), the first sequence; or inputs_embeds.
-            attention_mask: (B, L), nonzero for real tokens.
+            attention_mask: (B, L), 1 or True for real tokens.
             pair_input_ids: int (B, S), the second sequence; or pair_inputs_embeds.
             pair_attention_mask: (B, S), likewise.
-            global_attention_mask: (B, L), nonzero for global tokens of the first.
+            global_attention_mask: (B, L), 1 or True for global tokens of the first.
             pair_global_attention_mask: (B, S), likewise of the second.
             inputs_embeds: (B, L, D) instead of input_ids.
             pair_inputs_embeds: (B, S, D) instead of pair_input_ids.

@@ -122,16 +122,16 @@ class SubquadForSeq2SeqLM(SubquadGeneratingModel):
 
         Args:
             input_ids: int (B, S), the source; or inputs_embeds.
-            attention_mask: (B, S), nonzero for real tokens of the source.
+            attention_mask: (B, S), 1 or True for real tokens of the source.
             decoder_input_ids: int (B, T), the target so far, behind the start token; made from the labels when absent.
-            decoder_attention_mask: (B, T), nonzero for real tokens of it; with a cache also (B, past + T).
+            decoder_attention_mask: (B, T), 1 or True for real tokens of it; with a cache also (B, past + T).
             labels: int (B, T), the target; -100 where nothing is to be predicted.
             encoder_outputs: what the encoder returned for this source.
             past_key_values: a `SubquadCache` to go on from; left as it is.
             use_cache: return a cache; None for whether one is given.
             segment_ids: int (B, S), non-decreasing; packed pairs of source and target don't mix.
             decoder_segment_ids: int (B, T), the same of the target.
-            global_attention_mask: (B, S), nonzero for global tokens of the source.
+            global_attention_mask: (B, S), 1 or True for global tokens of the source.
             inputs_embeds: (B, S, D) instead of input_ids.
             decoder_inputs_embeds: (B, T, D) instead of decoder_input_ids.
             output_hidden_states: return the streams between blocks.

@@ -67,7 +67,7 @@ class StreamingGenerator:
     Args:
         model: in evaluation mode, all its mixers with a state that stops growing.
         prompt: int (B, L), of any length.
-        attention_mask: (B, L), nonzero for real tokens; the last one must be real in every row, so pad on the left.
+        attention_mask: (B, L), 1 or True for real tokens; the last one must be real in every row, so pad on the left.
         piece: tokens of the prompt that are read at a time.
         sampling: None for the most probable token.
         seed: of the random generator, which is this stream's own.

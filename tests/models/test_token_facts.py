@@ -52,3 +52,37 @@ def test_without_facts_there_is_no_mask() -> None:
     assert TokenFacts().mask(X, 0, first_is_global=None) is None
     assert behind_stream(None, 3) is None
     assert context_mask(None, None) is None
+
+
+@pytest.mark.parametrize("value", [0.5, 2, -1, float("-inf"), float("nan")])
+def test_marks_other_than_0_and_1_are_refused(value: float) -> None:
+    marks = ATTENTION.clone().to(torch.float32 if isinstance(value, float) else torch.int64)
+    for kept in (marks, marks.bool()):
+        mask = context_mask(kept, None)
+        assert mask is not None
+        assert mask.valid is not None
+        assert torch.equal(mask.valid, ATTENTION.bool())
+    marks[1, 2] = value
+    message = f"must be bool or hold 0 and 1, with 1 for {{}}, got {value}; it marks tokens"
+    with pytest.raises(ValueError, match="SubquadModel: attention_mask " + message.format("tokens to keep")):
+        TokenFacts(marks).mask(X, 0, first_is_global=None)
+    with pytest.raises(ValueError, match="SubquadModel: global_attention_mask " + message.format("global tokens")):
+        TokenFacts(global_tokens=marks).mask(X, 0, first_is_global=None)
+    with pytest.raises(ValueError, match="SubquadModel: encoder_attention_mask " + message.format("tokens to keep")):
+        context_mask(marks, None)
+
+
+def test_marks_are_read_where_they_have_values_and_no_graph_is_made() -> None:
+    marks = ATTENTION.float() * 0.5
+    on_meta = context_mask(marks.to("meta"), None)
+    assert on_meta is not None
+    assert on_meta.valid is not None
+    assert on_meta.valid.shape == (2, 4)
+
+    def kept(given: torch.Tensor) -> torch.Tensor:
+        mask = context_mask(given, None)
+        assert mask is not None
+        assert mask.valid is not None
+        return mask.valid
+
+    assert torch.equal(torch.compile(kept, backend="eager", fullgraph=True)(marks), marks != 0)
