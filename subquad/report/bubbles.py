@@ -15,11 +15,23 @@ from subquad.records.metrics import MetricKind
 from subquad.report.labels import Bubble, place
 from subquad.report.tables import front_of
 
-LARGEST_DIAMETER = 64.0
 SMALLEST_DIAMETER = 9.0
 FARTHEST_GUESS = 4.0
 """The guess is drawn where it is no farther from the scores than so many times their spread."""
-WIDTH, HEIGHT = 860.0, 400.0
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The area in pixels that a chart is laid out for, and the diameter of its largest bubble."""
+
+    width: float
+    height: float
+    largest_diameter: float
+
+
+WIDE = Frame(width=860.0, height=400.0, largest_diameter=64.0)
+NARROW = Frame(width=250.0, height=366.0, largest_diameter=36.0)
+"""A chart on a telephone."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,8 @@ class BubbleChart:
     missing: tuple[tuple[Entry, str], ...]
 
 
-def bubble_chart(comparison: Comparison) -> BubbleChart:
-    """Return the chart of a comparison; `points` is empty where no entry has both a score and a speed."""
+def bubble_chart(comparison: Comparison, frame: Frame = WIDE) -> BubbleChart:
+    """Return the chart of a comparison, labels placed for `frame`; no `points` where no entry has score and speed."""
     found = [(entry, entry.best, entry.speed) for entry in comparison.entries]
     measured = [(entry, best, speed) for entry, best, speed in found if best is not None and speed is not None]
     missing = tuple((e, _why_missing(e, comparison)) for e, best, speed in found if best is None or speed is None)
@@ -70,7 +82,7 @@ def bubble_chart(comparison: Comparison) -> BubbleChart:
         scores.append(guess)
     speed_range, score_range = _speed_range(speeds), _score_range(scores, 1 / comparison.kind.scale)
     front = _front_line([(s.relative, b.mean) for e, b, s in measured if e.clean], comparison.kind)
-    points = _points(measured, front_of(comparison), front, speed_range, score_range)
+    points = _points(measured, front_of(comparison), front, (speed_range, score_range), frame)
     return BubbleChart(
         kind=comparison.kind,
         length=comparison.task.max_length,
@@ -122,22 +134,24 @@ def _points(
     measured: Sequence[tuple[Entry, Summary, Speed]],
     unbeaten: frozenset[str],
     front: Sequence[tuple[float, float]],
-    speed_range: tuple[float, float],
-    score_range: tuple[float, float],
+    ranges: tuple[tuple[float, float], tuple[float, float]],
+    frame: Frame,
 ) -> tuple[Point, ...]:
+    speed_range, score_range = ranges
     largest = max([1.0, *(speed.saved_bytes for _, _, speed in measured)])
-    diameters = [max(LARGEST_DIAMETER * math.sqrt(s.saved_bytes / largest), SMALLEST_DIAMETER) for _, _, s in measured]
-    scale = HEIGHT / (score_range[1] - score_range[0])
+    areas = [s.saved_bytes / largest for _, _, s in measured]
+    diameters = [max(frame.largest_diameter * math.sqrt(area), SMALLEST_DIAMETER) for area in areas]
+    scale = frame.height / (score_range[1] - score_range[0])
 
     def pixels(relative: float, score: float) -> tuple[float, float]:
-        x = WIDTH * math.log(relative / speed_range[0]) / math.log(speed_range[1] / speed_range[0])
+        x = frame.width * math.log(relative / speed_range[0]) / math.log(speed_range[1] / speed_range[0])
         return x, scale * (score - score_range[0])
 
     bubbles = [
         Bubble(*pixels(s.relative, b.mean), d / 2, scale * b.standard_error, (e.label, units.size(s.saved_bytes)))
         for (e, b, s), d in zip(measured, diameters, strict=True)
     ]
-    offsets = place(bubbles, [pixels(*corner) for corner in front], WIDTH, HEIGHT)
+    offsets = place(bubbles, [pixels(*corner) for corner in front], frame.width, frame.height)
     return tuple(
         Point(entry, summary, speed, diameter, entry.key in unbeaten, offset)
         for (entry, summary, speed), diameter, offset in zip(measured, diameters, offsets, strict=True)

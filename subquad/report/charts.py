@@ -43,7 +43,7 @@ def layout(xaxis: Figure, yaxis: Figure, *, height: int, **settings: Any) -> Fig
         "xaxis": xaxis,
         "yaxis": yaxis,
         "height": height,
-        "margin": {"l": 62, "r": 16, "t": 14, "b": 52},
+        "margin": {"l": 62, "r": 16, "t": 28, "b": 52},
         "showlegend": False,
         "hovermode": "closest",
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -59,14 +59,18 @@ def layout(xaxis: Figure, yaxis: Figure, *, height: int, **settings: Any) -> Fig
     }
 
 
-def bubble_figure(chart: BubbleChart, inks: dict[str, Ink]) -> Figure:
-    """Return the score (y) against speed relative to dense fused attention (x, log), area: bytes kept."""
+def bubble_figure(chart: BubbleChart, inks: dict[str, Ink], *, narrow: bool = False) -> Figure:
+    """Return the score (y) against speed relative to dense fused attention (x, log), area: bytes kept.
+
+    A `narrow` chart says the same of its axis on three lines.
+    """
     scale = chart.kind.scale
     traces: list[Figure] = []
     if len(chart.front) > 1:
         traces.append(_front_trace(chart))
     traces += [_bubble_trace(point, chart.kind, inks[point.entry.mixer_key]) for point in chart.points]
-    title = f"Speed of forward + backward at {units.count(chart.length)} tokens, relative to dense fused attention (×)"
+    parts = ("Speed of forward + backward", f"at {units.count(chart.length)} tokens,", "relative to dense")
+    title = ("<br>" if narrow else " ").join(parts) + " fused attention (×)"
     ticks = [tick for tick in SPEED_TICKS if chart.speed_range[0] <= tick <= chart.speed_range[1]]
     x = axis(title, type="log", range=[math.log10(bound) for bound in chart.speed_range])
     x |= {"tickvals": ticks, "ticktext": [_tick(tick) for tick in ticks]}
@@ -76,7 +80,7 @@ def bubble_figure(chart: BubbleChart, inks: dict[str, Ink]) -> Figure:
     if chart.guess is not None:
         shapes.append(_level(scale * chart.guess))
         annotations.append(_guess_note(chart.guess_label, chart.guess, chart.kind))
-    return {"data": traces, "layout": layout(x, y, height=470, shapes=shapes, annotations=annotations)}
+    return {"data": traces, "layout": layout(x, y, height=484, shapes=shapes, annotations=annotations)}
 
 
 def _tick(value: float) -> str:
@@ -92,9 +96,10 @@ def _level(height: float) -> Figure:
 
 
 def _guess_note(label: str, value: float, kind: MetricKind) -> Figure:
-    text = plot_text(f"{label} {kind.write(value)}")
+    """What the dotted level is, above the axes, where no curve and no bubble can lie under it."""
+    text = plot_text(f"····· {label} {kind.write(value)}")
     font = {"size": 11.5, "color": "var(--muted)"}
-    place = {"x": 1, "xref": "paper", "xanchor": "right", "y": kind.scale * value, "yanchor": "bottom"}
+    place = {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": "paper", "yanchor": "bottom"}
     return {"text": text, "showarrow": False, "font": font, **place}
 
 

@@ -3,7 +3,7 @@
 from subquad.benchmark.recommendation import Recommendation, recommend
 from subquad.records import units
 from subquad.records.comparison import Comparison
-from subquad.report.bubbles import BubbleChart, bubble_chart
+from subquad.report.bubbles import NARROW, bubble_chart
 from subquad.report.charts import bubble_figure, loss_curves, score_curves
 from subquad.report.html import Html, element, join
 from subquad.report.palette import GUESS_INK, Ink
@@ -43,7 +43,6 @@ POSITIONS = "Each point is the mean over a bucket of positions, and over the see
 def comparison_section(comparison: Comparison, index: int, inks: dict[str, Ink], figures: Figures) -> Html:
     """Return the section, adding its charts to `figures`."""
     kind, rows = comparison.kind, rows_of(comparison)
-    chart = bubble_chart(comparison)
     answer = recommend(comparison)
     labels = {entry.mixer_key: entry.label for entry in comparison.entries}
     curves = [
@@ -56,7 +55,7 @@ def comparison_section(comparison: Comparison, index: int, inks: dict[str, Ink],
         _head(comparison),
         _recommendation(answer),
         chips(labels, inks),
-        _bubbles(chart, inks, figures),
+        _bubbles(comparison, inks, figures),
         element("h3", "Results"),
         _table(comparison, rows, inks, index),
         element("p", f"{NOTES.format(direction=kind.direction)} {stream_note(comparison)}".strip(), class_="note"),
@@ -97,12 +96,15 @@ def _recommendation(answer: Recommendation) -> Html:
     return element("div", element("p", "Recommendation", class_="kicker"), *body, class_=kind)
 
 
-def _bubbles(chart: BubbleChart, inks: dict[str, Ink], figures: Figures) -> Html:
+def _bubbles(comparison: Comparison, inks: dict[str, Ink], figures: Figures) -> Html:
+    chart = bubble_chart(comparison)
     if not chart.points:
         return element("p", "No entry has both a score and a measured speed, so there is no chart.", class_="note")
     title = f"{chart.kind.title}, speed and memory"
     caption = CAPTION.format(towards_better=chart.kind.towards_better)
-    figure = figures.add(bubble_figure(chart, inks), title[:1].upper() + title[1:], caption, wide=True)
+    narrow = bubble_figure(bubble_chart(comparison, NARROW), inks, narrow=True)
+    heading = title[:1].upper() + title[1:]
+    figure = figures.add(bubble_figure(chart, inks), heading, caption, wide=True, narrow=narrow)
     missing = [
         element("li", swatch(inks[entry.mixer_key]), element("b", entry.label), f": {why}")
         for entry, why in chart.missing

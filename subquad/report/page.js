@@ -5,6 +5,7 @@
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const hidden = new Set();
   const systemDark = window.matchMedia("(prefers-color-scheme: dark)");
+  const narrow = window.matchMedia("(max-width: 700px)");
   const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
 
   // The colour that a CSS variable has now; light-dark() is only resolved in a real property.
@@ -31,7 +32,7 @@
 
   function draw(id) {
     const { resolve, done } = resolver();
-    const figure = painted(figures[id], resolve);
+    const figure = painted((narrow.matches && figures[id].narrow) || figures[id], resolve);
     done();
     for (const trace of figure.data) trace.visible = !hidden.has(trace.meta?.mixer);
     for (const note of figure.layout.annotations ?? []) note.visible = !hidden.has(note.name);
@@ -58,6 +59,7 @@
     drawAll();
   });
   systemDark.addEventListener("change", drawAll);
+  narrow.addEventListener("change", drawAll);
 
   document.getElementById("hardware")?.addEventListener("change", (event) => {
     const wanted = event.target.value;

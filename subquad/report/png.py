@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from subquad.records import units
 from subquad.records.comparison import Comparison
 from subquad.records.store import Records
-from subquad.report.bubbles import HEIGHT, WIDTH, BubbleChart, Point, bubble_chart
+from subquad.report.bubbles import WIDE, BubbleChart, Point, bubble_chart
 from subquad.report.charts import SPEED_TICKS
 from subquad.report.palette import BAND_OPACITY, FILL_OPACITY, MUTED, NEUTRAL, Ink, inks
 
@@ -48,7 +48,7 @@ def write_bubble_picture(records: Records, comparison: Comparison, path: Path, *
         raise ValueError("no entry has both a score and a measured speed; run `subquad profile` first")
     figure = Figure(figsize=(9.6, 5.4), dpi=PIXELS_PER_INCH)
     FigureCanvasAgg(figure)
-    margins = (0.075, 0.15, WIDTH / 960, HEIGHT / 540)
+    margins = (0.075, 0.15, WIDE.width / 960, WIDE.height / 540)
     axes = figure.add_axes(margins)
     _draw(axes, chart, inks(records), scheme)
     text = f"{comparison.task.title}, {units.count(chart.length)} tokens, {comparison.protocol.hardware}"

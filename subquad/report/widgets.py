@@ -14,10 +14,12 @@ class Figures:
 
     by_id: dict[str, Figure] = field(default_factory=dict)
 
-    def add(self, figure: Figure, title: str, caption: str, *, wide: bool = False) -> Html:
-        """Keep `figure` and return the element it is drawn in, with a heading and a caption."""
+    def add(
+        self, figure: Figure, title: str, caption: str, *, wide: bool = False, narrow: Figure | None = None
+    ) -> Html:
+        """Keep `figure`, and what is drawn of it on a `narrow` screen; return its element, with heading and caption."""
         name = f"figure-{len(self.by_id)}"
-        self.by_id[name] = figure
+        self.by_id[name] = figure if narrow is None else {**figure, "narrow": narrow}
         height = f"height:{figure['layout']['height']}px"
         plot = element("div", element("div", id=name, class_="plot", style=height), class_="plot-scroll")
         heading = element("h3", title)

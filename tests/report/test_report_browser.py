@@ -82,6 +82,43 @@ def test_a_narrow_screen_never_scrolls_sideways(report: Path, tmp_path: Path, op
     page.screenshot(path=tmp_path / "narrow.png", full_page=True)
 
 
+BOXES = """heading => {
+  const figure = [...document.querySelectorAll("figure")].find(f => f.querySelector("h3").textContent === heading);
+  const sides = ({left, right, top, bottom}) => ({left, right, top, bottom});
+  const box = element => sides(element.getBoundingClientRect());
+  const notes = [...figure.querySelectorAll(".annotation-text")].map(n => ({text: n.textContent, ...box(n)}));
+  return {figure: box(figure), plot: box(figure.querySelector(".plot .main-svg")), notes,
+    axes: box(figure.querySelector(".plot .bglayer ~ .draglayer .nsewdrag"))};
+}"""
+
+
+@pytest.mark.parametrize("width", [1240, 400, 320])
+def test_the_bubbles_and_their_names_fit_the_screen(width: int, report: Path, open_page: OpenPage) -> None:
+    boxes = open_page(report, width=width).evaluate(BOXES, "Accuracy, speed and memory")
+    assert boxes["plot"]["right"] <= boxes["figure"]["right"] + 1 <= width
+    assert len(boxes["notes"]) == 6
+    for note in boxes["notes"]:
+        assert boxes["plot"]["left"] <= note["left"] < note["right"] <= boxes["plot"]["right"]
+
+
+def test_a_window_that_becomes_narrow_gets_the_narrow_chart(report: Path, open_page: OpenPage) -> None:
+    page = open_page(report)
+    title = "document.querySelector('.plot').layout.xaxis.title.text"
+    assert "<br>" not in page.evaluate(title)
+    page.set_viewport_size({"width": 400, "height": 900})
+    page.wait_for_function(f"{title}.includes('<br>')")
+    boxes = page.evaluate(BOXES, "Accuracy, speed and memory")
+    assert boxes["plot"]["right"] <= 400
+
+
+@pytest.mark.parametrize("heading", ["Accuracy, speed and memory", "Validation accuracy"])
+def test_the_guess_is_named_where_no_curve_can_lie(heading: str, report: Path, open_page: OpenPage) -> None:
+    boxes = open_page(report).evaluate(BOXES, heading)
+    (guess,) = [note for note in boxes["notes"] if "majority class 17.3 %" in note["text"]]
+    assert guess["bottom"] <= boxes["axes"]["top"]
+    assert guess["top"] >= boxes["plot"]["top"]
+
+
 def test_a_chip_hides_its_mechanism_in_every_chart(report: Path, open_page: OpenPage) -> None:
     page = open_page(report)
     page.locator(".chip", has_text="local").first.click()

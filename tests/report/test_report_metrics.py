@@ -53,7 +53,7 @@ def test_charts_name_metric_unit_and_guess(comparison: Comparison, records: Reco
     for figure, split in ((bubbles, "Test"), (curves, "Validation")):
         Figure(figure)
         assert figure["layout"]["yaxis"]["title"]["text"] == f"{split} bits per byte"
-    assert "unigram 4.710 bits/byte" in [note["text"] for note in curves["layout"]["annotations"]]
+    assert "····· unigram 4.710 bits/byte" in [note["text"] for note in curves["layout"]["annotations"]]
     assert GUESS_INK in chosen.values()
 
 
