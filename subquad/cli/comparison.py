@@ -21,6 +21,7 @@ from subquad.cli.observer import BarObserver
 from subquad.cli.progress import Progress
 from subquad.cli.results import print_results, results_document
 from subquad.config import write_option
+from subquad.records import units
 from subquad.records.comparison import Protocol
 from subquad.records.queries import comparisons
 from subquad.records.store import check_writable, read_all, read_run
@@ -30,7 +31,7 @@ from subquad.tasks.registry import load_task
 from subquad.training.presets import Preset, load_preset
 
 USEFUL_SHARE = 0.2
-"""Share of the machine's matrix-product rate that training reaches; for the minutes that --dry-run expects."""
+"""Share of the machine's matrix-product rate that training reaches; for the time that --dry-run expects."""
 
 
 def make_request(
@@ -98,7 +99,7 @@ def prepare_data(request: Request) -> TaskData[Any]:
 
 
 def show_plan(planned: Sequence[PlannedRun], data: TaskData[Any], *, as_json: bool) -> None:
-    """Print the runs, their sizes, and the minutes they will take on this machine, roughly."""
+    """Print the runs, their sizes, and the time they will take on this machine, roughly."""
     rate = matmul_flops_per_second()
     rows = [_plan_row(run, rate) for run in planned]
     minutes = sum(row["expected_minutes"] for row in rows if row["state"] == "to run")
@@ -109,11 +110,12 @@ def show_plan(planned: Sequence[PlannedRun], data: TaskData[Any], *, as_json: bo
     console, table = output_console(), plain_table()
     columns = [name for name in cells[0] if name != "changed settings" or any(row[name] != "-" for row in cells)]
     for column in columns:
-        table.add_column(column, justify="right" if column in ("seed", "parameters", "minutes") else "left")
+        table.add_column(column, justify="right" if column in ("seed", "parameters", "time") else "left")
     for row in cells:
         table.add_row(*(row[column] for column in columns))
     console.print(data.title, table, sep="\n", markup=False)
-    console.print(f"About {minutes:.1f} minutes of training on this machine; proofs and profiles come on top.")
+    about = units.seconds(60 * minutes)
+    console.print(f"About {about} of training on this machine; proofs and profiles come on top.")
 
 
 def run_comparison(request: Request, data: TaskData[Any], *, as_json: bool) -> None:
@@ -177,6 +179,6 @@ def _plan_cells(row: dict[str, Any]) -> dict[str, str]:
         "changed settings": " ".join(write_option(*changed) for changed in row["changed_settings"].items()) or "-",
         "seed": str(row["seed"]),
         "parameters": "-" if row["parameters"] is None else f"{row['parameters']:,}",
-        "minutes": f"{row['expected_minutes']:.1f}",
+        "time": "-" if row["parameters"] is None else units.seconds(60 * row["expected_minutes"]),
         "state": row["state"],
     }

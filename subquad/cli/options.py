@@ -37,6 +37,6 @@ Output = Annotated[Path, typer.Option(help="Folder of records and report.")]
 Data = Annotated[Path | None, typer.Option(help="Folder with the task's own files, instead of generated ones.")]
 Force = Annotated[bool, typer.Option("--force", help="Measure again what is recorded already.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show the runs, their sizes and the expected minutes; run nothing.")
+    bool, typer.Option("--dry-run", help="Show the runs, their sizes and the expected time; run nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]

@@ -24,12 +24,15 @@ def _scaled(value: float, units: tuple[str, ...]) -> tuple[str, str]:
 
 
 def seconds(value: float) -> str:
-    """Write a duration given in seconds: "850 µs", "12.3 ms", "4.20 s", "3 min 20 s", "2 h 05 min"."""
+    """Write a duration given in seconds: "850 µs", "12.3 ms", "4.20 s", "3 min 20 s", "2 h 05 min", "21 days 19 h"."""
     if value == 0:
         return "0 s"
+    if value >= 2 * 86_400:
+        hours = round(value / 3600)
+        return f"{hours // 24:,} days {hours % 24} h"
     if value >= 3599.5:
         minutes = round(value / 60)
-        return f"{minutes // 60:,} h {minutes % 60:02d} min"
+        return f"{minutes // 60} h {minutes % 60:02d} min"
     if value >= 119.5:
         whole = round(value)
         return f"{whole // 60} min {whole % 60:02d} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from command_line import Invoke
 
 from subquad.benchmark import profiling, proving
 from subquad.benchmark.worker import Progress, Worker
+from subquad.cli import comparison
 
 TINY = str(Path(__file__).parents[1] / "presets" / "tiny.toml")
 
@@ -80,9 +82,16 @@ def test_a_dry_run_trains_nothing_and_writes_no_record(invoke: Invoke, arguments
     assert all(run["parameters"] > 0 for run in document["runs"])
     assert document["expected_minutes"] >= 0
     ran = invoke(*options)
-    assert "minutes of training on this machine" in ran.out
+    assert re.search(r"^About [\d.]+ m?s of training on this machine; proofs", ran.out, re.MULTILINE)
     assert records(tmp_path / "out") == []
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_dry_run_of_weeks_says_days(invoke: Invoke, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "matmul_flops_per_second", lambda: 40.0)
+    ran = invoke("compare", "--mixers", "linear", "--dry-run", *arguments)
+    assert re.search(r"^About [\d,]+ days \d+ h of training on this machine; proofs", ran.out, re.MULTILINE)
+    assert re.search(r"linear .* [\d,]+ days \d+ h +to run", ran.out)
 
 
 def test_a_dry_run_knows_what_is_recorded(invoke: Invoke, arguments: list[str]) -> None:
