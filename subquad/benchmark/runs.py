@@ -79,9 +79,15 @@ def plan_runs(request: Request, set_ups: Sequence[SetUp], data: TaskData[Any]) -
 
 
 def train(request: Request, runs: Sequence[PlannedRun], data: TaskData[Any], observer: Observer) -> list[Path]:
-    """Prove and train alone, without profiles; returns where the records lie. Raises as `prove_and_train`."""
-    with Worker(list(mixers_of(runs))) as worker:
-        prove_and_train(request, runs, data, worker, observer)
+    """Prove and train alone, without profiles; returns where the records lie. Raises as `prove_and_train`.
+
+    Where no model can be built nothing is proved either.
+    """
+    if all(planned.sketch.obstacle for planned in runs):
+        _write_unbuilt(request, runs, data, observer)
+    else:
+        with Worker(list(mixers_of(runs))) as worker:
+            prove_and_train(request, runs, data, worker, observer)
     return [_record_path(request.output, planned.plan, data) for planned in runs]
 
 
@@ -93,7 +99,7 @@ def mixers_of(runs: Sequence[PlannedRun]) -> dict[str, NamedMixer]:
 def prove_and_train(
     request: Request, runs: Sequence[PlannedRun], data: TaskData[Any], worker: Worker, observer: Observer
 ) -> dict[str, Mechanism]:
-    """Make every record of the runs that isn't there yet.
+    """Make every record of the runs that isn't there yet, first of those whose model can't be built.
 
     Returns:
         Cards of what was proved now, by the mixer's text: all that will be trained, or has no card yet.
@@ -102,13 +108,15 @@ def prove_and_train(
         OutputError: the output can't be written.
         ValueError: a damaged checkpoint or record is in the way.
     """
+    _write_unbuilt(request, runs, data, observer)
     known = _known_cards(request.output)
-    due = {planned.plan.mixer.text for planned in runs if request.force or not planned.done}
+    built = [planned for planned in runs if not planned.sketch.obstacle]
+    due = {planned.plan.mixer.text for planned in built if request.force or not planned.done}
     proved = [mixer for text, mixer in mixers_of(runs).items() if text in due or mixer.config.name not in known]
     cards = {mixer.text: prove(mixer, worker, observer) for mixer in proved}
     _keep_cards(request.output, known, list(cards.values()))
     _write_guess(request, data)
-    for planned in runs:
+    for planned in built:
         if planned.done and not request.force:
             observer.say(f"{_title(planned.plan)}: recorded already")
             continue
@@ -119,11 +127,19 @@ def prove_and_train(
     return cards
 
 
+def _write_unbuilt(request: Request, runs: Sequence[PlannedRun], data: TaskData[Any], observer: Observer) -> None:
+    """Say which models can't be built and why, and write their records; before any work, for it is known already."""
+    for planned in runs:
+        plan, status, obstacle = planned.plan, planned.sketch.status, planned.sketch.obstacle
+        if not obstacle:
+            continue
+        observer.say(f"{_title(plan)}: {status.value}: {obstacle}")
+        if request.force or not planned.done:
+            write_run(request.output, not_trained_record(plan, data, status, obstacle), force=True)
+
+
 def _train(planned: PlannedRun, data: TaskData[Any], card: Mechanism, worker: Worker, observer: Observer) -> RunRecord:
-    plan, obstacle = planned.plan, planned.sketch.obstacle
-    if obstacle:
-        observer.say(f"{_title(plan)}: {planned.sketch.status.value}: {obstacle}")
-        return not_trained_record(plan, data, planned.sketch.status, obstacle)
+    plan = planned.plan
     if card.red_probes:
         names = ", ".join(dict.fromkeys(probe.name for probe in card.red_probes))
         return not_trained_record(plan, data, Status.FAILED, f"not trained, since proofs failed: {names}")

@@ -71,6 +71,22 @@ def make_request(
     return Request(settings, tuple(mixers) or _every_mixer(), seeds, output, directory, data is None, force, save_model)
 
 
+def parse_single_mixer(text: str) -> NamedMixer:
+    """The mixer of `--mixer`, which is one.
+
+    Raises:
+        ValueError: as `parse_mixer`; where there is a comma, with the verb that takes several.
+    """
+    try:
+        return parse_mixer(text)
+    except ValueError as error:
+        if "," not in text:
+            raise
+        raise ValueError(
+            f"one run trains one mechanism; for several: subquad compare --mixers {text} ({error})"
+        ) from error
+
+
 def check_fit(mixers: Sequence[NamedMixer], preset: Preset) -> None:
     """Refuse mechanisms that don't go with the sizes of the preset's profile.
 

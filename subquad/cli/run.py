@@ -37,13 +37,12 @@ def command(
 
     with waiting("loading torch"):
         from subquad.benchmark.compare import plan_comparison
-        from subquad.benchmark.mixers import parse_mixer
-        from subquad.cli.comparison import make_request, prepare_data, run_once, show_plan
+        from subquad.cli.comparison import make_request, parse_single_mixer, prepare_data, run_once, show_plan
 
     request = make_request(
         task=task,
         preset=preset,
-        mixers=[parse_mixer(mixer)],
+        mixers=[parse_single_mixer(mixer)],
         seeds=(seed,),
         output=output,
         data=data,

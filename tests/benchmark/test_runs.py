@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from stand_ins import InProcess, Recorder
+from stand_ins import OWN, InProcess, Recorder
 
 from subquad.benchmark import proving, runs
 from subquad.benchmark.mixers import parse_mixer
 from subquad.benchmark.request import Request
 from subquad.benchmark.runs import SetUp, plan_runs, train
+from subquad.records.schema import Status
 from subquad.records.store import read_all, read_run
 from subquad.tasks.kinds import ClassificationData
 from subquad.training.presets import Preset
@@ -64,3 +65,19 @@ def test_runs_under_other_training_settings_are_other_records_which_name_them(
     again = plan_runs(request, [SetUp(LINEAR, slow), SetUp(LINEAR, tiny)], tiny_data)
     assert [run.done for run in again] == [True, True]
     assert len(read_all(request.output).runs) == 3  # and the guess
+
+
+def test_what_can_not_be_built_is_said_before_any_proof(
+    request_of: Callable[..., Request], tiny_data: ClassificationData, observer: Recorder
+) -> None:
+    request = request_of()
+    refused = parse_mixer(f"{OWN}:ShortConfig")
+    alone = plan_runs(request, [SetUp(refused, request.preset)], tiny_data)
+    (path,) = train(request, alone, tiny_data, observer)
+    assert read_run(path).status is Status.NOT_APPLICABLE
+    assert observer.begun == []
+    said = f"{refused.text}, seed 0: not applicable: short: at most 3 tokens"
+    assert observer.said == [said]
+    beside = plan_runs(request, [SetUp(LINEAR, request.preset), SetUp(refused, request.preset)], tiny_data)
+    train(request, beside, tiny_data, observer)
+    assert observer.said[:2] == [said, said]

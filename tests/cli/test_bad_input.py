@@ -82,6 +82,8 @@ OPTIONS: list[tuple[list[str], list[str]]] = [
     (["sweep", "--mixers", "local", "--grid", "local.window=8", "--grid", "steps=80"], ["7 or 9"]),
     (["run"], ["missing option '--mixer'"]),
     (["run", "--mixer", "full,linear"], ["unknown token mixer", "full,linear"]),
+    (["run", "--mixer", "full,linear"], ["one run trains one mechanism", "subquad compare --mixers full,linear"]),
+    (["run", "--mixer", "local:window=9,full"], ["for several: subquad compare --mixers local:window=9,full"]),
     (["run", "--mixer", "linformer:rank=0"], ["rank"]),
     (["list", "--trait", "casual"], ["unknown trait 'casual'", "did you mean 'causal'"]),
     (["show", "locl"], ["unknown token mixer 'locl'", "did you mean 'local'"]),
@@ -89,7 +91,11 @@ OPTIONS: list[tuple[list[str], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "texts"), OPTIONS, ids=[" ".join(arguments)[:60] for arguments, _ in OPTIONS])
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    OPTIONS,
+    ids=[f"{index}-{' '.join(arguments)[:60]}" for index, (arguments, _) in enumerate(OPTIONS)],
+)
 def test_a_wrong_option_names_the_nearest_right_one(
     arguments: list[str], texts: list[str], invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
