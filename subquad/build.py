@@ -199,10 +199,10 @@ def cost(
         **options: the fields of the mechanism's config.
 
     Raises:
-        ValueError: as `build_mixer`, a negative length, or a context_length without cross=True.
+        ValueError: as `build_mixer`, a length below 1, or a context_length without cross=True.
     """
-    if length < 0:
-        raise ValueError(f"cost: length must not be negative, got {length}")
+    if length < 1:
+        raise ValueError(f"cost: length must be at least 1 token, got {length}")
     config = mixer_config(name, **options)
     dims = make_dims(
         embed_dim=embed_dim,

@@ -94,8 +94,9 @@ def test_the_price_of_a_cross_mixer_counts_its_context() -> None:
 
 
 def test_a_price_is_refused_like_a_module() -> None:
-    with pytest.raises(ValueError, match="length must not be negative, got -1"):
-        cost("full", length=-1, **SIZES)
+    for none in (0, -1):
+        with pytest.raises(ValueError, match=f"length must be at least 1 token, got {none}"):
+            cost("full", length=none, **SIZES)
     with pytest.raises(ValueError, match="linformer: causal=True is not supported"):
         cost("linformer", length=4, causal=True, **SIZES)
     with pytest.raises(ValueError, match="pass max_length"):

@@ -17,7 +17,7 @@ from meter import counted_flops, differentiated, saved_bytes
 from torch import Tensor
 
 from subquad import Mask
-from subquad.build import build_from_config, cost, list_mixers
+from subquad.build import build_from_config, list_mixers, make_dims, mixer_config
 from subquad.costs import Cost, overtaking_length
 from subquad.heads import projection_cost
 from subquad.interface import Dims, TokenMixer
@@ -118,7 +118,7 @@ def test_growth_with_the_length_is_as_the_docstring_says(name: str, dims: Dims) 
 
 @pytest.mark.parametrize("name", list_mixers(bidirectional=True))
 def test_nothing_is_priced_for_no_tokens_but_parameters(name: str) -> None:
-    nothing = cost(name, length=0, embed_dim=8, num_heads=2, max_length=10)
+    nothing = mixer_config(name).cost(make_dims(embed_dim=8, num_heads=2, max_length=10), 0, 4)
     assert nothing.flops == 0
     assert nothing.parameters > 0
 
