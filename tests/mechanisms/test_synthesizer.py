@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import assert_same_values_and_gradients, is_valid, masks
+from comparison import assert_same_values_and_gradients, is_valid, masks, streamed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -105,16 +105,10 @@ def test_a_stream_equals_the_definition_over_the_whole(
 ) -> None:
     length = sum(pieces)
     mixer = synthesizer(components, causal=True, max_length=20)
-    mask = data.draw(masks(2, length, segments=False)) or Mask()
+    mask = data.draw(masks(2, length, segments=False))
     x = torch.randn(2, length, 4, dtype=torch.float64)
-    state, outputs, start = mixer.init_state(2), [], 0
-    for size in pieces:
-        cut = slice(start, start + size)
-        part = Mask(None if mask.valid is None else mask.valid[:, cut])
-        y, state, _ = mixer(x[:, cut], mask=part, state=state)
-        outputs.append(y)
-        start += size
-    torch.testing.assert_close(torch.cat(outputs, dim=1), definition(mixer, x, mask), rtol=1e-10, atol=1e-10)
+    y = streamed(mixer, x, mask, pieces)
+    torch.testing.assert_close(y, definition(mixer, x, mask), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("causal", [False, True])
