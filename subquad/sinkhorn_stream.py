@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from subquad.interface import Dims
-from subquad.ops.sorted_blocks.definition import NullKey
+from subquad.ops.sorted_blocks.attention import NullKey
 from subquad.ops.sorted_blocks.stream import Arrivals, sort_blocks
 from subquad.state import State, state_dataclass
 

@@ -74,3 +74,16 @@ def test_mechanism_of_the_contributing_guide_passes_every_probe(tmp_path):
     results = run_probes(config, make_dims(embed_dim=16, num_heads=2))
     assert [f"{r.name}: {r.detail}" for r in results if not r.passed] == []
     assert len(results) > 10
+
+
+def test_the_definition_of_an_operation_stands_in_its_file_before_the_fast_form():
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "subquad" / "ops").rglob("*.py")}
+    functions = {path: re.findall(r"^def (\w+)\(", text, re.MULTILINE) for path, text in texts.items()}
+    home = {name: path for path, names in functions.items() for name in names}
+    defined = {name.partition("_by_")[0]: name for name in home if "_by_" in name}
+    operations = {fast: definition for fast, definition in defined.items() if fast in home}
+    assert len(operations) > 15
+    for fast, definition in operations.items():
+        assert home[fast] == home[definition], f"{definition} is not where {fast} is"
+        names = functions[home[fast]]
+        assert names.index(definition) < names.index(fast), f"{home[fast].name}: {fast} stands before {definition}"

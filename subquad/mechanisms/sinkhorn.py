@@ -41,7 +41,7 @@ from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.precision import full_precision
-from subquad.ops.sorted_blocks.definition import NullKey, SortedBlocks, sorted_block_attention, sorted_cut_attention
+from subquad.ops.sorted_blocks.attention import NullKey, SortedBlocks, sorted_block_attention, sorted_cut_attention
 from subquad.ops.sorted_blocks.sorting import BlockScores, Sorting, block_descriptors, later_rows, sorting_logits
 from subquad.ops.sorted_blocks.stream import Arrivals, attend_arrivals
 from subquad.projection import Projection

@@ -16,37 +16,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from subquad.ops.lsh.hash import check_buckets, hash_into_buckets, random_rotations, rotation_columns
-from subquad.ops.lsh.lists import ListRule, listed_counts
-from subquad.ops.lsh.tiles import attend_in_buckets, unit_keys
+from subquad.ops.lsh.lists import ListRule
+from subquad.ops.lsh.tiles import attend_in_buckets, attend_in_buckets_by_pairs, unit_keys
 from subquad.ops.precision import full_precision
 
 Chunks = Literal["global", "bucket"]
 
 LARGEST_SLICE = 2**21
 """Pairs of queries and stored keys, over all examples and heads, that are looked at together."""
-
-
-def attend_in_buckets_by_pairs(
-    qk: Tensor, v: Tensor, buckets: Tensor, rule: ListRule, valid: Tensor | None = None
-) -> Tensor:
-    """The definition, quadratic in L.
-
-    Args:
-        qk: (B, H, L, E), queries, and keys before they are made of unit length.
-        v: (B, H, L, E).
-        buckets: int64 (B, H, rounds, L).
-        rule: how lists are made.
-        valid: bool (B, L), True for real tokens.
-
-    Returns:
-        (B, H, L, E), the dtype of v; 0 at invalid tokens.
-    """
-    wide = torch.promote_types(qk.dtype, torch.float32)
-    counts = listed_counts(buckets, rule, valid)
-    scores = qk.to(wide) @ unit_keys(qk.to(wide)).mT + counts.to(wide).log()
-    anything = (counts > 0).any(dim=-1, keepdim=True)
-    weights = scores.masked_fill(~anything, 0.0).softmax(dim=-1) * anything
-    return (weights @ v.to(wide)).to(v.dtype)
 
 
 def lsh_attention_by_pairs(

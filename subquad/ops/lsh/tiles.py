@@ -16,12 +16,35 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.fused import fused_forward
-from subquad.ops.lsh.lists import ListRule
+from subquad.ops.lsh.lists import ListRule, listed_counts
 from subquad.ops.lsh.rounds import Call, Group, Order, Round, Rounds, sort_by_bucket
 from subquad.ops.piece import merge, stack
 
 NORM_EPSILON = 1e-6
 """Added to the mean square of a vector before keys are made of unit length, as in the official code."""
+
+
+def attend_in_buckets_by_pairs(
+    qk: Tensor, v: Tensor, buckets: Tensor, rule: ListRule, valid: Tensor | None = None
+) -> Tensor:
+    """The definition, quadratic in L.
+
+    Args:
+        qk: (B, H, L, E), queries, and keys before they are made of unit length.
+        v: (B, H, L, E).
+        buckets: int64 (B, H, rounds, L).
+        rule: how lists are made.
+        valid: bool (B, L), True for real tokens.
+
+    Returns:
+        (B, H, L, E), the dtype of v; 0 at invalid tokens.
+    """
+    wide = torch.promote_types(qk.dtype, torch.float32)
+    counts = listed_counts(buckets, rule, valid)
+    scores = qk.to(wide) @ unit_keys(qk.to(wide)).mT + counts.to(wide).log()
+    anything = (counts > 0).any(dim=-1, keepdim=True)
+    weights = scores.masked_fill(~anything, 0.0).softmax(dim=-1) * anything
+    return (weights @ v.to(wide)).to(v.dtype)
 
 
 def attend_in_buckets(qk: Tensor, v: Tensor, buckets: Tensor, rule: ListRule, valid: Tensor | None = None) -> Tensor:

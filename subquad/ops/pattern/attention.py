@@ -22,6 +22,13 @@ from subquad.ops.softmax import softmax_attention_with_lse
 from subquad.patterns.pattern import Pattern
 
 
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    """The definition."""
+    pattern = request.pattern.resolve(k.shape[2])
+    visible = visible_pairs(request, pattern, q.shape[1], range(q.shape[2]), range(k.shape[2]))
+    return softmax_attention_with_lse(q, k, v, visible.to(q.device), request.scale)
+
+
 def pattern_attention(
     q: Tensor,
     k: Tensor,
@@ -117,10 +124,3 @@ def _backend(name: str | None, q: Tensor, *, with_lse: bool) -> Backend:
     if name not in backends:
         raise ValueError(f"pattern_attention: unknown backend {name!r}; known: {', '.join(sorted(backends))}")
     return backends[name]
-
-
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
-    """The definition."""
-    pattern = request.pattern.resolve(k.shape[2])
-    visible = visible_pairs(request, pattern, q.shape[1], range(q.shape[2]), range(k.shape[2]))
-    return softmax_attention_with_lse(q, k, v, visible.to(q.device), request.scale)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops.packing import append, take
-from subquad.ops.sorted_blocks.definition import attend_block
+from subquad.ops.sorted_blocks.attention import attend_block
 from subquad.ops.sorted_blocks.fused import Combine
 
 

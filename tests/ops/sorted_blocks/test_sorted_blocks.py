@@ -12,7 +12,7 @@ from torch import Tensor
 
 from subquad.ops.softmax import softmax_attention
 from subquad.ops.sorted_blocks import fused as sorted_blocks_fused
-from subquad.ops.sorted_blocks.definition import (
+from subquad.ops.sorted_blocks.attention import (
     NullKey,
     SortedBlocks,
     sorted_block_attention,
