@@ -6,19 +6,22 @@ test score is looked up for that one and chooses nothing.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from subquad.benchmark.grid import Trial
 from subquad.benchmark.observer import Observer
+from subquad.benchmark.recommendation import recommend
 from subquad.benchmark.request import Request
 from subquad.benchmark.runs import PlannedRun, plan_runs, train
 from subquad.records.comparison import Comparison, Entry, protocol_of
 from subquad.records.metrics import MetricKind
 from subquad.records.queries import entries_of, guess_of
-from subquad.records.schema import DENSE, RunRecord
+from subquad.records.schema import DENSE, RunRecord, utc_now
 from subquad.records.store import Records, read_all, read_run
+from subquad.records.sweeps import SweepRecord, TrialRecord, TunedRecord
 from subquad.tasks.base import TaskData
 
 
@@ -100,6 +103,56 @@ def sweep(request: Request, trials: Sequence[Trial], data: TaskData[Any], observ
     paths = train(request, plan_sweep(request, trials, data), data, observer)
     runs = [[read_run(path) for path in paths[index :: len(trials)]] for index in range(len(trials))]
     return _result(request, trials, runs, read_all(request.output))
+
+
+def sweep_record(result: SweepResult, request: Request, grid: Sequence[str]) -> SweepRecord:
+    """The choice of a sweep as it is kept; `grid` is what `--grid` said, each time that it was given."""
+    comparison, recommendation = result.comparison, recommend(result.comparison)
+    return SweepRecord(
+        created=utc_now(),
+        command=_command(request, grid),
+        hardware=comparison.protocol.hardware,
+        task=comparison.task,
+        preset_name=request.preset.name,
+        preset=request.preset.text,
+        seeds=request.seeds,
+        mechanisms=tuple(_tuned_record(tuned) for tuned in result.tuned),
+        recommendation=tuple(recommendation.sentences),
+        winner=None if recommendation.winner is None else recommendation.winner.label,
+    )
+
+
+def _tuned_record(tuned: Tuned) -> TunedRecord:
+    best = tuned.best
+    test = None if best is None else best.entry.best
+    return TunedRecord(
+        mechanism=tuned.mechanism,
+        trials=tuple(_trial_record(result) for result in tuned.results),
+        chosen=None if best is None else tuned.results.index(best),
+        test=None if test is None else test.mean,
+        test_standard_error=None if test is None else test.standard_error,
+        at_edge=tuned.at_edge,
+    )
+
+
+def _trial_record(result: TrialResult) -> TrialRecord:
+    entry, varied = result.entry, result.trial.settings | result.trial.options
+    return TrialRecord(
+        varied={name: list(value) if isinstance(value, tuple) else value for name, value in varied.items()},
+        mixer=entry.runs[0].mixer,
+        validation=entry.validation,
+        status=entry.status,
+        reason=entry.reason,
+    )
+
+
+def _command(request: Request, grid: Sequence[str]) -> str:
+    """The command that makes the sweep again."""
+    words = ["subquad", "sweep", "--task", request.preset.task, "--preset", request.preset.text]
+    words += ["--mixers", ",".join(mixer.text for mixer in request.mixers)]
+    words += [word for text in grid for word in ("--grid", text)]
+    words += ["--seeds", str(len(request.seeds)), "--seed", str(request.seeds[0])]
+    return shlex.join([*words, *([] if request.generated else ["--data", str(request.data)])])
 
 
 def _result(

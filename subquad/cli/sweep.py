@@ -60,4 +60,4 @@ def command(
     if dry_run:
         show_plan(plan_sweep(request, trials, task_data), task_data, as_json=as_json)
     else:
-        run_sweep(request, trials, task_data, as_json=as_json)
+        run_sweep(request, trials, task_data, grid=grid, as_json=as_json)

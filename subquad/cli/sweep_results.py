@@ -13,19 +13,23 @@ from rich.text import Text
 from subquad.benchmark.grid import Trial
 from subquad.benchmark.recommendation import recommend
 from subquad.benchmark.request import Request
-from subquad.benchmark.sweep import SweepResult, TrialResult, Tuned, sweep
+from subquad.benchmark.sweep import SweepResult, TrialResult, Tuned, sweep, sweep_record
 from subquad.cli.console import ACCENT, QUIET, WARNING, output_console, plain_table, print_document, progress_console
 from subquad.cli.observer import BarObserver
 from subquad.cli.progress import Progress
 from subquad.cli.results import answer_document, recommendation_text, summary_document
+from subquad.records.store import write_sweep
 from subquad.report.page import write_report
 from subquad.tasks.base import TaskData
 
 
-def run_sweep(request: Request, trials: Sequence[Trial], data: TaskData[Any], *, as_json: bool) -> None:
-    """Train the trials, write the report, print the best of each mechanism and the recommendation."""
+def run_sweep(
+    request: Request, trials: Sequence[Trial], data: TaskData[Any], *, grid: Sequence[str], as_json: bool
+) -> None:
+    """Train the trials, keep the choice, write the report, print the best of each mechanism and the recommendation."""
     with Progress(progress_console()) as bars:
         result = sweep(request, trials, data, BarObserver(bars))
+    write_sweep(request.output, sweep_record(result, request, grid))
     page = write_report(request.output)
     if as_json:
         print_document(_document(result, page))

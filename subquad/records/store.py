@@ -1,6 +1,7 @@
 """The folder of records: where a record lies, how it is written so that a crash harms nothing, how it is read back.
 
     <output>/<hardware>/<task>@<data hash>/<preset>/<mixer>-<run hash>/seed-<n>.json
+    <output>/<hardware>/<task>@<data hash>/<preset>/sweep-<hash of its trials>.json
     <output>/<hardware>/profile/<mixer>-<profile hash>.json
     <output>/mechanisms.json
 
@@ -22,6 +23,7 @@ from pydantic import JsonValue, ValidationError
 from subquad.records.mechanisms import MECHANISMS_FILE, Mechanism, Mechanisms
 from subquad.records.schema import SCHEMA_VERSION, Budget, ProfileRecord, RunRecord, TaskInfo
 from subquad.records.strict import Strict
+from subquad.records.sweeps import SweepRecord
 
 Model = TypeVar("Model", bound=Strict)
 
@@ -46,6 +48,7 @@ class Records:
     profiles: tuple[ProfileRecord, ...] = ()
     mechanisms: tuple[Mechanism, ...] = ()
     unreadable: tuple[Unreadable, ...] = ()
+    sweeps: tuple[SweepRecord, ...] = ()
 
 
 def slug(text: str) -> str:
@@ -96,6 +99,14 @@ def profile_path(
     return output / hardware / "profile" / f"{slug(str(mixer['name']))}-{identity}.json"
 
 
+def path_of_sweep(output: Path, record: SweepRecord) -> Path:
+    """Return where `record` lies in `output`: the same trials lie in the same place."""
+    tried: list[JsonValue] = [[each.varied, each.mixer] for tuned in record.mechanisms for each in tuned.trials]
+    tried.sort(key=canonical_hash)  # mechanisms stand by their scores
+    name = f"sweep-{canonical_hash(tried, list(record.seeds), record.preset, SCHEMA_VERSION)}.json"
+    return output / record.hardware / f"{record.task.name}@{record.task.data_hash}" / record.preset_name / name
+
+
 def path_of_run(output: Path, record: RunRecord) -> Path:
     """Return where `record` lies in `output`."""
     return run_path(
@@ -137,6 +148,17 @@ def write_run(output: Path, record: RunRecord, *, force: bool = False) -> Path:
 def write_profile(output: Path, record: ProfileRecord, *, force: bool = False) -> Path:
     """Write a profile and return its path; raises as `write_run`."""
     return _write_record(path_of_profile(output, record), record, force=force)
+
+
+def write_sweep(output: Path, record: SweepRecord) -> Path:
+    """Write a sweep, replacing the one of the same trials, and return its path.
+
+    Raises:
+        OutputError: the folder can't be written, or the disk is full.
+    """
+    path = path_of_sweep(output, record)
+    write_atomically(path, _to_json(record))
+    return path
 
 
 def write_mechanisms(output: Path, mechanisms: Mechanisms) -> Path:
@@ -275,7 +297,8 @@ def read_all(output: Path) -> Records:
     profiles = _read_each(sorted(output.glob("*/profile/*.json")), ProfileRecord, unreadable)
     lists = _read_each([path for path in [output / MECHANISMS_FILE] if path.exists()], Mechanisms, unreadable)
     mechanisms = tuple(mechanism for entry in lists for mechanism in entry.mechanisms)
-    return Records(tuple(runs), tuple(profiles), mechanisms, tuple(unreadable))
+    sweeps = _read_each(sorted(output.glob("*/*@*/*/sweep-*.json")), SweepRecord, unreadable)
+    return Records(tuple(runs), tuple(profiles), mechanisms, tuple(unreadable), tuple(sweeps))
 
 
 def _read_each(paths: list[Path], model: type[Model], unreadable: list[Unreadable]) -> list[Model]:

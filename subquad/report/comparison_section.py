@@ -1,6 +1,6 @@
 """The section of one comparison: recommendation, bubbles, table, learning curves, the commands behind each point."""
 
-from subquad.benchmark.recommendation import Recommendation, recommend
+from subquad.benchmark.recommendation import recommend
 from subquad.records import units
 from subquad.records.comparison import Comparison
 from subquad.report.bubbles import NARROW, bubble_chart
@@ -10,7 +10,17 @@ from subquad.report.palette import GUESS_INK, Ink
 from subquad.report.pictures import seed_dots
 from subquad.report.positions import has_places, position_curves
 from subquad.report.tables import Row, cells, column_titles, rows_of, stream_note
-from subquad.report.widgets import Figures, card, chips, command, details, name_cell, swatch, table
+from subquad.report.widgets import (
+    Figures,
+    card,
+    chips,
+    command,
+    details,
+    name_cell,
+    recommendation_box,
+    swatch,
+    table,
+)
 
 SORT_KEYS = {
     "best": lambda row: row.best.mean if row.best else None,
@@ -53,7 +63,7 @@ def comparison_section(comparison: Comparison, index: int, inks: dict[str, Ink],
     ]
     return card(
         _head(comparison),
-        _recommendation(answer),
+        recommendation_box(answer.sentences, found=answer.winner is not None),
         chips(labels, inks),
         _bubbles(comparison, inks, figures),
         element("h3", "Results"),
@@ -87,13 +97,6 @@ def _head(comparison: Comparison) -> Html:
         element("p", f"{task.name}@{task.data_hash}: {facts}", class_="facts"),
         element("p", protocol_text, class_="facts"),
     )
-
-
-def _recommendation(answer: Recommendation) -> Html:
-    lead, *rest = answer.sentences
-    body = [element("p", lead, class_="lead"), *[element("p", sentence, class_="reason") for sentence in rest]]
-    kind = "recommendation" if answer.winner else "recommendation none"
-    return element("div", element("p", "Recommendation", class_="kicker"), *body, class_=kind)
 
 
 def _bubbles(comparison: Comparison, inks: dict[str, Ink], figures: Figures) -> Html:

@@ -26,6 +26,7 @@ from subquad.report.palette import css, inks
 from subquad.report.receipts_section import receipts_section
 from subquad.report.scaling import settings
 from subquad.report.scaling_section import scaling_section
+from subquad.report.sweep_section import sweep_section
 from subquad.report.widgets import Figures, card, heading_cells, table
 
 REPORT_FILE = "report.html"
@@ -54,7 +55,8 @@ def render(records: Records) -> str:
         raise ValueError(f"there are no records to report{unreadable}; run `subquad compare` first.")
     chosen, figures = inks(records), Figures()
     found = comparisons(records)
-    sections = [comparison_section(comparison, i, chosen, figures) for i, comparison in enumerate(found)]
+    sections = [sweep_section(sweep, i, chosen) for i, sweep in enumerate(records.sweeps)]
+    sections += [comparison_section(comparison, i, chosen, figures) for i, comparison in enumerate(found)]
     profiled = settings(records).items()
     sections += [scaling_section(setting, lines, i, chosen, figures) for i, (setting, lines) in enumerate(profiled)]
     if records.mechanisms:
@@ -96,7 +98,8 @@ def _top(records: Records, found: Sequence[Comparison], profiled: int) -> Html:
     mechanisms = {entry.mixer_key for comparison in found for entry in comparison.entries} or mixer_labels(records)
     tasks = list(dict.fromkeys(comparison.task.title for comparison in found))
     what = f"{_number(len(mechanisms), 'mechanism')} on {', '.join(tasks)}" if tasks else "Speed and memory"
-    links = [(f"#comparison-{i}", text) for i, text in enumerate(_link_texts(found))]
+    links = [(f"#sweep-{i}", "Sweep") for i in range(len(records.sweeps))]
+    links += [(f"#comparison-{i}", text) for i, text in enumerate(_link_texts(found))]
     links += [(f"#scaling-{i}", "Scaling") for i in range(profiled)]
     if records.mechanisms:
         links += [("#capabilities", "Capabilities"), ("#mechanisms", "Mechanisms")]

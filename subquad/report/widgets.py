@@ -44,6 +44,14 @@ def name_cell(ink: Ink, label: str, mark: str = "") -> Html:
     return element("th", element("span", swatch(ink), element("span", label, mark), class_="name"), scope="row")
 
 
+def recommendation_box(sentences: Sequence[str], *, found: bool) -> Html:
+    """Return a recommendation, its first sentence large; where nothing was `found` to use, as a warning."""
+    lead, *rest = sentences
+    body = [element("p", lead, class_="lead"), *[element("p", sentence, class_="reason") for sentence in rest]]
+    kind = "recommendation" if found else "recommendation none"
+    return element("div", element("p", "Recommendation", class_="kicker"), *body, class_=kind)
+
+
 def chips(labels: Mapping[str, str], inks: Mapping[str, Ink]) -> Html:
     """Return one button a mechanism (key to label) that hides or shows it in every chart."""
     buttons = [

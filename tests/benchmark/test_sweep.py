@@ -15,7 +15,7 @@ from subquad.benchmark.plan import RunPlan
 from subquad.benchmark.recommendation import recommend
 from subquad.benchmark.request import Request
 from subquad.benchmark.runner import not_trained_record
-from subquad.benchmark.sweep import SweepResult, Tuned, plan_sweep, sweep
+from subquad.benchmark.sweep import SweepResult, Tuned, plan_sweep, sweep, sweep_record
 from subquad.records.metrics import METRICS
 from subquad.records.queries import comparisons
 from subquad.records.schema import RunRecord, Status
@@ -203,3 +203,20 @@ def test_options_and_settings_of_one_mechanism_are_trials_as_well(
     planned = plan_sweep(request, make_trials(read_axes(grid), request.mixers, request.preset), tiny_data)
     assert [run.plan.mixer.text for run in planned] == ["full", "local:window=5", "full", "local:window=9"]
     assert all(run.done for run in planned)
+
+
+def test_the_choice_is_kept_with_what_it_was_made_from(
+    run: Sweep, trainer: Trainer, request_of: Callable[..., Request]
+) -> None:
+    grid = ("learning_rate=1e-2,1e-3,1e-4",)
+    trainer.scores = {("linear", 1e-2, 0): None, ("linear", 1e-4, 0): (0.7, 0.6)}
+    result = run("linear", grid=grid)
+    record = sweep_record(result, request_of("linear"), grid)
+    full, linear = record.mechanisms
+    assert (full.mechanism, full.chosen, linear.mechanism, linear.chosen) == ("full", 0, "linear", 2)
+    assert [trial.varied for trial in linear.trials] == [{"learning_rate": rate} for rate in (1e-2, 1e-3, 1e-4)]
+    assert [trial.validation for trial in linear.trials] == [None, 0.5, 0.7]
+    assert linear.trials[0].reason == "diverged: the loss is not finite"
+    assert (linear.test, linear.at_edge) == (0.6, ("learning_rate",))
+    assert record.command.endswith("--grid learning_rate=1e-2,1e-3,1e-4 --seeds 1 --seed 0")
+    assert record.recommendation == recommend(result.comparison).sentences

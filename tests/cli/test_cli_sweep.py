@@ -44,7 +44,9 @@ def test_a_sweep_ends_with_the_best_trials_and_its_page_and_folder_can_be_read_o
     for word in ("Tiny ListOps", "2 trials of each mechanism, 1 seed", "full", "linear", "steps=8", "Validation", "➜"):
         assert word in first.out
     assert "✓ train linear, steps=8, learning_rate=0.001, seed 0" in first.err
-    assert (tmp_path / "out" / "report.html").exists()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>Sweep: Tiny ListOps</h2>" in page
+    assert f"--preset {TINY} --mixers full,linear --grid learning_rate=1e-3,5e-3 --grid steps=8 --seeds 1" in page
     document = invoke("sweep", *arguments, "--json").document
     assert [each["mechanism"] for each in document["mechanisms"]] == ["full", "linear"]
     assert {"verdict", "sentences"} <= set(document["recommendation"])
@@ -53,6 +55,7 @@ def test_a_sweep_ends_with_the_best_trials_and_its_page_and_folder_can_be_read_o
         assert [trial["settings"] for trial in trials] == [{"learning_rate": rate, "steps": 8} for rate in (1e-3, 5e-3)]
         assert each["best"]["validation"] == max(trial["validation"] for trial in trials)
         assert {trial["status"] for trial in trials} == {"ok"}
+    (_,) = (tmp_path / "out").rglob("sweep-*.json")  # the second sweep has replaced that of the first
     for verb in ("recommend", "report"):
         ran = invoke(verb, "--output", str(tmp_path / "out"), "--preset", "tiny:steps=8:learning_rate=0.001")
         assert ran.exit_code == 0, ran.err

@@ -26,6 +26,7 @@ from subquad.records.schema import (
 )
 from subquad.records.scores import CurvePoint, Metric, PositionBucket, Score
 from subquad.records.store import write_mechanisms, write_profile, write_run
+from subquad.records.sweeps import SweepRecord, TrialRecord, TunedRecord
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 SEEDS = (0, 1)
@@ -326,6 +327,46 @@ def mechanism(spec: Spec) -> Mechanism:
         ),
         picture=picture(spec.name, causal=False),
         causal_picture=picture(spec.name, causal=True),
+    )
+
+
+def tuned(spec: Spec, scores: tuple[float | None, ...], chosen: int | None, **options: JsonValue) -> TunedRecord:
+    """Trials over as many learning rates, None for one that diverged."""
+    trials = tuple(
+        TrialRecord(
+            varied={"learning_rate": 1e-3 * 3**index, **options},
+            mixer=spec.mixer,
+            validation=score,
+            status="ok" if score is not None else "diverged",
+            reason="" if score is not None else "diverged: the loss is not finite",
+        )
+        for index, score in enumerate(scores)
+    )
+    test = None if chosen is None else accuracy(spec, 0)
+    edge = ("learning_rate",) if chosen == 0 else ()
+    error = None if chosen is None else 0.011
+    return TunedRecord(
+        mechanism=spec.name, trials=trials, chosen=chosen, test=test, test_standard_error=error, at_edge=edge
+    )
+
+
+def swept() -> SweepRecord:
+    """A sweep of three mechanisms: one has its best at the edge, of one every trial diverged."""
+    return SweepRecord(
+        created="2026-11-22T08:00:00+00:00",
+        command="subquad sweep --task listops --preset quick --mixers full,local,linear --grid learning_rate=1e-3,3e-3",
+        hardware=ENVIRONMENT.hardware,
+        task=TASK,
+        preset_name="quick",
+        preset="quick",
+        seeds=SEEDS,
+        mechanisms=(
+            tuned(SPECS[0], (0.40, 0.43, 0.41), 1),
+            tuned(SPECS[1], (0.39, None, 0.37), 0, window=9),
+            tuned(SPECS[2], (None, None, None), None),
+        ),
+        recommendation=("Use local: as good as full.", "It is faster."),
+        winner="local learning_rate=0.001",
     )
 
 
