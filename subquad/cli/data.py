@@ -15,9 +15,7 @@ def command(
     preset: PresetOption = "quick",
     directory: Annotated[
         Path | None,
-        typer.Option(
-            "--data", "--directory", help="Folder of the files.", show_default="subquad-results/data/<task>/<preset>"
-        ),
+        typer.Option("--data", help="Folder of the files.", show_default="subquad-results/data/<task>/<preset>"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the generator; the same seed gives the same files.")] = 0,
     workers: Annotated[

@@ -79,7 +79,7 @@ def test_a_task_without_examples_reads_the_folder_that_its_error_asks_for(tmp_pa
         (tmp_path / label).mkdir()
         for index in range(30):
             (tmp_path / label / f"{index}.txt").write_text(f"{label} {index}")
-    for option in ("--data", "--directory"):
+    for option in ("--data", "--data"):
         ran = invoke("data", "--task", "text", option, str(tmp_path), "--json")
         assert sum(split["examples"] for split in ran.document["splits"].values()) == 60
 
