@@ -1,7 +1,7 @@
 """Running a plan: summaries of all regions, then every query over tokens and summaries, some heads at a time.
 
-Autograd keeps q, k, v, the result and its log-sum-exp; summaries are made again in the backward pass, while a head's
-tokens are in the cache.
+Autograd keeps q, k and v, and where results of parts are merged the result and its log-sum-exp; summaries are made again
+in the backward pass, while a head's tokens are in the cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from subquad.ops.combiner.example import Example, Options
 from subquad.ops.combiner.region_pooling import MAXIMUM, SUM
-from subquad.ops.combiner.weighted_rows import average_both, average_both_backward
+from subquad.ops.combiner.weighted_rows import Averages, average_blocks, average_blocks_backward
+from subquad.ops.piece import CALL_BYTES
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Queries, Source
 
 GROUP_BYTES = 2**21
@@ -33,12 +34,14 @@ class _Summaries(NamedTuple):
         key: (G, R, E).
         value: (G, R, E).
         lse: (G, R), of the scores inside each region, finite.
+        averages: how they were made, for blocks; None else.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     lse: Tensor
+    averages: Averages | None = None
 
 
 class _Run(NamedTuple):
@@ -93,20 +96,23 @@ class _Run(NamedTuple):
 
     def summarise(self, query: Tensor, key: Tensor | None) -> _Summaries:
         """The summaries of all regions, with their queries and, unless these are averages, keys."""
-        tokens, made = Source(self.k, self.v), self.example.layout.summaries
-        if key is None:
-            for part in made:
-                key, value = average_both(part, query, tokens, self.scale)
-                return _Summaries(query, key, value, query[..., 0])
-            return _Summaries(query, query, query, query[..., 0])
+        tokens, layout = Source(self.k, self.v), self.example.layout
+        made, size = layout.summaries, self.example.plan.unit(self.example.padded)
+        if layout.blocks is not None:
+            sizes, bias = (size if layout.blocks.sight.by_place else 1, size), made[0].bias if made else None
+            averages = average_blocks(query, tokens, sizes, bias, self.scale, keys=key is None)
+            key = averages.key if key is None else key
+            assert key is not None
+            return _Summaries(query, key, averages.value, query[..., 0], averages)
+        assert key is not None
         lse = torch.full_like(query[..., 0], -torch.inf)
         queries = Queries(query, torch.zeros_like(query), lse)
         for part in made:
             part.forward(queries, {TOKENS: tokens}, self.scale, fresh=True)
         return _Summaries(query, key, queries.out, lse.masked_fill_(lse == -torch.inf, 0.0))
 
-    def forward(self, out: Tensor, lse: Tensor) -> None:
-        """Fill out (G, padded, E) and lse (G, padded)."""
+    def forward(self, out: Tensor, lse: Tensor | None) -> None:
+        """Fill out (G, padded, E) and, where the plan has it, lse (G, padded)."""
         if self.given is None:
             key = None if self.weighted else self.pool(self.k, self.key_weight)
             made = self.summarise(self.pool(self.q, self.query_weight), key)
@@ -114,17 +120,22 @@ class _Run(NamedTuple):
         else:
             summaries = self.given
         sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
-        for index, part in enumerate(self.example.layout.parts):
-            part.forward(Queries(self.q, out, lse), sources, self.scale, fresh=index == 0)
-        lse.masked_fill_(lse == -torch.inf, 0.0)
+        if self.example.layout.blocks is not None:
+            self.example.layout.blocks.forward(self.q, sources, out, self.scale)
+        if lse is not None:
+            lse.fill_(-torch.inf)
+            for index, part in enumerate(self.example.layout.parts):
+                part.forward(Queries(self.q, out, lse), sources, self.scale, fresh=index == 0)
+            lse.masked_fill_(lse == -torch.inf, 0.0)
 
-    def backward(self, grad: Tensor, out: Tensor, lse: Tensor, grads: Inputs) -> None:
+    def backward(self, grad: Tensor, queries: Queries | None, grads: Inputs) -> None:
         """Write the gradients of q, k, v (G, padded, E) to `grads`; add those of weights and given summaries."""
-        queries = Queries(self.q, out, lse)
         if self.given is not None:
             assert grads.summary_keys is not None
             assert grads.summary_values is not None
-            self._attend_backward(grad, queries, self.given, grads, Source(grads.summary_keys, grads.summary_values))
+            regions = self.example.layout.regions
+            of_given = Source(grads.summary_keys[:, :regions], grads.summary_values[:, :regions])
+            self._attend_backward(grad, queries, self.given, grads, of_given)
             return
         pooled_q = _Pooled(self, self.q, self.query_weight)
         pooled_k = None if self.weighted else _Pooled(self, self.k, self.key_weight)
@@ -132,29 +143,33 @@ class _Run(NamedTuple):
         of_summaries = Source(torch.zeros_like(made.key), torch.zeros_like(made.value))
         self._attend_backward(grad, queries, Source(made.key, made.value), grads, of_summaries)
         of_query, tokens, of_tokens = torch.zeros_like(made.query), Source(self.k, self.v), Source(grads.k, grads.v)
-        for part in self.example.layout.summaries:
-            if self.weighted:
-                average_both_backward(part, of_summaries, made.query, tokens, of_query, of_tokens, self.scale)
-            else:
-                queries = Queries(made.query, made.value, made.lse)
-                part.backward(of_summaries.v, queries, {TOKENS: tokens}, of_query, {TOKENS: of_tokens}, self.scale)
+        if made.averages is not None:
+            average_blocks_backward(of_summaries, made.averages, made.query, tokens, of_query, of_tokens, self.scale)
+        else:
+            asking = Queries(made.query, made.value, made.lse)
+            for part in self.example.layout.summaries:
+                part.backward(of_summaries.v, asking, {TOKENS: tokens}, of_query, {TOKENS: of_tokens}, self.scale)
         pooled_q.backward(of_query, grads.q, grads.query_weight)
         if pooled_k is not None:
             pooled_k.backward(of_summaries.k, grads.k, grads.key_weight)
 
     def _attend_backward(
-        self, grad: Tensor, queries: Queries, summaries: Source, grads: Inputs, of_summaries: Source
+        self, grad: Tensor, queries: Queries | None, summaries: Source, grads: Inputs, of_summaries: Source
     ) -> None:
         sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
         added = {TOKENS: Source(grads.k, grads.v), SUMMARIES: of_summaries}
-        for index, part in enumerate(self.example.layout.parts):
-            part.backward(grad, queries, sources, grads.q, added, self.scale, fresh=index == 0)
+        if self.example.layout.blocks is not None:
+            self.example.layout.blocks.backward(grad, self.q, sources, grads.q, added, self.scale)
+        if queries is not None:
+            for index, part in enumerate(self.example.layout.parts):
+                part.backward(grad, queries, sources, grads.q, added, self.scale, fresh=index == 0)
 
 
 class _Pooled:
     """Pooled tokens, and the graph by which their gradient goes back."""
 
     def __init__(self, run: _Run, x: Tensor, weight: Tensor | None) -> None:
+        self.view = run.example.layout.pool if run.example.plan.asks_tokens else None
         self.leaves = [tensor.detach().requires_grad_() for tensor in (x, weight) if tensor is not None]
         with torch.enable_grad():
             self.result = run.pool(self.leaves[0], self.leaves[1] if weight is not None else None)
@@ -162,7 +177,10 @@ class _Pooled:
 
     def backward(self, grad: Tensor, *totals: Tensor | None) -> None:
         """Add the gradients of x and the weight to the totals."""
-        if grad.shape[1]:
+        if self.view is not None:
+            assert totals[0] is not None
+            self.view(totals[0], SUM).add_(grad)
+        elif grad.shape[1]:
             for total, found in zip(totals, torch.autograd.grad(self.result, self.leaves, grad), strict=False):
                 assert total is not None
                 total += found
@@ -209,12 +227,15 @@ class _Combine(torch.autograd.Function):
         inputs = Inputs(*tensors)  # pyright: ignore[reportArgumentType] - the first three are no None
         q = inputs.q
         out = torch.zeros_like(q) if _incomplete(examples, q) else torch.empty_like(q)
-        lse = torch.zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        wide, lse = torch.promote_types(q.dtype, torch.float32), None
+        if any(example is not None and example.layout.parts for example in examples):
+            lse = torch.zeros(q.shape[:3], dtype=wide, device=q.device)
         for index, example, heads in _groups(q, examples):
             run = inputs.run(example, options, index, heads)
-            with _Room(out[index, heads], example) as found, _Room(lse[index, heads], example) as sums:
-                run.forward(found, sums.fill_(-torch.inf))
-        ctx.save_for_backward(*inputs, out, lse)
+            with ExitStack() as rooms:
+                found = rooms.enter_context(_Room(out[index, heads], example))
+                run.forward(found, None if lse is None else rooms.enter_context(_Room(lse[index, heads], example)))
+        ctx.save_for_backward(*inputs, *((None, None) if lse is None else (out, lse)))
         ctx.examples, ctx.options = examples, options
         return out
 
@@ -232,12 +253,14 @@ class _Combine(torch.autograd.Function):
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         for index, example, heads in _groups(inputs.q, ctx.examples):
             run, used = inputs.run(example, ctx.options, index, heads), slice(example.length)
-            of_out, found = (_fill_up(x[index, heads, used], example) for x in (grad, out))
-            sums = F.pad(lse[index, heads, used], (0, example.padded - example.length))
+            of_out, queries = _fill_up(grad[index, heads, used], example), None
+            if lse is not None:
+                sums = F.pad(lse[index, heads, used], (0, example.padded - example.length))
+                queries = Queries(run.q, _fill_up(out[index, heads, used], example), sums)
             with ExitStack() as rooms:
                 q, k, v = (rooms.enter_context(_Room(x[index, heads], example)) for x in grads[:3])
                 added = [None if x is None else x[index, heads] for x in grads[5:]]
-                run.backward(of_out, found, sums, Inputs(q, k, v, *grads[3:5], *added))
+                run.backward(of_out, queries, Inputs(q, k, v, *grads[3:5], *added))
         return None, None, *grads
 
 
@@ -275,7 +298,9 @@ def _groups(q: Tensor, examples: list[Example | None]) -> Iterator[tuple[int, Ex
     wide = torch.promote_types(q.dtype, torch.float32)
     for index, example in enumerate(examples):
         if example is not None:
-            size = max(1, GROUP_BYTES // (example.padded * q.shape[-1] * wide.itemsize))
+            blocks, size = example.layout.blocks, example.padded * wide.itemsize
+            size = GROUP_BYTES // (size * q.shape[-1]) if blocks is None else CALL_BYTES // (size * blocks.columns)
+            size = max(1, size)
             yield from ((index, example, slice(head, head + size)) for head in range(0, q.shape[1], size))
 
 
