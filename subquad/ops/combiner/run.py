@@ -1,7 +1,7 @@
 """Running a plan: summaries of all regions, then every query over tokens and summaries, some heads at a time.
 
-Autograd keeps q, k and v, and where results of parts are merged the result and its log-sum-exp; summaries are made again
-in the backward pass, while a head's tokens are in the cache.
+Autograd keeps q, k and v, and where results of parts are merged also the result and its log-sum-exp; summaries are
+made again in the backward pass, while a head's tokens are in the cache.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from subquad.ops.combiner.block_products import in_blocks
 from subquad.ops.combiner.example import Example, Options
-from subquad.ops.combiner.region_pooling import MAXIMUM, SUM
+from subquad.ops.combiner.region_pooling import MAXIMUM, SUM, first_largest
 from subquad.ops.combiner.weighted_rows import Averages, average_blocks, average_blocks_backward
 from subquad.ops.piece import CALL_BYTES
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Queries, Source
@@ -137,8 +138,8 @@ class _Run(NamedTuple):
             of_given = Source(grads.summary_keys[:, :regions], grads.summary_values[:, :regions])
             self._attend_backward(grad, queries, self.given, grads, of_given)
             return
-        pooled_q = _Pooled(self, self.q, self.query_weight)
-        pooled_k = None if self.weighted else _Pooled(self, self.k, self.key_weight)
+        pooled_q = self._pooled(self.q, self.query_weight)
+        pooled_k = None if self.weighted else self._pooled(self.k, self.key_weight)
         made = self.summarise(pooled_q.value, None if pooled_k is None else pooled_k.value)
         of_summaries = Source(torch.zeros_like(made.key), torch.zeros_like(made.value))
         self._attend_backward(grad, queries, Source(made.key, made.value), grads, of_summaries)
@@ -152,6 +153,12 @@ class _Run(NamedTuple):
         pooled_q.backward(of_query, grads.q, grads.query_weight)
         if pooled_k is not None:
             pooled_k.backward(of_summaries.k, grads.k, grads.key_weight)
+
+    def _pooled(self, x: Tensor, weight: Tensor | None) -> _Pooled | _Selected:
+        example, options = self.example, self.options
+        largest = options.reduce == "max" and not options.rectified and example.kept is None and example.sizes is None
+        selected = example.layout.blocks is not None and (example.plan.asks_tokens or largest)
+        return _Selected(self, x) if selected else _Pooled(self, x, weight)
 
     def _attend_backward(
         self, grad: Tensor, queries: Queries | None, summaries: Source, grads: Inputs, of_summaries: Source
@@ -169,7 +176,6 @@ class _Pooled:
     """Pooled tokens, and the graph by which their gradient goes back."""
 
     def __init__(self, run: _Run, x: Tensor, weight: Tensor | None) -> None:
-        self.view = run.example.layout.pool if run.example.plan.asks_tokens else None
         self.leaves = [tensor.detach().requires_grad_() for tensor in (x, weight) if tensor is not None]
         with torch.enable_grad():
             self.result = run.pool(self.leaves[0], self.leaves[1] if weight is not None else None)
@@ -177,13 +183,31 @@ class _Pooled:
 
     def backward(self, grad: Tensor, *totals: Tensor | None) -> None:
         """Add the gradients of x and the weight to the totals."""
-        if self.view is not None:
-            assert totals[0] is not None
-            self.view(totals[0], SUM).add_(grad)
-        elif grad.shape[1]:
+        if grad.shape[1]:
             for total, found in zip(totals, torch.autograd.grad(self.result, self.leaves, grad), strict=False):
                 assert total is not None
                 total += found
+
+
+class _Selected:
+    """Pooled tokens where each number is one of a token's: of the asking token, or the largest in its block."""
+
+    def __init__(self, run: _Run, x: Tensor) -> None:
+        self.run, self.places = run, None
+        if run.example.plan.asks_tokens:
+            self.value = run.pool(x, None)
+        else:
+            self.value, self.places = first_largest(self._blocks(x), 2)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        return in_blocks(x, 0, self.run.example.layout.regions, self.run.example.plan.unit(self.run.example.padded))
+
+    def backward(self, grad: Tensor, total: Tensor, _: Tensor | None) -> None:
+        """Add the gradient of x to the total."""
+        if self.places is None:
+            total[:, : grad.shape[1]].add_(grad)
+        else:
+            self._blocks(total).scatter_add_(2, self.places[:, :, None], grad[:, :, None])
 
 
 class Inputs(NamedTuple):
@@ -207,15 +231,15 @@ class Inputs(NamedTuple):
     summary_keys: Tensor | None = None
     summary_values: Tensor | None = None
 
-    def run(self, example: Example, options: Options, index: int, heads: slice) -> _Run:
-        """Some heads of an example, float32 or wider."""
-        q, k, v = (_fill_up(x[index, heads, : example.length], example) for x in (self.q, self.k, self.v))
+    def run(self, some: _Group, options: Options) -> _Run:
+        """Some heads, float32 or wider."""
+        example = some.example
+        q, k, v = (some.fill_up(x) for x in (self.q, self.k, self.v))
         query_weight, key_weight = (None if x is None else x.to(q.dtype) for x in (self.query_weight, self.key_weight))
         given = None
         if self.summary_keys is not None and self.summary_values is not None:
             regions = example.layout.regions
-            keys, values = (x[index, heads, :regions].to(q.dtype) for x in (self.summary_keys, self.summary_values))
-            given = Source(keys, values)
+            given = Source(*(some.rows(x, regions).to(q.dtype) for x in (self.summary_keys, self.summary_values)))
         return _Run(example, options, q, k, v, query_weight, key_weight, given)
 
 
@@ -230,11 +254,11 @@ class _Combine(torch.autograd.Function):
         wide, lse = torch.promote_types(q.dtype, torch.float32), None
         if any(example is not None and example.layout.parts for example in examples):
             lse = torch.zeros(q.shape[:3], dtype=wide, device=q.device)
-        for index, example, heads in _groups(q, examples):
-            run = inputs.run(example, options, index, heads)
+        for some in _groups(q, examples):
+            run = inputs.run(some, options)
             with ExitStack() as rooms:
-                found = rooms.enter_context(_Room(out[index, heads], example))
-                run.forward(found, None if lse is None else rooms.enter_context(_Room(lse[index, heads], example)))
+                found = rooms.enter_context(_Room(out, some))
+                run.forward(found, None if lse is None else rooms.enter_context(_Room(lse, some)))
         ctx.save_for_backward(*inputs, *((None, None) if lse is None else (out, lse)))
         ctx.examples, ctx.options = examples, options
         return out
@@ -251,35 +275,69 @@ class _Combine(torch.autograd.Function):
             *(make(x) for x in inputs[:3]), *(None if x is None else torch.zeros_like(x) for x in inputs[3:])
         )
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        for index, example, heads in _groups(inputs.q, ctx.examples):
-            run, used = inputs.run(example, ctx.options, index, heads), slice(example.length)
-            of_out, queries = _fill_up(grad[index, heads, used], example), None
+        for some in _groups(inputs.q, ctx.examples):
+            run, queries = inputs.run(some, ctx.options), None
             if lse is not None:
-                sums = F.pad(lse[index, heads, used], (0, example.padded - example.length))
-                queries = Queries(run.q, _fill_up(out[index, heads, used], example), sums)
+                queries = Queries(run.q, some.fill_up(out), some.fill_up(lse[..., None])[..., 0])
             with ExitStack() as rooms:
-                q, k, v = (rooms.enter_context(_Room(x[index, heads], example)) for x in grads[:3])
-                added = [None if x is None else x[index, heads] for x in grads[5:]]
-                run.backward(of_out, queries, Inputs(q, k, v, *grads[3:5], *added))
+                q, k, v = (rooms.enter_context(_Room(x, some)) for x in grads[:3])
+                regions = some.example.layout.regions
+                added = [None if x is None else rooms.enter_context(_Room(x, some, regions)) for x in grads[5:]]
+                run.backward(some.fill_up(grad), queries, Inputs(q, k, v, *grads[3:5], *added))
         return None, None, *grads
 
 
-class _Room:
-    """Where the rows (G, padded, ...) of some heads are written: in their place, or beside it where they don't fit."""
+class _Group(NamedTuple):
+    """Heads that run together, G of them.
 
-    def __init__(self, place: Tensor, example: Example) -> None:
-        wide = torch.promote_types(place.dtype, torch.float32)
-        self.place, self.length = place[:, : example.length], example.length
-        self.rows = self.place
-        if example.padded > example.length or wide != place.dtype:
-            self.rows = place.new_zeros((place.shape[0], example.padded, *place.shape[2:]), dtype=wide)
+    Attributes:
+        example: what each is.
+        examples: where in the batch it is.
+        heads: which heads of each.
+    """
+
+    example: Example
+    examples: slice
+    heads: slice
+
+    def rows(self, x: Tensor, number: int) -> Tensor:
+        """(B, H, L, ...) -> (G, number, ...), the first rows; a view where it can be one."""
+        return x[self.examples, self.heads, :number].flatten(0, 1)
+
+    def fill_up(self, x: Tensor) -> Tensor:
+        """(B, H, L, E) -> (G, padded, E), float32 or wider; a view where that is what it is."""
+        x = self.rows(x, self.example.length).to(torch.promote_types(x.dtype, torch.float32))
+        missing = self.example.padded - self.example.length
+        return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+class _Room:
+    """Where rows (G, padded, ...) of a group are written: in their place, or beside it where they don't fit.
+
+    Args:
+        target: (B, H, L, ...).
+        some: the group.
+        number: rows that are written, where these aren't the tokens.
+    """
+
+    def __init__(self, target: Tensor, some: _Group, number: int | None = None) -> None:
+        number, padded = (some.example.length, some.example.padded) if number is None else (number, number)
+        self.place = target[some.examples, some.heads, :number]
+        wide, (examples, heads, *_) = torch.promote_types(target.dtype, torch.float32), self.place.shape
+        one_stride = examples == 1 or heads == 1 or self.place.stride(0) == heads * self.place.stride(1)
+        self.direct = padded == number and wide == target.dtype and one_stride
+        self.rows = self.place.flatten(0, 1) if self.direct else self._beside(padded, wide)
+
+    def _beside(self, padded: int, dtype: torch.dtype) -> Tensor:
+        examples, heads, _, *rest = self.place.shape
+        return self.place.new_zeros((examples * heads, padded, *rest), dtype=dtype)
 
     def __enter__(self) -> Tensor:
         return self.rows
 
     def __exit__(self, *raised: object) -> None:
-        if self.rows is not self.place:
-            self.place.copy_(self.rows[:, : self.length])
+        if not self.direct:
+            self.place.copy_(self.rows[:, : self.place.shape[2]].view(self.place.shape))
 
 
 def combine(inputs: Inputs, examples: list[Example | None], options: Options) -> Tensor:
@@ -293,19 +351,18 @@ def _incomplete(examples: list[Example | None], q: Tensor) -> bool:
     return any(example is None or example.length < q.shape[2] for example in examples)
 
 
-def _groups(q: Tensor, examples: list[Example | None]) -> Iterator[tuple[int, Example, slice]]:
-    """Examples with real tokens, and heads of them that run together."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    for index, example in enumerate(examples):
+def _groups(q: Tensor, examples: list[Example | None]) -> Iterator[_Group]:
+    """Heads that run together: of one example, or all heads of examples that are the same and stand side by side."""
+    wide, num_heads, start = torch.promote_types(q.dtype, torch.float32), q.shape[1], 0
+    while start < len(examples):
+        example, stop = examples[start], start + 1
         if example is not None:
             blocks, size = example.layout.blocks, example.padded * wide.itemsize
-            size = GROUP_BYTES // (size * q.shape[-1]) if blocks is None else CALL_BYTES // (size * blocks.columns)
-            size = max(1, size)
-            yield from ((index, example, slice(head, head + size)) for head in range(0, q.shape[1], size))
-
-
-def _fill_up(x: Tensor, example: Example) -> Tensor:
-    """(G, length, E) -> (G, padded, E), float32 or wider; x itself where that is what it is."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    missing = example.padded - example.length
-    return F.pad(x, (0, 0, 0, missing)) if missing else x
+            most = GROUP_BYTES // (size * q.shape[-1]) if blocks is None else CALL_BYTES // (size * blocks.columns)
+            heads = min(num_heads, max(1, most))
+            last = min(len(examples), start + max(1, most // num_heads))
+            while stop < last and examples[stop] is example:
+                stop += 1
+            for head in range(0, num_heads, heads):
+                yield _Group(example, slice(start, stop), slice(head, head + heads))
+        start = stop

@@ -85,5 +85,5 @@ def average_blocks_backward(
 def _ranges(weights: Tensor) -> Iterator[tuple[int, int]]:
     """Blocks whose weights stay in the cache."""
     count = weights.shape[1]
-    step = max(1, CALL_BYTES // (4 * weights[:, :1].nbytes)) if count else 1
+    step = max(1, CALL_BYTES // weights[:, :1].nbytes) if count else 1
     return ((start, min(start + step, count)) for start in range(0, count, step))
