@@ -140,13 +140,16 @@ class CombinerConfig(MixerConfig):
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
         """Projections, and the pairs of queries with tokens and regions and of regions with their tokens.
 
-        A length counts as filled up to whole segments or rows. Autograd keeps, for each plan, the result and its
-        log-sum-exp; what projects the keys of rows keeps the averages, both sides of the norm, and the keys.
+        A length counts as filled up to whole segments or rows. Autograd keeps, for each plan of merged parts, the
+        result and its log-sum-exp; what projects the keys of rows keeps the averages, both sides of the norm, and the
+        keys.
         """
         plans, total = self.plans(), projection_cost(dims, length, dtype_bytes)
         inner, heads = dims.inner_dim, dims.num_heads
         sums = max(4, dtype_bytes) * heads * length
-        kept = len(plans) * sums + (dtype_bytes * length * inner * len(plans) if len(plans) > 1 else 0)
+        kept = sum(plan.merged for plan in plans) * sums + (
+            dtype_bytes * length * inner * len(plans) if len(plans) > 1 else 0
+        )
         weights = 2 * dims.head_dim**2 if self.activation == "deepset" else 0
         products = 3 if self.row_summary == "wsum" else 0 if self.projects_rows else 2  # scores, averages
         flops = 0

@@ -159,18 +159,16 @@ class Blocks:
             own, others = Source(*map(part.of, sources[TOKENS])), Source(*map(part.seen, sources[SUMMARIES]))
             of_own, of_others = Source(*map(part.of, grads[TOKENS])), Source(*map(part.seen, grads[SUMMARIES]))
             weights = part.weights(of_queries, own.k, others.k, scale)
-            of_weights = self.sight.products(upstream, own.v, others.v, 1.0)
+            of_scores = self.sight.products(upstream, own.v, others.v, 1.0)
             softmax_backward = torch.ops.aten._softmax_backward_data.out
-            softmax_backward(of_weights, weights, -1, weights.dtype, grad_input=of_weights)
-            for table, left, right_of_own, right_of_others in (
-                (weights, upstream, of_own.v, of_others.v),
-                (of_weights, of_queries, of_own.k, of_others.k),
-            ):
-                factor = scale if table is of_weights else 1.0
-                multiply(right_of_own, table[..., : self.size].mT, left, factor)
-                multiply(right_of_others, rows(table[..., self.size :]).mT, rows(left), factor, add=True)
-            multiply(of_q, of_weights[..., : self.size], own.k, scale)
-            multiply(rows(of_q), rows(of_weights[..., self.size :]), others.k, scale, add=True)
+            softmax_backward(of_scores, weights, -1, weights.dtype, grad_input=of_scores)
+            by_tokens, by_summaries = of_scores[..., : self.size], rows(of_scores[..., self.size :])
+            multiply(of_own.v, weights[..., : self.size].mT, upstream)
+            multiply(of_others.v, rows(weights[..., self.size :]).mT, rows(upstream), add=True)
+            multiply(of_own.k, by_tokens.mT, of_queries, scale)
+            multiply(of_others.k, by_summaries.mT, rows(of_queries), scale, add=True)
+            multiply(of_q, by_tokens, own.k, scale)
+            multiply(rows(of_q), by_summaries, others.k, scale, add=True)
 
     def _parts(self, like: Tensor) -> Iterator[_Part]:
         """Blocks whose tables stay in the cache, with the summaries that some of them see."""

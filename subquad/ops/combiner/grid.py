@@ -231,6 +231,7 @@ class Rowmajor(GridPlan):
 
     weighted_keys: bool = True
     asks_tokens = True
+    merged = False
 
     def partition(self, i: int, length: int, *, causal: bool) -> Partition:
         """By rows."""

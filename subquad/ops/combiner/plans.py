@@ -81,11 +81,13 @@ class Plan(ABC):
         bidirectional: whether everything may be split, and not only the past.
         asks_tokens: whether regions are summarised by the queries of single tokens, so that nothing is pooled.
         weighted_keys: whether the key of a region is the average of its keys, as its value is of its values.
+        merged: whether results of several parts are merged, for which autograd keeps the result and its log-sum-exp.
     """
 
     bidirectional = True
     asks_tokens = False
     weighted_keys = False
+    merged = True
 
     @abstractmethod
     def unit(self, length: int) -> int:
@@ -133,6 +135,7 @@ class Fixed(Plan):
     """
 
     size: int
+    merged = False
 
     def __post_init__(self) -> None:
         """Check the size."""

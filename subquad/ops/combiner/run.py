@@ -7,24 +7,19 @@ made again in the backward pass, while a head's tokens are in the cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.combiner.block_products import in_blocks
 from subquad.ops.combiner.example import Example, Options
+from subquad.ops.combiner.groups import Group, Room, groups_of
 from subquad.ops.combiner.region_pooling import MAXIMUM, SUM, first_largest
 from subquad.ops.combiner.weighted_rows import Averages, average_blocks, average_blocks_backward
-from subquad.ops.piece import CALL_BYTES
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Queries, Source
-
-GROUP_BYTES = 2**21
-"""Queries of the heads that run together: few enough that they stay in the cache."""
 
 
 class _Summaries(NamedTuple):
@@ -231,7 +226,7 @@ class Inputs(NamedTuple):
     summary_keys: Tensor | None = None
     summary_values: Tensor | None = None
 
-    def run(self, some: _Group, options: Options) -> _Run:
+    def run(self, some: Group, options: Options) -> _Run:
         """Some heads, float32 or wider."""
         example = some.example
         q, k, v = (some.fill_up(x) for x in (self.q, self.k, self.v))
@@ -252,13 +247,13 @@ class _Combine(torch.autograd.Function):
         q = inputs.q
         out = torch.zeros_like(q) if _incomplete(examples, q) else torch.empty_like(q)
         wide, lse = torch.promote_types(q.dtype, torch.float32), None
-        if any(example is not None and example.layout.parts for example in examples):
+        if any(example is not None and example.plan.merged for example in examples):
             lse = torch.zeros(q.shape[:3], dtype=wide, device=q.device)
-        for some in _groups(q, examples):
+        for some in groups_of(q, examples):
             run = inputs.run(some, options)
             with ExitStack() as rooms:
-                found = rooms.enter_context(_Room(out, some))
-                run.forward(found, None if lse is None else rooms.enter_context(_Room(lse, some)))
+                found = rooms.enter_context(Room(out, some))
+                run.forward(found, None if lse is None else rooms.enter_context(Room(lse, some)))
         ctx.save_for_backward(*inputs, *((None, None) if lse is None else (out, lse)))
         ctx.examples, ctx.options = examples, options
         return out
@@ -275,69 +270,16 @@ class _Combine(torch.autograd.Function):
             *(make(x) for x in inputs[:3]), *(None if x is None else torch.zeros_like(x) for x in inputs[3:])
         )
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        for some in _groups(inputs.q, ctx.examples):
+        for some in groups_of(inputs.q, ctx.examples):
             run, queries = inputs.run(some, ctx.options), None
             if lse is not None:
                 queries = Queries(run.q, some.fill_up(out), some.fill_up(lse[..., None])[..., 0])
             with ExitStack() as rooms:
-                q, k, v = (rooms.enter_context(_Room(x, some)) for x in grads[:3])
+                q, k, v = (rooms.enter_context(Room(x, some)) for x in grads[:3])
                 regions = some.example.layout.regions
-                added = [None if x is None else rooms.enter_context(_Room(x, some, regions)) for x in grads[5:]]
+                added = [None if x is None else rooms.enter_context(Room(x, some, regions)) for x in grads[5:]]
                 run.backward(some.fill_up(grad), queries, Inputs(q, k, v, *grads[3:5], *added))
         return None, None, *grads
-
-
-class _Group(NamedTuple):
-    """Heads that run together, G of them.
-
-    Attributes:
-        example: what each is.
-        examples: where in the batch it is.
-        heads: which heads of each.
-    """
-
-    example: Example
-    examples: slice
-    heads: slice
-
-    def rows(self, x: Tensor, number: int) -> Tensor:
-        """(B, H, L, ...) -> (G, number, ...), the first rows; a view where it can be one."""
-        return x[self.examples, self.heads, :number].flatten(0, 1)
-
-    def fill_up(self, x: Tensor) -> Tensor:
-        """(B, H, L, E) -> (G, padded, E), float32 or wider; a view where that is what it is."""
-        x = self.rows(x, self.example.length).to(torch.promote_types(x.dtype, torch.float32))
-        missing = self.example.padded - self.example.length
-        return F.pad(x, (0, 0, 0, missing)) if missing else x
-
-
-class _Room:
-    """Where rows (G, padded, ...) of a group are written: in their place, or beside it where they don't fit.
-
-    Args:
-        target: (B, H, L, ...).
-        some: the group.
-        number: rows that are written, where these aren't the tokens.
-    """
-
-    def __init__(self, target: Tensor, some: _Group, number: int | None = None) -> None:
-        number, padded = (some.example.length, some.example.padded) if number is None else (number, number)
-        self.place = target[some.examples, some.heads, :number]
-        wide, (examples, heads, *_) = torch.promote_types(target.dtype, torch.float32), self.place.shape
-        one_stride = examples == 1 or heads == 1 or self.place.stride(0) == heads * self.place.stride(1)
-        self.direct = padded == number and wide == target.dtype and one_stride
-        self.rows = self.place.flatten(0, 1) if self.direct else self._beside(padded, wide)
-
-    def _beside(self, padded: int, dtype: torch.dtype) -> Tensor:
-        examples, heads, _, *rest = self.place.shape
-        return self.place.new_zeros((examples * heads, padded, *rest), dtype=dtype)
-
-    def __enter__(self) -> Tensor:
-        return self.rows
-
-    def __exit__(self, *raised: object) -> None:
-        if not self.direct:
-            self.place.copy_(self.rows[:, : self.place.shape[2]].view(self.place.shape))
 
 
 def combine(inputs: Inputs, examples: list[Example | None], options: Options) -> Tensor:
@@ -349,20 +291,3 @@ def combine(inputs: Inputs, examples: list[Example | None], options: Options) ->
 
 def _incomplete(examples: list[Example | None], q: Tensor) -> bool:
     return any(example is None or example.length < q.shape[2] for example in examples)
-
-
-def _groups(q: Tensor, examples: list[Example | None]) -> Iterator[_Group]:
-    """Heads that run together: of one example, or all heads of examples that are the same and stand side by side."""
-    wide, num_heads, start = torch.promote_types(q.dtype, torch.float32), q.shape[1], 0
-    while start < len(examples):
-        example, stop = examples[start], start + 1
-        if example is not None:
-            blocks, size = example.layout.blocks, example.padded * wide.itemsize
-            most = GROUP_BYTES // (size * q.shape[-1]) if blocks is None else CALL_BYTES // (size * blocks.columns)
-            heads = min(num_heads, max(1, most))
-            last = min(len(examples), start + max(1, most // num_heads))
-            while stop < last and examples[stop] is example:
-                stop += 1
-            for head in range(0, num_heads, heads):
-                yield _Group(example, slice(start, stop), slice(head, head + heads))
-        start = stop

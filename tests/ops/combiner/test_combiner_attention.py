@@ -23,6 +23,7 @@ from subquad.ops.combiner.grid import Horizontal, Rowmajor, Vertical
 from subquad.ops.combiner.joint_mixture import JointMixture
 from subquad.ops.combiner.levels import Logsparse
 from subquad.ops.combiner.plans import Fixed, Plan
+from subquad.ops.combiner.region_pooling import first_largest
 from subquad.ops.rectangles import TOKENS, Gather, Keys, Part, Queries, Source, View
 
 SIZES = st.sampled_from([1, 2, 3, 4, 7, 40])
@@ -282,7 +283,7 @@ def test_only_inputs_and_what_merging_needs_are_kept(plan: Plan) -> None:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         combiner_attention(q, k, v, plan, causal=True)
-    result_and_sums = 0 if isinstance(plan, Fixed | Rowmajor) else 8 + 1
+    result_and_sums = 8 + 1 if plan.merged else 0
     assert sum(kept.values()) == 4 * 256 * 2 * (3 * 8 + result_and_sums)
 
 
@@ -310,6 +311,45 @@ def test_parts_without_the_fused_operator_are_the_same(causal: bool, monkeypatch
         assert_equal(plain, fused)
         for gradient, expected in zip(found, wanted, strict=True):
             assert_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("plan", [Fixed(4), Rowmajor(4), Rowmajor(4, weighted_keys=False), Logsparse()], ids=repr)
+@BOTH_FORMS
+def test_a_call_in_parts_is_the_same(plan: Plan, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = qkv(22)
+    whole = combiner_attention(*inputs, plan, causal=causal)
+    wanted = torch.autograd.grad(whole.square().sum(), inputs)
+    for module in ("blocks", "weighted_rows", "groups"):
+        monkeypatch.setattr(f"subquad.ops.combiner.{module}.CALL_BYTES", 2 * 4 * 8 * 8)
+    found = combiner_attention(*inputs, plan, causal=causal)
+    assert_equal(found, whole)
+    for gradient, expected in zip(torch.autograd.grad(found.square().sum(), inputs), wanted, strict=True):
+        assert_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("plan", [Fixed(4), Rowmajor(4), Logsparse(), Vertical(4)], ids=repr)
+@BOTH_FORMS
+def test_examples_that_run_together_are_each_as_alone(plan: Plan, causal: bool) -> None:
+    """Equal ones side by side and apart, shorter ones, an empty one, one with gaps; heads lie inside tokens."""
+    valid = torch.arange(13) < torch.tensor([13, 13, 6, 6, 0, 13, 13])[:, None]
+    valid[6, 5] = False
+    q, k, v = (torch.randn(7, 13, 2, 3, dtype=torch.float64).transpose(1, 2).requires_grad_() for _ in range(3))
+    upstream = torch.randn(7, 13, 2, 3, dtype=torch.float64).transpose(1, 2)
+    together = combiner_attention(q, k, v, plan, causal=causal, valid=valid)
+    one = [slice(i, i + 1) for i in range(7)]
+    alone = [combiner_attention(q[i], k[i], v[i], plan, causal=causal, valid=valid[i]) for i in one]
+    assert_equal(together, torch.cat(alone))
+    wanted = torch.autograd.grad(torch.cat(alone), (q, k, v), upstream)
+    for gradient, expected in zip(torch.autograd.grad(together, (q, k, v), upstream), wanted, strict=True):
+        assert_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("size", [1, 7, 12, 16, 128])
+def test_the_first_largest_is_found_where_several_are_equal(size: int) -> None:
+    x = torch.randint(0, 3, (2, 3, size, 5)).double()
+    values, places = first_largest(x, 2)
+    assert torch.equal(values, x.amax(dim=2))
+    assert torch.equal(places, (x == values[:, :, None]).int().argmax(dim=2))
 
 
 def test_a_part_reads_and_adds_through_its_views() -> None:
