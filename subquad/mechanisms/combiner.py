@@ -107,8 +107,12 @@ class CombinerConfig(MixerConfig):
 
     @property
     def traits(self) -> Traits:
-        """The joint mixture looks back alone."""
-        return Traits(bidirectional=self.mixture != "joint", causal=True, padding=True, state=True)
+        """The joint mixture looks back alone; with single tokens for regions, or none, it is softmax."""
+        none = self.block == 1 and self.plan in ("vertical", "horizontal", "mixture")  # a column has no regions
+        single = (self.plan, self.block) in (("fixed", 1), ("rowmajor", 1), ("horizontal", 2))
+        softmax = none or (single and self.activation == "identity" and not self.projects_rows)
+        both = self.mixture != "joint"
+        return Traits(bidirectional=both, causal=True, padding=True, state=True, approximates_softmax=softmax)
 
     @property
     def projects_rows(self) -> bool:
@@ -140,13 +144,15 @@ class CombinerConfig(MixerConfig):
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
         """Projections, and the pairs of queries with tokens and regions and of regions with their tokens.
 
-        A length counts as filled up to whole segments or rows. Autograd keeps, for each plan, the result and its
-        log-sum-exp; what projects the keys of rows keeps the averages, both sides of the norm, and the keys.
+        A length counts as filled up to whole segments or rows. Autograd keeps, where a plan merges parts, the result
+        and its log-sum-exp; what projects the keys of rows keeps the averages, both sides of the norm, and the keys.
         """
         plans, total = self.plans(), projection_cost(dims, length, dtype_bytes)
         inner, heads = dims.inner_dim, dims.num_heads
         sums = max(4, dtype_bytes) * heads * length
-        kept = len(plans) * sums + (dtype_bytes * length * inner * len(plans) if len(plans) > 1 else 0)
+        kept = sum(plan.merged for plan in plans) * sums + (
+            dtype_bytes * length * inner * len(plans) if len(plans) > 1 else 0
+        )
         weights = 2 * dims.head_dim**2 if self.activation == "deepset" else 0
         products = 3 if self.row_summary == "wsum" else 0 if self.projects_rows else 2  # scores, averages
         flops = 0

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from subquad.interface import Mixed
 from subquad.mechanisms import synthesizer
+from subquad.ops.combiner.blocks import Blocks
 from subquad.ops.memory import attention as memory_attention
 from subquad.ops.memory import compressed as compressed_attention
 from subquad.ops.memory import most_used
@@ -82,9 +83,15 @@ def counted_flops(forward: Callable[[], object]) -> int:
             hidden += counter.get_total_flops() - before - 2 * visible * tokens.shape[1]
         return rows
 
+    def attend_blocks(blocks: Blocks, q: Tensor, *rest: Any) -> None:
+        nonlocal hidden
+        before = counter.get_total_flops()
+        of_blocks(blocks, q, *rest)
+        hidden += counter.get_total_flops() - before - 2 * 2 * q.shape[0] * q.shape[2] * blocks.pairs
+
     topk_scores, synthesised, aten = topk.visible_scores, synthesizer.attend_slice, torch.ops.aten
     with_memory, of_rows = memory_attention.attend_slice, compressed_attention.read_rows
-    of_usage = most_used.slice_weights
+    of_usage, of_blocks = most_used.slice_weights, Blocks.forward
     triangular_product = token_product.visible_product
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops,
@@ -101,6 +108,7 @@ def counted_flops(forward: Callable[[], object]) -> int:
         patch.object(compressed_attention, "read_rows", read_rows),
         patch.object(most_used, "slice_weights", slice_weights),
         patch.object(token_product, "visible_product", visible_product),
+        patch.object(Blocks, "forward", attend_blocks),
         counter,
     ):
         forward()

@@ -183,6 +183,30 @@ def test_with_one_segment_it_is_dense_attention(causal: bool) -> None:
     torch.testing.assert_close(mixer(x).y, dense(x).y, rtol=1e-10, atol=1e-10)
 
 
+PLANS_OF_ONE: list[dict[str, Any]] = [
+    {"plan": "fixed"},
+    {"plan": "fixed", "activation": "relu"},
+    {"plan": "fixed", "pooling": "sum"},
+    {"plan": "vertical", "activation": "relu"},
+    {"plan": "horizontal"},
+    {"plan": "horizontal", "activation": "relu"},
+    {"plan": "rowmajor"},
+    *({"plan": "rowmajor", "row_summary": key} for key in ("none", "wsum")),
+    *({"plan": "mixture", "mixture": mixture} for mixture in ("mean", "joint")),
+    {"plan": "logsparse"},
+]
+"""With one token in every segment or row."""
+
+
+@pytest.mark.parametrize("options", [*PLANS_OF_ONE, *({**options, "block": 2} for options in PLANS_OF_ONE)], ids=str)
+def test_it_is_softmax_attention_where_its_traits_say_so(options: dict[str, Any]) -> None:
+    options = {"block": 1, **options}
+    mixer, x = combiner(**options), torch.randn(2, 9, 4, dtype=torch.float64)
+    dense = build_mixer("full", embed_dim=4, num_heads=2, causal=True).double()
+    dense.load_state_dict({name: mixer.state_dict()[name] for name in dense.state_dict()})
+    assert torch.allclose(mixer(x).y, dense(x).y, rtol=1e-10, atol=1e-10) == mixer.config.traits.approximates_softmax
+
+
 def test_the_mean_mixture_is_the_mean_of_two_plans() -> None:
     mixed, x = combiner(plan="mixture"), torch.randn(2, 17, 4, dtype=torch.float64)
     parts = [combiner(plan=plan) for plan in ("vertical", "horizontal")]

@@ -98,5 +98,6 @@ def _prepare(plan: Plan, kept: Tensor, causal: bool, options: Options, dtype: to
     layout = layout._replace(
         summaries=[part.restrict(added, dtype) for part in layout.summaries],
         parts=[part.restrict(added, dtype) for part in layout.parts],
+        blocks=None if layout.blocks is None else layout.blocks.restrict(added, dtype),
     )
     return Example(length, padded, layout, plan, kept if hiding else None, sizes, gaps)

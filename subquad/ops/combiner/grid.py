@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.ops.combiner.blocks import Blocks, ByPlace
 from subquad.ops.combiner.plans import (
     Layout,
     Pairs,
@@ -230,6 +231,7 @@ class Rowmajor(GridPlan):
 
     weighted_keys: bool = True
     asks_tokens = True
+    merged = False
 
     def partition(self, i: int, length: int, *, causal: bool) -> Partition:
         """By rows."""
@@ -250,7 +252,7 @@ class Rowmajor(GridPlan):
 
         rows = grid.rows.cut(0, used)
         made = [Part(rows, (tokens(rows),))] if used else []
-        return Layout(used * width, pool, sizes, made, [grid.own_row(), *grid.own_column(0)])
+        return Layout(used * width, pool, sizes, made, [], Blocks(grid.height, width, grid.causal, ByPlace()))
 
     def pairs_on_grid(self, grid: Grid) -> Pairs:
         """The own row, and a summary of every other row."""

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from subquad.ops.combiner.blocks import Blocks, Shared
 from subquad.ops.combiner.region_pooling import SUM, Pool, Reduction
 from subquad.ops.combiner.stream_regions import Segments, StreamPlan
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Gather, Keys, Part, View
@@ -63,6 +63,7 @@ class Layout(NamedTuple):
         sizes: how many of the tokens that are marked 1 (1, L, 1) are in each region, (R,).
         summaries: parts with regions for rows and tokens for keys.
         parts: parts with tokens for rows; the first has all of them.
+        blocks: what attends in place of parts; None for nothing.
     """
 
     regions: int
@@ -70,6 +71,7 @@ class Layout(NamedTuple):
     sizes: Callable[[Tensor], Tensor]
     summaries: list[Part]
     parts: list[Part]
+    blocks: Blocks | None = None
 
 
 class Plan(ABC):
@@ -79,11 +81,13 @@ class Plan(ABC):
         bidirectional: whether everything may be split, and not only the past.
         asks_tokens: whether regions are summarised by the queries of single tokens, so that nothing is pooled.
         weighted_keys: whether the key of a region is the average of its keys, as its value is of its values.
+        merged: whether results of several parts are merged, for which autograd keeps the result and its log-sum-exp.
     """
 
     bidirectional = True
     asks_tokens = False
     weighted_keys = False
+    merged = True
 
     @abstractmethod
     def unit(self, length: int) -> int:
@@ -131,6 +135,7 @@ class Fixed(Plan):
     """
 
     size: int
+    merged = False
 
     def __post_init__(self) -> None:
         """Check the size."""
@@ -148,24 +153,16 @@ class Fixed(Plan):
         return Partition(list(segments[own]), regions)
 
     def layout(self, length: int, *, causal: bool) -> Layout:
-        """Own segment and summaries side by side; causal: groups of segments see the summaries before their last."""
+        """One summary for every segment that others see."""
         size = self.unit(length)
-        count = length // size
-        regions = count - 1 if causal or count == 1 else count
-        own = View(0, count, size, size)
+        blocks = Blocks(length // size, size, causal, Shared())
+        regions = blocks.summarised
 
         def pool(x: Tensor, reduction: Reduction) -> Tensor:
             return reduction.along(x[:, : regions * size].unflatten(1, (regions, size)), 2)
 
-        made = [Part(View(0, regions, 1, 1), (tokens(own.cut(0, regions)),))] if regions else []
-        if causal:
-            parts = [Part(own, (tokens(own),), causal=True), *_earlier_segments(count, size)]
-        else:
-            other = ~torch.eye(count, dtype=torch.bool)[:, None, None]
-            visible = torch.cat((torch.ones(count, 1, 1, size, dtype=torch.bool), other), dim=3)
-            shared = summaries(View(0, count, 0, count))
-            parts = [Part(own, (tokens(own), shared), visible) if regions else Part(own, (tokens(own),))]
-        return Layout(regions, pool, sizes_by(pool), made, parts)
+        made = [Part(View(0, regions, 1, 1), (tokens(View(0, regions, size, size)),))] if regions else []
+        return Layout(regions, pool, sizes_by(pool), made, [], blocks)
 
     def pairs(self, length: int, *, causal: bool) -> Pairs:
         """Own segment and all others, or those before."""
@@ -179,17 +176,6 @@ class Fixed(Plan):
     def stream(self) -> StreamPlan:
         """Of earlier segments summaries are enough."""
         return StreamPlan(self.size, False, (Segments(self.size),), needs_all=False)
-
-
-def _earlier_segments(count: int, size: int, group: int = 8) -> list[Part]:
-    """Segments 1..count-1 against the summaries before them, a group at a time."""
-    parts = []
-    for first in range(1, count, group):
-        stop = min(first + group, count)
-        visible = torch.arange(stop - 1) < torch.arange(first, stop)[:, None]
-        rows, columns = View(first * size, stop - first, size, size), View(0, stop - first, 0, stop - 1)
-        parts.append(Part(rows, (summaries(columns),), visible[:, None, None]))
-    return parts
 
 
 def require_positive(plan: str, name: str, value: int) -> None:

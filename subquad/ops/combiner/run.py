@@ -1,28 +1,25 @@
 """Running a plan: summaries of all regions, then every query over tokens and summaries, some heads at a time.
 
-Autograd keeps q, k, v, the result and its log-sum-exp; summaries are made again in the backward pass, while a head's
-tokens are in the cache.
+Autograd keeps q, k and v, and where results of parts are merged also the result and its log-sum-exp; summaries are
+made again in the backward pass, while a head's tokens are in the cache.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from subquad.ops.combiner.block_products import in_blocks
 from subquad.ops.combiner.example import Example, Options
-from subquad.ops.combiner.region_pooling import MAXIMUM, SUM
-from subquad.ops.combiner.weighted_rows import average_both, average_both_backward
+from subquad.ops.combiner.groups import Group, Room, groups_of
+from subquad.ops.combiner.region_pooling import MAXIMUM, SUM, first_largest
+from subquad.ops.combiner.weighted_rows import Averages, average_blocks, average_blocks_backward
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Queries, Source
-
-GROUP_BYTES = 2**21
-"""Queries of the heads that run together: few enough that they stay in the cache."""
 
 
 class _Summaries(NamedTuple):
@@ -33,12 +30,14 @@ class _Summaries(NamedTuple):
         key: (G, R, E).
         value: (G, R, E).
         lse: (G, R), of the scores inside each region, finite.
+        averages: how they were made, for blocks; None else.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     lse: Tensor
+    averages: Averages | None = None
 
 
 class _Run(NamedTuple):
@@ -93,20 +92,23 @@ class _Run(NamedTuple):
 
     def summarise(self, query: Tensor, key: Tensor | None) -> _Summaries:
         """The summaries of all regions, with their queries and, unless these are averages, keys."""
-        tokens, made = Source(self.k, self.v), self.example.layout.summaries
-        if key is None:
-            for part in made:
-                key, value = average_both(part, query, tokens, self.scale)
-                return _Summaries(query, key, value, query[..., 0])
-            return _Summaries(query, query, query, query[..., 0])
+        tokens, layout = Source(self.k, self.v), self.example.layout
+        made, size = layout.summaries, self.example.plan.unit(self.example.padded)
+        if layout.blocks is not None:
+            sizes, bias = (size if layout.blocks.sight.by_place else 1, size), made[0].bias if made else None
+            averages = average_blocks(query, tokens, sizes, bias, self.scale, keys=key is None)
+            key = averages.key if key is None else key
+            assert key is not None
+            return _Summaries(query, key, averages.value, query[..., 0], averages)
+        assert key is not None
         lse = torch.full_like(query[..., 0], -torch.inf)
         queries = Queries(query, torch.zeros_like(query), lse)
         for part in made:
             part.forward(queries, {TOKENS: tokens}, self.scale, fresh=True)
         return _Summaries(query, key, queries.out, lse.masked_fill_(lse == -torch.inf, 0.0))
 
-    def forward(self, out: Tensor, lse: Tensor) -> None:
-        """Fill out (G, padded, E) and lse (G, padded)."""
+    def forward(self, out: Tensor, lse: Tensor | None) -> None:
+        """Fill out (G, padded, E) and, where the plan has it, lse (G, padded)."""
         if self.given is None:
             key = None if self.weighted else self.pool(self.k, self.key_weight)
             made = self.summarise(self.pool(self.q, self.query_weight), key)
@@ -114,41 +116,55 @@ class _Run(NamedTuple):
         else:
             summaries = self.given
         sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
-        for index, part in enumerate(self.example.layout.parts):
-            part.forward(Queries(self.q, out, lse), sources, self.scale, fresh=index == 0)
-        lse.masked_fill_(lse == -torch.inf, 0.0)
+        if self.example.layout.blocks is not None:
+            self.example.layout.blocks.forward(self.q, sources, out, self.scale)
+        if lse is not None:
+            lse.fill_(-torch.inf)
+            for index, part in enumerate(self.example.layout.parts):
+                part.forward(Queries(self.q, out, lse), sources, self.scale, fresh=index == 0)
+            lse.masked_fill_(lse == -torch.inf, 0.0)
 
-    def backward(self, grad: Tensor, out: Tensor, lse: Tensor, grads: Inputs) -> None:
+    def backward(self, grad: Tensor, queries: Queries | None, grads: Inputs) -> None:
         """Write the gradients of q, k, v (G, padded, E) to `grads`; add those of weights and given summaries."""
-        queries = Queries(self.q, out, lse)
         if self.given is not None:
             assert grads.summary_keys is not None
             assert grads.summary_values is not None
-            self._attend_backward(grad, queries, self.given, grads, Source(grads.summary_keys, grads.summary_values))
+            regions = self.example.layout.regions
+            of_given = Source(grads.summary_keys[:, :regions], grads.summary_values[:, :regions])
+            self._attend_backward(grad, queries, self.given, grads, of_given)
             return
-        pooled_q = _Pooled(self, self.q, self.query_weight)
-        pooled_k = None if self.weighted else _Pooled(self, self.k, self.key_weight)
+        pooled_q = self._pooled(self.q, self.query_weight)
+        pooled_k = None if self.weighted else self._pooled(self.k, self.key_weight)
         made = self.summarise(pooled_q.value, None if pooled_k is None else pooled_k.value)
         of_summaries = Source(torch.zeros_like(made.key), torch.zeros_like(made.value))
         self._attend_backward(grad, queries, Source(made.key, made.value), grads, of_summaries)
         of_query, tokens, of_tokens = torch.zeros_like(made.query), Source(self.k, self.v), Source(grads.k, grads.v)
-        for part in self.example.layout.summaries:
-            if self.weighted:
-                average_both_backward(part, of_summaries, made.query, tokens, of_query, of_tokens, self.scale)
-            else:
-                queries = Queries(made.query, made.value, made.lse)
-                part.backward(of_summaries.v, queries, {TOKENS: tokens}, of_query, {TOKENS: of_tokens}, self.scale)
+        if made.averages is not None:
+            average_blocks_backward(of_summaries, made.averages, made.query, tokens, of_query, of_tokens, self.scale)
+        else:
+            asking = Queries(made.query, made.value, made.lse)
+            for part in self.example.layout.summaries:
+                part.backward(of_summaries.v, asking, {TOKENS: tokens}, of_query, {TOKENS: of_tokens}, self.scale)
         pooled_q.backward(of_query, grads.q, grads.query_weight)
         if pooled_k is not None:
             pooled_k.backward(of_summaries.k, grads.k, grads.key_weight)
 
+    def _pooled(self, x: Tensor, weight: Tensor | None) -> _Pooled | _Selected:
+        example, options = self.example, self.options
+        largest = options.reduce == "max" and not options.rectified and example.kept is None and example.sizes is None
+        selected = example.layout.blocks is not None and (example.plan.asks_tokens or largest)
+        return _Selected(self, x) if selected else _Pooled(self, x, weight)
+
     def _attend_backward(
-        self, grad: Tensor, queries: Queries, summaries: Source, grads: Inputs, of_summaries: Source
+        self, grad: Tensor, queries: Queries | None, summaries: Source, grads: Inputs, of_summaries: Source
     ) -> None:
         sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
         added = {TOKENS: Source(grads.k, grads.v), SUMMARIES: of_summaries}
-        for index, part in enumerate(self.example.layout.parts):
-            part.backward(grad, queries, sources, grads.q, added, self.scale, fresh=index == 0)
+        if self.example.layout.blocks is not None:
+            self.example.layout.blocks.backward(grad, self.q, sources, grads.q, added, self.scale)
+        if queries is not None:
+            for index, part in enumerate(self.example.layout.parts):
+                part.backward(grad, queries, sources, grads.q, added, self.scale, fresh=index == 0)
 
 
 class _Pooled:
@@ -166,6 +182,27 @@ class _Pooled:
             for total, found in zip(totals, torch.autograd.grad(self.result, self.leaves, grad), strict=False):
                 assert total is not None
                 total += found
+
+
+class _Selected:
+    """Pooled tokens where each number is one of a token's: of the asking token, or the largest in its block."""
+
+    def __init__(self, run: _Run, x: Tensor) -> None:
+        self.run, self.places = run, None
+        if run.example.plan.asks_tokens:
+            self.value = run.pool(x, None)
+        else:
+            self.value, self.places = first_largest(self._blocks(x), 2)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        return in_blocks(x, 0, self.run.example.layout.regions, self.run.example.plan.unit(self.run.example.padded))
+
+    def backward(self, grad: Tensor, total: Tensor, _: Tensor | None) -> None:
+        """Add the gradient of x to the total."""
+        if self.places is None:
+            total[:, : grad.shape[1]].add_(grad)
+        else:
+            self._blocks(total).scatter_add_(2, self.places[:, :, None], grad[:, :, None])
 
 
 class Inputs(NamedTuple):
@@ -189,15 +226,15 @@ class Inputs(NamedTuple):
     summary_keys: Tensor | None = None
     summary_values: Tensor | None = None
 
-    def run(self, example: Example, options: Options, index: int, heads: slice) -> _Run:
-        """Some heads of an example, float32 or wider."""
-        q, k, v = (_fill_up(x[index, heads, : example.length], example) for x in (self.q, self.k, self.v))
+    def run(self, some: Group, options: Options) -> _Run:
+        """Some heads, float32 or wider."""
+        example = some.example
+        q, k, v = (some.fill_up(x) for x in (self.q, self.k, self.v))
         query_weight, key_weight = (None if x is None else x.to(q.dtype) for x in (self.query_weight, self.key_weight))
         given = None
         if self.summary_keys is not None and self.summary_values is not None:
             regions = example.layout.regions
-            keys, values = (x[index, heads, :regions].to(q.dtype) for x in (self.summary_keys, self.summary_values))
-            given = Source(keys, values)
+            given = Source(*(some.rows(x, regions).to(q.dtype) for x in (self.summary_keys, self.summary_values)))
         return _Run(example, options, q, k, v, query_weight, key_weight, given)
 
 
@@ -209,12 +246,15 @@ class _Combine(torch.autograd.Function):
         inputs = Inputs(*tensors)  # pyright: ignore[reportArgumentType] - the first three are no None
         q = inputs.q
         out = torch.zeros_like(q) if _incomplete(examples, q) else torch.empty_like(q)
-        lse = torch.zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        for index, example, heads in _groups(q, examples):
-            run = inputs.run(example, options, index, heads)
-            with _Room(out[index, heads], example) as found, _Room(lse[index, heads], example) as sums:
-                run.forward(found, sums.fill_(-torch.inf))
-        ctx.save_for_backward(*inputs, out, lse)
+        wide, lse = torch.promote_types(q.dtype, torch.float32), None
+        if any(example is not None and example.plan.merged for example in examples):
+            lse = torch.zeros(q.shape[:3], dtype=wide, device=q.device)
+        for some in groups_of(q, examples):
+            run = inputs.run(some, options)
+            with ExitStack() as rooms:
+                found = rooms.enter_context(Room(out, some))
+                run.forward(found, None if lse is None else rooms.enter_context(Room(lse, some)))
+        ctx.save_for_backward(*inputs, *((None, None) if lse is None else (out, lse)))
         ctx.examples, ctx.options = examples, options
         return out
 
@@ -230,33 +270,16 @@ class _Combine(torch.autograd.Function):
             *(make(x) for x in inputs[:3]), *(None if x is None else torch.zeros_like(x) for x in inputs[3:])
         )
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        for index, example, heads in _groups(inputs.q, ctx.examples):
-            run, used = inputs.run(example, ctx.options, index, heads), slice(example.length)
-            of_out, found = (_fill_up(x[index, heads, used], example) for x in (grad, out))
-            sums = F.pad(lse[index, heads, used], (0, example.padded - example.length))
+        for some in groups_of(inputs.q, ctx.examples):
+            run, queries = inputs.run(some, ctx.options), None
+            if lse is not None:
+                queries = Queries(run.q, some.fill_up(out), some.fill_up(lse[..., None])[..., 0])
             with ExitStack() as rooms:
-                q, k, v = (rooms.enter_context(_Room(x[index, heads], example)) for x in grads[:3])
-                added = [None if x is None else x[index, heads] for x in grads[5:]]
-                run.backward(of_out, found, sums, Inputs(q, k, v, *grads[3:5], *added))
+                q, k, v = (rooms.enter_context(Room(x, some)) for x in grads[:3])
+                regions = some.example.layout.regions
+                added = [None if x is None else rooms.enter_context(Room(x, some, regions)) for x in grads[5:]]
+                run.backward(some.fill_up(grad), queries, Inputs(q, k, v, *grads[3:5], *added))
         return None, None, *grads
-
-
-class _Room:
-    """Where the rows (G, padded, ...) of some heads are written: in their place, or beside it where they don't fit."""
-
-    def __init__(self, place: Tensor, example: Example) -> None:
-        wide = torch.promote_types(place.dtype, torch.float32)
-        self.place, self.length = place[:, : example.length], example.length
-        self.rows = self.place
-        if example.padded > example.length or wide != place.dtype:
-            self.rows = place.new_zeros((place.shape[0], example.padded, *place.shape[2:]), dtype=wide)
-
-    def __enter__(self) -> Tensor:
-        return self.rows
-
-    def __exit__(self, *raised: object) -> None:
-        if self.rows is not self.place:
-            self.place.copy_(self.rows[:, : self.length])
 
 
 def combine(inputs: Inputs, examples: list[Example | None], options: Options) -> Tensor:
@@ -268,19 +291,3 @@ def combine(inputs: Inputs, examples: list[Example | None], options: Options) ->
 
 def _incomplete(examples: list[Example | None], q: Tensor) -> bool:
     return any(example is None or example.length < q.shape[2] for example in examples)
-
-
-def _groups(q: Tensor, examples: list[Example | None]) -> Iterator[tuple[int, Example, slice]]:
-    """Examples with real tokens, and heads of them that run together."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    for index, example in enumerate(examples):
-        if example is not None:
-            size = max(1, GROUP_BYTES // (example.padded * q.shape[-1] * wide.itemsize))
-            yield from ((index, example, slice(head, head + size)) for head in range(0, q.shape[1], size))
-
-
-def _fill_up(x: Tensor, example: Example) -> Tensor:
-    """(G, length, E) -> (G, padded, E), float32 or wider; x itself where that is what it is."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    missing = example.padded - example.length
-    return F.pad(x, (0, 0, 0, missing)) if missing else x

@@ -1,6 +1,7 @@
-"""Averages of keys and values together: one softmax for each query of a rectangle, and two things that it weighs.
+"""Averages of the values of blocks of tokens, or of values and keys: summaries that are made block by block.
 
-The weights are made once for both, by plain matrix products, and made again in the backward pass.
+Plain matrix products, for which one or many queries of a block are the same, and whose gradients are added where they
+belong. The weights are made again in the backward pass.
 """
 
 from __future__ import annotations
@@ -11,61 +12,78 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.ops.combiner.block_products import in_blocks, multiply
 from subquad.ops.piece import CALL_BYTES
-from subquad.ops.rectangles import TOKENS, Part, Source
+from subquad.ops.rectangles import Source
 
 
-class _Rectangles(NamedTuple):
-    """Some rectangles of a part.
+class Averages(NamedTuple):
+    """What queries read from their blocks.
 
     Attributes:
-        part: which.
-        q: (count, G, rows, E).
-        k: (count, G, columns, E).
-        both: (count, G, columns, 2 E), values and keys.
-        weights: (count, G, rows, columns).
+        value: averages of values (G, R, E).
+        key: averages of keys; None where nothing wants them.
+        weights: (G, n, r, m).
     """
 
-    part: Part
-    q: Tensor
-    k: Tensor
-    both: Tensor
+    value: Tensor
+    key: Tensor | None
     weights: Tensor
 
 
-def average_both(part: Part, q: Tensor, tokens: Source, scale: float) -> Source:
-    """What the queries q (G, rows, E) read from the keys and values of the tokens: averages of each."""
-    found = Source(torch.zeros_like(q), torch.zeros_like(q))
-    for some in _rectangles(part, q, tokens, scale):
-        value, key = (some.weights @ some.both).chunk(2, dim=-1)
-        some.part.rows.of(found.k).copy_(key)
-        some.part.rows.of(found.v).copy_(value)
-    return found
+def average_blocks(
+    q: Tensor, tokens: Source, sizes: tuple[int, int], bias: Tensor | None, scale: float, *, keys: bool
+) -> Averages:
+    """Average the first n blocks of m tokens (G, L, E), each by r queries.
+
+    Args:
+        q: (G, n r, E).
+        tokens: the keys and values.
+        sizes: r and m.
+        bias: added to the scores, broadcastable to (n, 1, r, m), 0 or -inf; None for nothing.
+        scale: factor of the scores.
+        keys: whether keys are averaged too.
+    """
+    rows, size = sizes
+    value, key = torch.empty_like(q), torch.empty_like(q) if keys else None
+    weights = q.new_empty(q.shape[0], q.shape[1] // rows, rows, size)
+    if bias is not None:
+        bias = bias.transpose(0, 1).clamp_min(torch.finfo(q.dtype).min / 4)  # finite: a block may have nothing
+    for start, stop in _ranges(weights):
+        k, v = (in_blocks(x, start, stop, size) for x in tokens)
+        some = weights[:, start:stop]
+        multiply(some, in_blocks(q, start, stop, rows), k.mT, scale)
+        if bias is not None:
+            some += bias[:, start:stop] if bias.shape[1] > 1 else bias
+        torch.softmax(some, dim=-1, out=some)
+        multiply(in_blocks(value, start, stop, rows), some, v)
+        if key is not None:
+            multiply(in_blocks(key, start, stop, rows), some, k)
+    return Averages(value, key, weights)
 
 
-def average_both_backward(
-    part: Part, grad: Source, q: Tensor, tokens: Source, grad_q: Tensor, grads: Source, scale: float
+def average_blocks_backward(
+    grad: Source, made: Averages, q: Tensor, tokens: Source, grad_q: Tensor, grads: Source, scale: float
 ) -> None:
-    """Add the gradients of the queries, keys and values from those of the averages (G, rows, E)."""
-    for some in _rectangles(part, q, tokens, scale):
-        rows, columns = some.part.rows, some.part.keys[0].rows
-        upstream = torch.cat((rows.of(grad.v), rows.of(grad.k)), dim=-1)
-        of_weights = upstream @ some.both.mT
-        of_scores = torch.ops.aten._softmax_backward_data(of_weights, some.weights, -1, of_weights.dtype).mul_(scale)
-        rows.add(grad_q, of_scores @ some.k)
-        of_values, of_keys = (some.weights.mT @ upstream).chunk(2, dim=-1)
-        columns.add(grads.v, of_values)
-        columns.add(grads.k, of_keys + of_scores.mT @ some.q)
+    """Add the gradients of queries, keys and values from those of the averages (G, n r, E)."""
+    rows, size = made.weights.shape[-2:]
+    for start, stop in _ranges(made.weights):
+        of_key, of_value, queries, of_q = (in_blocks(x, start, stop, rows) for x in (*grad, q, grad_q))
+        k, v, of_k, of_v = (in_blocks(x, start, stop, size) for x in (*tokens, *grads))
+        some = made.weights[:, start:stop]
+        of_weights = torch.empty_like(some)
+        multiply(of_weights, of_value, v.mT)
+        multiply(of_v, some.mT, of_value, add=True)
+        if made.key is not None:
+            multiply(of_weights, of_key, k.mT, add=True)
+            multiply(of_k, some.mT, of_key, add=True)
+        of_scores = torch.ops.aten._softmax_backward_data(of_weights, some, -1, of_weights.dtype)
+        multiply(of_q, of_scores, k, scale, add=True)
+        multiply(of_k, of_scores.mT, queries, scale, add=True)
 
 
-def _rectangles(part: Part, q: Tensor, tokens: Source, scale: float) -> Iterator[_Rectangles]:
-    """The part in pieces whose weights stay in the cache."""
-    size = max(1, CALL_BYTES // (4 * q.shape[0] * part.rows.size * part.columns * q.element_size()))
-    assert [keys.origin for keys in part.keys] == [TOKENS]
-    for some in part.cuts(size):
-        queries, keys = some.rows.of(q), some.keys[0].rows.of(tokens.k)
-        scores = (queries * scale) @ keys.mT
-        if some.bias is not None:
-            scores += some.bias
-        both = torch.cat((some.keys[0].rows.of(tokens.v), keys), dim=-1)
-        yield _Rectangles(some, queries, keys, both, scores.softmax(dim=-1))
+def _ranges(weights: Tensor) -> Iterator[tuple[int, int]]:
+    """Blocks whose weights stay in the cache."""
+    count = weights.shape[1]
+    step = max(1, CALL_BYTES // weights[:, :1].nbytes) if count else 1
+    return ((start, min(start + step, count)) for start in range(0, count, step))

@@ -23,6 +23,7 @@ from subquad.ops.combiner.grid import Horizontal, Rowmajor, Vertical
 from subquad.ops.combiner.joint_mixture import JointMixture
 from subquad.ops.combiner.levels import Logsparse
 from subquad.ops.combiner.plans import Fixed, Plan
+from subquad.ops.combiner.region_pooling import first_largest
 from subquad.ops.rectangles import TOKENS, Gather, Keys, Part, Queries, Source, View
 
 SIZES = st.sampled_from([1, 2, 3, 4, 7, 40])
@@ -244,7 +245,8 @@ def test_what_is_not_real_may_hold_anything() -> None:
 def test_pairs_are_counted_without_a_layout(plan: Plan, units: int, causal: bool) -> None:
     causal, length = causal or not plan.bidirectional, units * plan.unit(200)
     layout = plan.layout(length, causal=causal)
-    counted = (sum(part.pairs for part in parts) for parts in (layout.parts, layout.summaries))
+    attending = [*layout.parts, *([] if layout.blocks is None else [layout.blocks])]
+    counted = (sum(part.pairs for part in parts) for parts in (attending, layout.summaries))
     assert plan.pairs(length, causal=causal) == tuple(counted)
 
 
@@ -271,7 +273,7 @@ def test_given_summaries_are_attended_as_own_ones() -> None:
 
 
 @pytest.mark.parametrize("plan", [Fixed(64), Logsparse(), Vertical(16), Horizontal(16), Rowmajor(16)], ids=repr)
-def test_only_inputs_result_and_sums_are_kept(plan: Plan) -> None:
+def test_only_inputs_and_what_merging_needs_are_kept(plan: Plan) -> None:
     q, k, v = (torch.randn(1, 2, 256, 8, requires_grad=True) for _ in range(3))
     kept: dict[int, int] = {}
 
@@ -281,7 +283,8 @@ def test_only_inputs_result_and_sums_are_kept(plan: Plan) -> None:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         combiner_attention(q, k, v, plan, causal=True)
-    assert sum(kept.values()) == 4 * 256 * 2 * (4 * 8 + 1)
+    result_and_sums = 8 + 1 if plan.merged else 0
+    assert sum(kept.values()) == 4 * 256 * 2 * (3 * 8 + result_and_sums)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -308,6 +311,45 @@ def test_parts_without_the_fused_operator_are_the_same(causal: bool, monkeypatch
         assert_equal(plain, fused)
         for gradient, expected in zip(found, wanted, strict=True):
             assert_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("plan", [Fixed(4), Rowmajor(4), Rowmajor(4, weighted_keys=False), Logsparse()], ids=repr)
+@BOTH_FORMS
+def test_a_call_in_parts_is_the_same(plan: Plan, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = qkv(22)
+    whole = combiner_attention(*inputs, plan, causal=causal)
+    wanted = torch.autograd.grad(whole.square().sum(), inputs)
+    for module in ("blocks", "weighted_rows", "groups"):
+        monkeypatch.setattr(f"subquad.ops.combiner.{module}.CALL_BYTES", 2 * 4 * 8 * 8)
+    found = combiner_attention(*inputs, plan, causal=causal)
+    assert_equal(found, whole)
+    for gradient, expected in zip(torch.autograd.grad(found.square().sum(), inputs), wanted, strict=True):
+        assert_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("plan", [Fixed(4), Rowmajor(4), Logsparse(), Vertical(4)], ids=repr)
+@BOTH_FORMS
+def test_examples_that_run_together_are_each_as_alone(plan: Plan, causal: bool) -> None:
+    """Equal ones side by side and apart, shorter ones, an empty one, one with gaps; heads lie inside tokens."""
+    valid = torch.arange(13) < torch.tensor([13, 13, 6, 6, 0, 13, 13])[:, None]
+    valid[6, 5] = False
+    q, k, v = (torch.randn(7, 13, 2, 3, dtype=torch.float64).transpose(1, 2).requires_grad_() for _ in range(3))
+    upstream = torch.randn(7, 13, 2, 3, dtype=torch.float64).transpose(1, 2)
+    together = combiner_attention(q, k, v, plan, causal=causal, valid=valid)
+    one = [slice(i, i + 1) for i in range(7)]
+    alone = [combiner_attention(q[i], k[i], v[i], plan, causal=causal, valid=valid[i]) for i in one]
+    assert_equal(together, torch.cat(alone))
+    wanted = torch.autograd.grad(torch.cat(alone), (q, k, v), upstream)
+    for gradient, expected in zip(torch.autograd.grad(together, (q, k, v), upstream), wanted, strict=True):
+        assert_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("size", [1, 7, 12, 16, 128])
+def test_the_first_largest_is_found_where_several_are_equal(size: int) -> None:
+    x = torch.randint(0, 3, (2, 3, size, 5)).double()
+    values, places = first_largest(x, 2)
+    assert torch.equal(values, x.amax(dim=2))
+    assert torch.equal(places, (x == values[:, :, None]).int().argmax(dim=2))
 
 
 def test_a_part_reads_and_adds_through_its_views() -> None:
