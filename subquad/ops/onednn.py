@@ -41,9 +41,16 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (M, N), contiguous.
     """
-    if a.shape[0] * a.shape[1] * b.shape[0] >= SMALLEST_PRODUCT and suits(a, b):
+    if _pays(a, b):
         return torch.ops.mkldnn._linear_pointwise(a.contiguous(), _whole(b), bias, "none", [], "")
     return a @ b.T if bias is None else torch.addmm(bias, a, b.T)
+
+
+def logistic_product(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    """1 / (1 + exp(-(a bᵀ + bias))); arguments and result as in `product`. The function costs next to nothing."""
+    if _pays(a, b):
+        return torch.ops.mkldnn._linear_pointwise(a.contiguous(), _whole(b), bias, "sigmoid", [], "")
+    return torch.addmm(bias, a, b.T).sigmoid_()
 
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
@@ -82,6 +89,10 @@ def suits(a: Tensor, b: Tensor) -> bool:
     """Whether the operator takes these: float32 on a CPU, and no subclass such as a distributed or a fake tensor."""
     plain = type(a) in PLAIN and type(b) in PLAIN
     return plain and a.dtype == b.dtype == torch.float32 and a.device.type == "cpu" and has_onednn()
+
+
+def _pays(a: Tensor, b: Tensor) -> bool:
+    return a.shape[0] * a.shape[1] * b.shape[0] >= SMALLEST_PRODUCT and suits(a, b)
 
 
 def _whole(b: Tensor) -> Tensor:

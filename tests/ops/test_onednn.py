@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from subquad.ops.onednn import add_product_, has_onednn, product, product_over_rows
+from subquad.ops.onednn import add_product_, has_onednn, logistic_product, product, product_over_rows
 
 
 def test_this_build_of_torch_offers_the_private_operator() -> None:
@@ -39,3 +39,10 @@ def test_products_over_rows_and_added_ones_are_those_of_plain_matrices(shape: tu
     target = torch.ones(first, second)
     add_product_(target, a.T, b.T)
     torch.testing.assert_close(target, (1 + expected).float(), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [3, 1024])
+def test_the_logistic_function_follows_the_product(rows: int) -> None:
+    a, b, bias = torch.randn(rows, 64), torch.randn(64, 64), torch.randn(64)
+    expected = (a.double() @ b.double().T + bias.double()).sigmoid().float()
+    torch.testing.assert_close(logistic_product(a, b, bias), expected, atol=1e-6, rtol=1e-5)

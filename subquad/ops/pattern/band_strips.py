@@ -81,7 +81,7 @@ def _one_strip(first: int, end: int, columns: int, *, causal: bool) -> Strips:
 
 def _rows_for(width: int, columns: int) -> int:
     """Queries per strip: measured; narrow bands waste least in short strips, wide ones run fastest in tall ones."""
-    if width < 48:
+    if width < 192:
         return 32
     if width < 1024:
         return 64

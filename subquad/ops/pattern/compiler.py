@@ -168,7 +168,8 @@ def _band_pieces(term: Term, shape: Shape, sliced: bool) -> list[Piece]:
     pieces: list[Piece] = []
     for numbering in lanes_of(shape, term.modulus):
         strips = band_strips(numbering, term.low, term.high, shape.offset, sliced=sliced or bool(term.filters))
-        piece = StripPiece(numbering, strips, predicate, invariant=not term.filters)
+        alone = not term.filters
+        piece = StripPiece(numbering, strips, predicate, invariant=alone, joinable=alone)
         pieces.append(piece.without_hidden(And(term.filters), shape.offset) if term.filters else piece)
     return pieces
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,21 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from subquad.ops.fused import fused_backward, fused_forward, lse_backward
+from subquad.ops.pattern.strip_views import indexed, stacked, units
 from subquad.ops.pattern.strips import Numbering, Run, Strips
-from subquad.ops.piece import CALL_BYTES, Bias, Gradients, Piece, Work, add_stack, make_bias, merge, share_out, stack
+from subquad.ops.piece import CALL_BYTES, Bias, Gradients, Piece, Work, add_stack, make_bias, merge, share_out
+from subquad.ops.unfused import add_unfused, unfused_pays
 from subquad.patterns.pattern import Pattern, Tile
 
-
-class Unit(NamedTuple):
-    """Sequences of equal length, numbered as a piece wants them: heads, or the lanes of one head.
-
-    Attributes:
-        work: q, out (U, rows, E), lse (U, rows), k, v (U, columns, E).
-        gradients: likewise; None in the forward pass.
-    """
-
-    work: Work
-    gradients: Gradients | None
+TALL_ROWS = 256
+"""Rows to which strips are joined in the backward pass, where large products are faster than the fused operator."""
+MOST_JOINED_PAIRS = 1.4
+"""How many times as many pairs that may compute: what the products gain."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +33,14 @@ class StripPiece(Piece):
         strips: what is computed.
         predicate: what is visible inside masked strips, in absolute positions.
         invariant: whether the predicate depends on the distance of query and key alone.
+        joinable: whether the predicate also hides what strips around several of these would show beyond them.
     """
 
     numbering: Numbering
     strips: Strips
     predicate: Pattern
     invariant: bool
+    joinable: bool = False
     _shared_biases: dict[tuple[Run, torch.dtype], Bias] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -96,25 +92,35 @@ class StripPiece(Piece):
         )
         masked = strips.masked | ((classes != Tile.FULL) & ~strips.causal)
         strips = replace(strips, masked=masked)[classes != Tile.EMPTY]
-        return StripPiece(numbering, strips, self.predicate, self.invariant)
+        return replace(self, strips=strips, _shared_biases={})
 
     def forward(self, work: Work) -> None:
         """One call of the fused operator for each cut of a run."""
-        for unit in _units(self.numbering, work, None):
-            for run, bias in self._cuts(work, len(unit.work.q)):
+        for unit in units(self.numbering, work, None):
+            for run, bias in self._cuts(work, self._runs(work)):
                 _forward_run(run, bias, unit.work)
 
     def backward(self, work: Work, gradients: Gradients) -> None:
         """As `forward`; the masks are made again."""
-        for unit in _units(self.numbering, work, gradients):
+        for unit in units(self.numbering, work, gradients):
             assert unit.gradients is not None
-            for run, bias in self._cuts(work, len(unit.work.q)):
+            runs = [tall for run in self._runs(work) for tall in self._joined(run, unit.work.q)]
+            for run, bias in self._cuts(work, runs):
                 _backward_run(run, bias, unit.work, unit.gradients)
 
-    def _cuts(self, work: Work, sequences: int) -> Iterator[tuple[Run, Bias | None]]:
+    def _runs(self, work: Work) -> list[Run]:
+        """The strips in runs, under the facts of an example."""
+        return work.facts.restrict(self.strips, self.numbering).runs() if work.facts.anything else self.runs
+
+    def _joined(self, run: Run, like: Tensor) -> list[Run]:
+        """A run with its strips joined, where these are then large enough for products of matrices."""
+        joined = run.joined(TALL_ROWS) if self.joinable and not run.restricted else [run]
+        tall = joined[0]
+        cheap = tall.columns <= MOST_JOINED_PAIRS * run.columns
+        return joined if cheap and unfused_pays(tall.rows, tall.columns, like) else [run]
+
+    def _cuts(self, work: Work, runs: list[Run]) -> Iterator[tuple[Run, Bias | None]]:
         """Runs cut so that a call's temporaries stay in the cache, each with its mask."""
-        restricted = work.facts.anything
-        runs = work.facts.restrict(self.strips, self.numbering).runs() if restricted else self.runs
         for run in runs:
             own_mask = run.restricted or (run.masked and not self.invariant)
             elements = (run.rows + 2 * run.columns) * work.q.shape[-1]
@@ -151,118 +157,46 @@ def _place(index: Tensor, lane: Tensor, first: int, step: int, chosen: np.ndarra
     return first + lane + step * index if chosen is None else torch.from_numpy(chosen)[index]
 
 
-def _units(numbering: Numbering, work: Work, gradients: Gradients | None) -> Iterator[Unit]:
-    """The tensors in the numbering of a piece; what was copied is written back when the next unit is asked for."""
-    if numbering.queries is not None or numbering.keys is not None:
-        yield from _listed_unit(numbering, work, gradients)
-    elif numbering.lanes == 1:
-        yield Unit(*_renumber(numbering, work, gradients, _every))
-    else:
-        for head in range(len(work.q)):
-            yield Unit(*_renumber(numbering, *_of_head(work, gradients, head), _lanes))
-
-
-def _of_head(work: Work, gradients: Gradients | None, head: int) -> tuple[Work, Gradients | None]:
-    work = work._replace(**{name: getattr(work, name)[head] for name in ("q", "k", "v", "out", "lse")})
-    if gradients is not None:
-        lse = None if gradients.lse is None else gradients.lse[head]
-        names = ("out", "q", "k", "v")
-        gradients = gradients._replace(lse=lse, **{name: getattr(gradients, name)[head] for name in names})
-    return work, gradients
-
-
-View = Callable[[Tensor, int, int, Numbering], Tensor]
-
-
-def _renumber(
-    numbering: Numbering, work: Work, gradients: Gradients | None, view: View
-) -> tuple[Work, Gradients | None]:
-    def rows(x: Tensor) -> Tensor:
-        return view(x, numbering.first_query, numbering.rows, numbering)
-
-    def columns(x: Tensor) -> Tensor:
-        return view(x, numbering.first_key, numbering.columns, numbering)
-
-    work = work._replace(q=rows(work.q), k=columns(work.k), v=columns(work.v), out=rows(work.out), lse=rows(work.lse))
-    if gradients is None:
-        return work, None
-    lse = None if gradients.lse is None else rows(gradients.lse)
-    return work, Gradients(rows(gradients.out), lse, rows(gradients.q), columns(gradients.k), columns(gradients.v))
-
-
-def _every(x: Tensor, first: int, count: int, numbering: Numbering) -> Tensor:
-    """(G, L, ...) -> (G, count, ...), one lane of all heads."""
-    return x[:, first : first + numbering.step * (count - 1) + 1 : numbering.step]
-
-
-def _lanes(x: Tensor, first: int, count: int, numbering: Numbering) -> Tensor:
-    """(L, ...) -> (lanes, count, ...), all lanes of one head."""
-    stride, *rest = x.stride()
-    shape, strides = (numbering.lanes, count, *x.shape[1:]), (stride, numbering.step * stride, *rest)
-    return x.as_strided(shape, strides, x.storage_offset() + first * stride)
-
-
-def _listed_unit(numbering: Numbering, work: Work, gradients: Gradients | None) -> Iterator[Unit]:
-    """The listed queries or keys of all heads, copied out and, afterwards, back."""
-    queries, keys = (
-        None if chosen is None else torch.from_numpy(chosen) for chosen in (numbering.queries, numbering.keys)
-    )
-    own, grads = work, gradients
-    if keys is not None:
-        own = own._replace(k=work.k.index_select(1, keys), v=work.v.index_select(1, keys))
-        grads = None if grads is None else grads._replace(k=torch.zeros_like(own.k), v=torch.zeros_like(own.v))
-    if queries is not None:
-        names = ("q", "out", "lse")
-        own = own._replace(**{name: getattr(work, name).index_select(1, queries) for name in names})
-        if grads is not None:
-            lse = None if grads.lse is None else grads.lse.index_select(1, queries)
-            grads = grads._replace(out=grads.out.index_select(1, queries), lse=lse, q=torch.zeros_like(own.q))
-    yield Unit(own, grads)
-    if queries is not None and gradients is None:
-        work.out.index_copy_(1, queries, own.out)
-        work.lse.index_copy_(1, queries, own.lse)
-    if gradients is not None and grads is not None:
-        if queries is not None:
-            gradients.q.index_add_(1, queries, grads.q)
-        if keys is not None:
-            gradients.k.index_add_(1, keys, grads.k)
-            gradients.v.index_add_(1, keys, grads.v)
-
-
 def _forward_run(run: Run, bias: Bias | None, work: Work) -> None:
     for part in _sequences(run, len(work.q), work.q):
-        q, out = (stack(x[part], run.row, run.rows, run.number, run.step) for x in (work.q, work.out))
-        k, v = (stack(x[part], run.column, run.columns, run.number, run.step) for x in (work.k, work.v))
-        lse = stack(work.lse[part], run.row, run.rows, run.number, run.step)
+        own, _ = stacked(run, part, work, None)
         chosen = _of_sequences(bias, part)
-        part_out, part_lse = fused_forward(
-            q, k, v, work.scale, None if chosen is None else chosen.values, causal=run.causal
-        )
+        values = None if chosen is None else chosen.values
+        part_out, part_lse = fused_forward(own.q, own.k, own.v, work.scale, values, causal=run.causal)
         if chosen is not None and chosen.hidden_rows is not None:
             part_lse = part_lse.masked_fill(chosen.hidden_rows, -torch.inf)
-        merge(out, lse, part_out, part_lse, fresh=work.fresh)
+        merge(own.out, own.lse, part_out, part_lse, fresh=work.fresh)
 
 
 def _backward_run(run: Run, bias: Bias | None, work: Work, gradients: Gradients) -> None:
+    if not run.causal and unfused_pays(run.rows, run.columns, work.q):
+        _backward_unfused(run, bias, work, gradients)
+        return
     for part in _sequences(run, len(work.q), work.q):
-        q, out, grad = (
-            stack(x[part], run.row, run.rows, run.number, run.step) for x in (work.q, work.out, gradients.out)
-        )
-        k, v = (stack(x[part], run.column, run.columns, run.number, run.step) for x in (work.k, work.v))
-        lse = stack(work.lse[part], run.row, run.rows, run.number, run.step)
+        own, grads = stacked(run, part, work, gradients)
+        assert grads is not None
         chosen = _of_sequences(bias, part)
         values = None if chosen is None else chosen.values
-        grad_lse = (
-            None if gradients.lse is None else stack(gradients.lse[part], run.row, run.rows, run.number, run.step)
+        grad_q, grad_k, grad_v = fused_backward(
+            grads.out, own.q, own.k, own.v, own.out, own.lse, work.scale, values, causal=run.causal
         )
-        grad_q, grad_k, grad_v = fused_backward(grad, q, k, v, out, lse, work.scale, values, causal=run.causal)
-        if grad_lse is not None:
-            more_q, more_k = lse_backward(grad_lse, q, k, lse, work.scale, values, causal=run.causal)
+        if grads.lse is not None:
+            more_q, more_k = lse_backward(grads.lse, own.q, own.k, own.lse, work.scale, values, causal=run.causal)
             grad_q, grad_k = grad_q + more_q, grad_k + more_k
-        rows = stack(gradients.q[part], run.row, run.rows, run.number, run.step)
-        rows.copy_(grad_q) if work.fresh else rows.add_(grad_q)
+        grads.q.copy_(grad_q) if work.fresh else grads.q.add_(grad_q)
         add_stack(gradients.k[part], grad_k, run.column, run.step)
         add_stack(gradients.v[part], grad_v, run.column, run.step)
+
+
+def _backward_unfused(run: Run, bias: Bias | None, work: Work, gradients: Gradients) -> None:
+    visible = None if bias is None else bias.values.exp().mT.contiguous()
+    own, grads = stacked(run, slice(None), work, gradients)
+    assert grads is not None
+    for sequence in range(len(work.q)):
+        chosen = None if visible is None else visible[:, sequence % visible.shape[1]]
+        own_part, grads_part = indexed(own, grads, (slice(None), sequence))
+        assert grads_part is not None
+        add_unfused(own_part, grads_part, chosen)
 
 
 def _sequences(run: Run, count: int, like: Tensor) -> Iterator[slice]:

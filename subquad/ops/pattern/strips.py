@@ -103,6 +103,17 @@ class Run(NamedTuple):
         start, number = part.start, part.stop - part.start
         return self._replace(number=number, row=self.row + start * self.step, column=self.column + start * self.step)
 
+    def joined(self, rows: int) -> list[Run]:
+        """Neighbours as strips of `rows` rows, or somewhat fewer, around them, masked; those left over as they are."""
+        together = rows // self.rows
+        if self.step != self.rows or together < 2 or self.number < together:
+            return [self]
+        number, step = self.number // together, together * self.step
+        columns = self.columns + step - self.step
+        tall = self._replace(number=number, rows=step, columns=columns, step=step, masked=True)
+        rest = self.cut(slice(number * together, self.number))
+        return [tall, rest] if rest.number else [tall]
+
 
 @dataclass(frozen=True)
 class Strips:

@@ -112,6 +112,27 @@ def test_blocked_equals_the_definition_where_strips_and_tiles_run(name: str, len
 
 
 @pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_by_products_are_those_of_the_definition(
+    monkeypatch: pytest.MonkeyPatch, name: str, padded: bool
+) -> None:
+    monkeypatch.setattr("subquad.ops.pattern.strip_piece.unfused_pays", lambda rows, columns, like: True)
+    monkeypatch.setattr("subquad.ops.pattern.strip_piece.MOST_JOINED_PAIRS", 4.0)
+    valid = torch.arange(1100) < torch.tensor([[1100]]) - 200 * padded
+    assert_backends_agree(*triple(1100), LONG[name], mask=Mask(valid))
+
+
+def test_wide_windows_in_float32_equal_the_definition() -> None:
+    q, k, v = triple(2100, dtype=torch.float32, width=16)
+    expected = pattern_attention(q.double(), k.double(), v.double(), Window(256, 256), backend="dense")
+    found = pattern_attention(q, k, v, Window(256, 256), backend="blocked")
+    weights = torch.randn_like(found)
+    right = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for one, other in zip(torch.autograd.grad((found * weights).sum(), (q, k, v)), right, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LONG)
 def test_long_patterns_honour_padding_and_documents(name: str) -> None:
     valid = torch.arange(1100) < torch.tensor([[900], [1100]])
     documents = (torch.rand(2, 1100) < 0.005).long().cumsum(dim=1)
