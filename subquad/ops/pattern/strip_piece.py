@@ -23,6 +23,9 @@ TALL_ROWS = 256
 MOST_JOINED_PAIRS = 1.4
 """How many times as many pairs that may compute: what the products gain."""
 
+STRIPS_PER_THREAD = 4
+"""Strips of a run from which on a call takes one sequence alone."""
+
 
 @dataclass(frozen=True)
 class StripPiece(Piece):
@@ -200,9 +203,15 @@ def _backward_unfused(run: Run, bias: Bias | None, work: Work, gradients: Gradie
 
 
 def _sequences(run: Run, count: int, like: Tensor) -> Iterator[slice]:
-    """Ranges of sequences for one call each: one where a run is long, more where it is short."""
+    """Ranges of sequences for one call each: one where a run has strips enough for all threads, else more.
+
+    The gradients of several stand between each other, row by row, which slows the operator down.
+    """
+    if run.number >= STRIPS_PER_THREAD * torch.get_num_threads():
+        yield from (slice(start, start + 1) for start in range(count))
+        return
     elements = run.number * (run.rows + 2 * run.columns) * like.shape[-1]
-    return share_out(count, CALL_BYTES // (elements * like.element_size()))
+    yield from share_out(count, CALL_BYTES // (elements * like.element_size()))
 
 
 def _of_sequences(bias: Bias | None, part: slice) -> Bias | None:
