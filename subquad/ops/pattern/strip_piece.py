@@ -109,7 +109,9 @@ class StripPiece(Piece):
             assert unit.gradients is not None
             runs = [tall for run in self._runs(work) for tall in self._joined(run, unit.work.q)]
             for run, bias in self._cuts(work, runs):
-                _backward_run(run, bias, unit.work, unit.gradients)
+                by_products = self._pays_unfused(run, unit.work.q)
+                backward_run = _backward_unfused if by_products else _backward_fused
+                backward_run(run, bias, unit.work, unit.gradients)
 
     def _runs(self, work: Work) -> list[Run]:
         """The strips in runs, under the facts of an example."""
@@ -120,12 +122,19 @@ class StripPiece(Piece):
         joined = run.joined(TALL_ROWS) if self.joinable and not run.restricted else [run]
         tall = joined[0]
         cheap = tall.columns <= MOST_JOINED_PAIRS * run.columns
-        return joined if cheap and unfused_pays(tall.rows, tall.columns, like) else [run]
+        return joined if cheap and self._pays_unfused(tall, like) else [run]
+
+    def _pays_unfused(self, run: Run, like: Tensor) -> bool:
+        """Whether products are faster; to make a mask for them each time costs what they gain."""
+        return not (run.causal or self._has_own_mask(run)) and unfused_pays(run.rows, run.columns, like)
+
+    def _has_own_mask(self, run: Run) -> bool:
+        return run.restricted or (run.masked and not self.invariant)
 
     def _cuts(self, work: Work, runs: list[Run]) -> Iterator[tuple[Run, Bias | None]]:
         """Runs cut so that a call's temporaries stay in the cache, each with its mask."""
         for run in runs:
-            own_mask = run.restricted or (run.masked and not self.invariant)
+            own_mask = self._has_own_mask(run)
             elements = (run.rows + 2 * run.columns) * work.q.shape[-1]
             elements += run.rows * run.columns * self.numbering.lanes if own_mask else 0
             shared = self._shared_bias(run, work) if run.masked and not own_mask else None
@@ -171,10 +180,7 @@ def _forward_run(run: Run, bias: Bias | None, work: Work) -> None:
         merge(own.out, own.lse, part_out, part_lse, fresh=work.fresh)
 
 
-def _backward_run(run: Run, bias: Bias | None, work: Work, gradients: Gradients) -> None:
-    if not run.causal and unfused_pays(run.rows, run.columns, work.q):
-        _backward_unfused(run, bias, work, gradients)
-        return
+def _backward_fused(run: Run, bias: Bias | None, work: Work, gradients: Gradients) -> None:
     for part in _sequences(run, len(work.q), work.q):
         own, grads = stacked(run, part, work, gradients)
         assert grads is not None
@@ -192,14 +198,12 @@ def _backward_run(run: Run, bias: Bias | None, work: Work, gradients: Gradients)
 
 
 def _backward_unfused(run: Run, bias: Bias | None, work: Work, gradients: Gradients) -> None:
-    visible = None if bias is None else bias.values.exp().mT.contiguous()
+    visible = None if bias is None else bias.values[:, 0].exp().mT.contiguous()
     own, grads = stacked(run, slice(None), work, gradients)
-    assert grads is not None
     for sequence in range(len(work.q)):
-        chosen = None if visible is None else visible[:, sequence % visible.shape[1]]
         own_part, grads_part = indexed(own, grads, (slice(None), sequence))
         assert grads_part is not None
-        add_unfused(own_part, grads_part, chosen)
+        add_unfused(own_part, grads_part, visible)
 
 
 def _sequences(run: Run, count: int, like: Tensor) -> Iterator[slice]:
