@@ -33,6 +33,9 @@ CHUNK = 64
 SEGMENT_CHUNKS = 16
 """Chunks that run at a time."""
 
+SEGMENT_HEADS = 2
+"""Heads that run at a time, at least."""
+
 
 class Settings(NamedTuple):
     """How causal sums run.
@@ -147,7 +150,7 @@ class _CausalSums(torch.autograd.Function):
         )
         after = torch.empty_like(values), torch.empty_like(features)
         with full_precision(q.device):
-            for group in head_groups(q):
+            for group in head_groups(q, SEGMENT_HEADS):
                 own = values[group].flatten(0, 1), features[group].flatten(0, 1)
                 for index, (tokens, chunks) in enumerate(parts):
                     for carried, sums in zip((kept.values[index], kept.features[index]), own, strict=True):
@@ -174,7 +177,7 @@ class _CausalSums(torch.autograd.Function):
         grad_values, grad_features = grad_values.clone(), grad_features.clone()
         parts = list(enumerate(segments(grad.shape[2], settings.chunk)))
         with full_precision(grad.device):
-            for group in head_groups(grad):
+            for group in head_groups(grad, SEGMENT_HEADS):
                 after = grad_values[group].flatten(0, 1), grad_features[group].flatten(0, 1)
                 for index, (tokens, chunks) in reversed(parts):
                     before = kept.reference_before(group, tokens)

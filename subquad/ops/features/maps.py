@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops.features.slices import head_groups, token_slices
+from subquad.ops.onednn import product
 
 
 class Prepared(NamedTuple):
@@ -131,14 +132,16 @@ class Projected(FeatureMap):
         """M."""
         return self.directions.shape[0]
 
+    def _products(self, x: Tensor) -> Tensor:
+        return product(x.flatten(0, -2), self.directions).view(*x.shape[:-1], -1)
+
     def _half_square(self, x: Tensor) -> Tensor:
         return x.square().sum(dim=-1, keepdim=True).mul_(self.square_scale / 2)
 
     def _from_products(self, x: Tensor, grad: Tensor, square: Tensor | None, out: Tensor) -> Tensor:
         """Gradient of x from that of the products, and from that of σ|x|²/2 (..., 1)."""
-        rows = out.flatten(0, -2)  # a copy where no view is possible
-        of_x = torch.mm(grad.flatten(0, -2), self.directions, out=rows).view(out.shape)
-        return of_x if square is None else of_x.addcmul_(square, x, value=self.square_scale)
+        of_x = product(grad.flatten(0, -2), self.directions.mT).view(out.shape)
+        return of_x if square is None else torch.addcmul(of_x, square, x, value=self.square_scale, out=out)
 
 
 class PositiveRandom(Projected):
@@ -148,12 +151,12 @@ class PositiveRandom(Projected):
 
     def queries(self, x: Tensor) -> Tensor:
         """Without |x|², a factor of the row; nor that of the largest exponent."""
-        products = x @ self.directions.mT
+        products = self._products(x)
         return products.sub_(products.amax(dim=-1, keepdim=True)).exp_()
 
     def prepare(self, x: Tensor) -> Prepared:
         """Products with the directions, and the largest exponents."""
-        products = x @ self.directions.mT
+        products = self._products(x)
         largest = products.amax(dim=-1, keepdim=True)
         return Prepared(products, -largest, largest - self._half_square(x))
 
@@ -178,12 +181,12 @@ class HyperbolicRandom(Projected):
 
     def queries(self, x: Tensor) -> Tensor:
         """Without |x|², a factor of the row; nor that of the largest exponent."""
-        products = x @ self.directions.mT
+        products = self._products(x)
         return _both_signs(products, -products.abs().amax(dim=-1, keepdim=True))
 
     def prepare(self, x: Tensor) -> Prepared:
         """Products with the directions, and the largest exponents."""
-        products = x @ self.directions.mT
+        products = self._products(x)
         largest = products.abs().amax(dim=-1, keepdim=True)
         return Prepared(products, -largest, largest - self._half_square(x))
 
@@ -209,7 +212,7 @@ class TrigonometricRandom(Projected):
 
     def queries(self, x: Tensor) -> Tensor:
         """Waves, without the factor of the row."""
-        products = x @ self.directions.mT
+        products = self._products(x)
         return torch.cat((products.cos(), products.sin()), dim=-1)
 
     def prepare(self, x: Tensor) -> Prepared:
@@ -241,7 +244,7 @@ class ReluRandom(Projected):
 
     def queries(self, x: Tensor) -> Tensor:
         """Products, rectified."""
-        return (x @ self.directions.mT).relu_().add_(self.epsilon)
+        return self._products(x).relu_().add_(self.epsilon)
 
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
         """Through what is above 0."""

@@ -1,7 +1,4 @@
-"""Slices of heads and tokens: enough at a time for large matrix products, and little enough to stay in the cache.
-
-Several heads go together, so that each thread has products of its own: a sum over tokens is slow to share.
-"""
+"""Slices of heads and tokens: enough at a time for large matrix products, and little enough to stay in the cache."""
 
 from __future__ import annotations
 
@@ -13,9 +10,6 @@ from torch import Tensor
 
 SLICE_TOKENS = 2048
 """Tokens of all heads in a slice, about."""
-
-SLICE_HEADS = 2
-"""Heads in a slice of a long sequence."""
 
 
 class Heads(NamedTuple):
@@ -59,10 +53,10 @@ class Heads(NamedTuple):
         return hidden.expand(-1, self.heads.stop - self.heads.start, -1).flatten(0, 1)[..., None]
 
 
-def head_groups(x: Tensor) -> Iterator[Heads]:
-    """The heads of x (B, H, L, ...), of about `SLICE_TOKENS` tokens together, or `SLICE_HEADS` if more."""
+def head_groups(x: Tensor, fewest: int = 1) -> Iterator[Heads]:
+    """The heads of x (B, H, L, ...), of about `SLICE_TOKENS` tokens together, or the fewest heads if that is more."""
     batch, num_heads, length = x.shape[:3]
-    size = max(SLICE_HEADS, SLICE_TOKENS // max(1, length))
+    size = max(fewest, SLICE_TOKENS // max(1, length))
     examples, heads = max(1, size // num_heads), min(size, num_heads)
     for first in range(0, batch, examples):
         for head in range(0, num_heads, heads):
@@ -71,6 +65,5 @@ def head_groups(x: Tensor) -> Iterator[Heads]:
 
 def token_slices(length: int) -> Iterator[slice]:
     """The tokens of a sequence, those of a slice at a time."""
-    step = SLICE_TOKENS // SLICE_HEADS
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
+    for start in range(0, length, SLICE_TOKENS):
+        yield slice(start, min(start + SLICE_TOKENS, length))

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from subquad.ops.features.maps import FeatureMap
 from subquad.ops.features.slices import Heads, head_groups, token_slices
+from subquad.ops.onednn import products
 from subquad.ops.precision import full_precision
 
 
@@ -151,7 +152,7 @@ class _SumKeys(torch.autograd.Function):
                         factor = (before - keys.reference).exp_()
                         own_values, own_features = own_values * factor, own_features * factor[:, 0]
                         before = keys.reference
-                    own_values = torch.baddbmm(own_values, keys.mapped.mT, keys.v)
+                    own_values = own_values + products(keys.v.mT, keys.mapped.mT).mT
                     own_features = own_features + keys.mapped.sum(dim=1)
                 group.put_all(values, own_values)
                 group.put_all(features, own_features)
@@ -176,9 +177,8 @@ class _SumKeys(torch.autograd.Function):
                 final = None if reference is None else reference[group].reshape(-1, 1, 1)
                 for tokens in token_slices(k.shape[2]):
                     keys = _take_keys(group, tokens, (k, v, valid), ctx.feature_map, final)
-                    place = group.room(grad_v, tokens, keys.v.dtype)
-                    group.put(grad_v, torch.bmm(keys.mapped, of_values, out=place), tokens)
-                    of_mapped = (keys.v @ of_values.mT).add_(of_features)
+                    group.put(grad_v, products(keys.mapped, of_values.mT), tokens)
+                    of_mapped = products(keys.v, of_values).add_(of_features)
                     if keys.hidden is not None:
                         of_mapped.masked_fill_(keys.hidden, 0.0)
                     place = group.room(grad_k, tokens, keys.v.dtype)
@@ -199,11 +199,11 @@ class _ReadSums(torch.autograd.Function):
                 own_values, own_features = values[group].flatten(0, 1), features[group].flatten(0, 1)[:, None]
                 for tokens in token_slices(q.shape[2]):
                     mapped = feature_map.queries(group.take(kept_q, values.dtype, tokens))
-                    read = torch.bmm(mapped, own_values, out=group.room(out, tokens, values.dtype))
+                    read = products(mapped, own_values.mT)
                     if total is not None and epsilon is not None:
-                        weight = (mapped * own_features).sum(dim=-1).add_(epsilon)
-                        group.put(total, weight, tokens)
-                        read.div_(weight[..., None])
+                        weight = torch.bmm(mapped, own_features.mT).add_(epsilon)
+                        group.put(total, weight[..., 0], tokens)
+                        read = torch.div(read, weight, out=group.room(out, tokens, values.dtype))
                     group.put(out, read, tokens)
         ctx.save_for_backward(kept_q, values, features, None if total is None else out, total)
         ctx.feature_map = feature_map
@@ -226,11 +226,11 @@ class _ReadSums(torch.autograd.Function):
                     mapped, of_read = ctx.feature_map.queries(rows), group.take(grad, values.dtype, tokens)
                     if out is not None and total is not None:
                         of_read, of_total = gradients_of_division(group, tokens, of_read, out, total)
-                    of_mapped = of_read @ own_values.mT
+                    of_mapped = products(of_read, own_values)
                     if of_total is not None:
                         of_mapped.addcmul_(of_total, own_features)
                         of_features = torch.baddbmm(of_features, of_total.mT, mapped)
-                    of_values = torch.baddbmm(of_values, mapped.mT, of_read)
+                    of_values = of_values + products(of_read.mT, mapped.mT).mT
                     place = group.room(grad_q, tokens, values.dtype)
                     of_rows = ctx.feature_map.gradient(rows, mapped, of_mapped, place, keys=False)
                     group.put(grad_q, of_rows, tokens)
