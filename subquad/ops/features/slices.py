@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SLICE_TOKENS = 2048
+SLICE_TOKENS = 4096
 """Tokens of all heads in a slice, about."""
 
 

@@ -19,6 +19,9 @@ from subquad.ops.features.slices import Heads, head_groups, token_slices
 from subquad.ops.onednn import products
 from subquad.ops.precision import full_precision
 
+FEATURES_WORTH_A_COPY = 128
+"""Features for which the faster product makes up for a transposed copy of the values."""
+
 
 class Sums(NamedTuple):
     """What linear attention remembers of keys and values.
@@ -97,6 +100,21 @@ def result_like(q: Tensor, width: int) -> Tensor:
     return torch.empty_like(q) if width == own_width else q.new_empty(batch, length, num_heads, width).transpose(1, 2)
 
 
+def _outer_sums(mapped: Tensor, rows: Tensor) -> Tensor:
+    """Σ_t mapped_t rows_tᵀ, (G, F, Ev), of (G, T, F) and (G, T, Ev).
+
+    oneDNN wants the rows transposed, a copy that pays off for many features. The BLAS is slow to share a long sum among
+    threads, so each gets tokens of its own.
+    """
+    if mapped.shape[2] >= FEATURES_WORTH_A_COPY:
+        return products(rows.mT, mapped.mT).mT
+    threads = torch.get_num_threads()
+    if mapped.shape[0] >= threads or mapped.shape[1] % threads:
+        return torch.bmm(mapped.mT, rows)
+    mapped, rows = (x.unflatten(1, (threads, -1)).flatten(0, 1) for x in (mapped, rows))
+    return torch.bmm(mapped.mT, rows).unflatten(0, (-1, threads)).sum(dim=1)
+
+
 class _Keys(NamedTuple):
     """A slice of keys and values.
 
@@ -152,7 +170,7 @@ class _SumKeys(torch.autograd.Function):
                         factor = (before - keys.reference).exp_()
                         own_values, own_features = own_values * factor, own_features * factor[:, 0]
                         before = keys.reference
-                    own_values = own_values + products(keys.v.mT, keys.mapped.mT).mT
+                    own_values = own_values + _outer_sums(keys.mapped, keys.v)
                     own_features = own_features + keys.mapped.sum(dim=1)
                 group.put_all(values, own_values)
                 group.put_all(features, own_features)
@@ -201,7 +219,7 @@ class _ReadSums(torch.autograd.Function):
                     mapped = feature_map.queries(group.take(kept_q, values.dtype, tokens))
                     read = products(mapped, own_values.mT)
                     if total is not None and epsilon is not None:
-                        weight = torch.bmm(mapped, own_features.mT).add_(epsilon)
+                        weight = (mapped * own_features).sum(dim=-1, keepdim=True).add_(epsilon)
                         group.put(total, weight[..., 0], tokens)
                         read = torch.div(read, weight, out=group.room(out, tokens, values.dtype))
                     group.put(out, read, tokens)
@@ -230,7 +248,7 @@ class _ReadSums(torch.autograd.Function):
                     if of_total is not None:
                         of_mapped.addcmul_(of_total, own_features)
                         of_features = torch.baddbmm(of_features, of_total.mT, mapped)
-                    of_values = of_values + products(of_read.mT, mapped.mT).mT
+                    of_values = of_values + _outer_sums(mapped, of_read)
                     place = group.room(grad_q, tokens, values.dtype)
                     of_rows = ctx.feature_map.gradient(rows, mapped, of_mapped, place, keys=False)
                     group.put(grad_q, of_rows, tokens)

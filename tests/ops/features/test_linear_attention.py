@@ -14,6 +14,7 @@ from subquad.ops.features.attention import linear_attention, linear_attention_by
 from subquad.ops.features.causal import Settings, causal_sums, segments
 from subquad.ops.features.maps import FeatureMap, PositiveRandom, Ready
 from subquad.ops.features.random_features import attention_by_features, positive_features
+from subquad.ops.features.slices import SLICE_TOKENS
 from subquad.ops.features.sums import Sums, read_sums, sum_keys
 
 
@@ -179,3 +180,22 @@ def test_autocast_does_not_narrow_the_sums(causal: bool) -> None:
     expected = linear_attention(q, k, v, causal=causal)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(linear_attention(q, k, v, causal=causal), expected)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_long_sums_of_wide_features_equal_the_definition(width: int, dtype: torch.dtype) -> None:
+    """Several slices, each large enough for oneDNN, or for a share of its tokens on every thread."""
+    length = SLICE_TOKENS + 100
+    q, k = (torch.rand(1, 1, length, width, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    v = torch.randn(1, 1, length, 64, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(v)
+    expected = linear_attention_by_pairs(q, k, v, causal=False)
+    gradients = torch.autograd.grad(expected, (q, k, v), upstream)
+    inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in (q, k, v)]
+    found = linear_attention(inputs[0], inputs[1], inputs[2], causal=False)
+    results = (found, *torch.autograd.grad(found, inputs, upstream.to(dtype)))
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    for one, other in zip(results, (expected, *gradients), strict=True):
+        largest = float(other.detach().abs().max())
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance * largest)
