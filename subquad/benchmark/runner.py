@@ -29,6 +29,7 @@ from subquad.benchmark.plan import (
 from subquad.benchmark.saving import save_model
 from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
 from subquad.receipt import Receipt, receipts
+from subquad.records.atomic import OutputError
 from subquad.records.metrics import MetricKind, metric_kind
 from subquad.records.schema import (
     DENSE,
@@ -40,7 +41,6 @@ from subquad.records.schema import (
     utc_now,
 )
 from subquad.records.scores import CurvePoint, Metric, PositionBucket, Score
-from subquad.records.store import OutputError
 from subquad.tasks.base import TaskData
 from subquad.training.outcome import Outcome
 from subquad.training.presets import Preset

@@ -22,9 +22,10 @@ from subquad.cli.progress import Progress
 from subquad.cli.results import print_results, results_document
 from subquad.config import write_option
 from subquad.records import units
+from subquad.records.atomic import check_writable
 from subquad.records.comparison import Protocol
 from subquad.records.queries import comparisons
-from subquad.records.store import check_writable, read_all, read_run
+from subquad.records.store import read_all, read_run
 from subquad.report.page import write_report
 from subquad.tasks.base import TaskData
 from subquad.tasks.registry import load_task

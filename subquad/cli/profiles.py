@@ -13,8 +13,8 @@ from subquad.cli.console import output_console, plain_table, print_document, pro
 from subquad.cli.observer import BarObserver
 from subquad.cli.progress import Progress
 from subquad.records import units
+from subquad.records.atomic import check_writable
 from subquad.records.schema import ProfilePoint, ProfileRecord
-from subquad.records.store import check_writable
 from subquad.report.page import write_report
 from subquad.training.presets import ProfileSettings
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from plotly.offline import get_plotlyjs
 
 from subquad.records import units
+from subquad.records.atomic import write_atomically
 from subquad.records.comparison import Comparison
 from subquad.records.queries import comparisons, mixer_labels
 from subquad.records.schema import Environment
-from subquad.records.store import Records, read_all, write_atomically
+from subquad.records.store import Records, read_all
 from subquad.report.comparison_section import comparison_section
 from subquad.report.html import Html, element, escape, join, script_json
 from subquad.report.mechanism_section import capability_section, gallery_section

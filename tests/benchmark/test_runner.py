@@ -10,8 +10,8 @@ from stand_ins import InProcess, MakePlan
 from subquad.benchmark.environment import this_environment
 from subquad.benchmark.runner import discard_checkpoints, execute, guess_record, not_trained_record
 from subquad.benchmark.worker import Worker, WorkerDiedError, WorkError
+from subquad.records.atomic import OutputError
 from subquad.records.schema import Status
-from subquad.records.store import OutputError
 from subquad.tasks.kinds import ClassificationData
 from subquad.training.presets import Preset
 

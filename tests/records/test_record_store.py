@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from subquad.records.atomic import OutputError, write_atomically
 from subquad.records.mechanisms import Mechanisms
 from subquad.records.schema import ProfileRecord, RunRecord
 from subquad.records.store import (
-    OutputError,
     path_of_profile,
     path_of_run,
     read_all,
@@ -20,7 +20,6 @@ from subquad.records.store import (
     read_run,
     run_path,
     slug,
-    write_atomically,
     write_mechanisms,
     write_profile,
     write_run,

@@ -9,10 +9,11 @@ from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 from synthetic_results import ENVIRONMENT, SPECS, mechanism, profile, run
 
+from subquad.records.atomic import OutputError
 from subquad.records.mechanisms import Mechanisms
 from subquad.records.queries import comparisons
 from subquad.records.schema import RunRecord, Status
-from subquad.records.store import OutputError, Records, read_all, write_mechanisms, write_run
+from subquad.records.store import Records, read_all, write_mechanisms, write_run
 from subquad.report.bubbles import bubble_chart
 from subquad.report.charts import bubble_figure, loss_curves, score_curves
 from subquad.report.html import Html, element, escape, plot_text, script_json
