@@ -12,11 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops.combiner.block_products import in_blocks, multiply
 from subquad.ops.piece import CALL_BYTES
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Source, Sources
+
+COLUMN_UNIT = 8
+"""Columns of summaries are filled up to a multiple: of 31 columns a product takes almost twice as long as of 32."""
 
 
 class Sight(ABC):
@@ -39,6 +43,14 @@ class Sight(ABC):
     @abstractmethod
     def products(self, rows: Tensor, tokens: Tensor, summaries: Tensor, factor: float) -> Tensor:
         """Rows (G, c, m, E) with tokens of their block and, as `summaries` has them, summaries: (G, c, m, columns)."""
+
+    def beside(self, own: Tensor, rows: Tensor, summaries: Tensor, factor: float) -> Tensor:
+        """`products` where those with tokens, (G, c, m, m), are there already."""
+        size = own.shape[3]
+        found = own.new_empty(*own.shape[:3], size + summaries.shape[2])
+        found[..., :size] = own
+        multiply(self.queries(found[..., size:]), self.queries(rows), summaries.mT, factor)
+        return found
 
 
 class Shared(Sight):
@@ -77,11 +89,9 @@ class ByPlace(Sight):
 
     def products(self, rows: Tensor, tokens: Tensor, summaries: Tensor, factor: float) -> Tensor:
         """In two, side by side."""
-        found, some = rows.new_empty(*rows.shape[:3], tokens.shape[2]), self.queries(rows)
-        others = rows.new_empty(*some.shape[:3], summaries.shape[2])
-        multiply(found, rows, tokens.mT, factor)
-        multiply(others, some, summaries.mT, factor)
-        return torch.cat((found, others.transpose(1, 2)), dim=-1)
+        own = rows.new_empty(*rows.shape[:3], tokens.shape[2])
+        multiply(own, rows, tokens.mT, factor)
+        return self.beside(own, rows, summaries, factor)
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class Blocks:
         causal: own tokens up to the query and the blocks before, instead of all.
         sight: which of the summaries of a block a query sees.
         tokens: what is added to the scores of own tokens, broadcastable to (n, m, m); None for nothing.
-        summaries: likewise of summaries, to (n, m, blocks that have summaries). Both are made by `restrict`.
+        summaries: likewise of summaries, to (n, m, columns of all summaries). Both are made by `restrict`.
     """
 
     count: int
@@ -112,7 +122,7 @@ class Blocks:
     @property
     def columns(self) -> int:
         """Columns of the table, at most."""
-        return self.size + self.summarised
+        return self.size + _filled_up(self.summarised)
 
     @property
     def pairs(self) -> int:
@@ -138,37 +148,76 @@ class Blocks:
         if SUMMARIES in added:
             of_summaries = added[SUMMARIES].clamp_min(hidden)[None, :, None]
             summaries = summaries + self.sight.summaries(of_summaries, size)[..., 0]
+        missing = _filled_up(self.summarised) - self.summarised
+        summaries = F.pad(summaries, (0, missing), value=hidden)
         return replace(self, tokens=tokens, summaries=summaries)
 
-    def forward(self, q: Tensor, sources: Sources, out: Tensor, scale: float) -> None:
-        """Write what the queries (G, L, E) find."""
+    def own_scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """Scores of all tokens of each block, before anything is hidden: (G, n, m, m)."""
+        found = q.new_empty(q.shape[0], self.count, self.size, self.size)
+        multiply(found, in_blocks(q, 0, self.count, self.size), in_blocks(k, 0, self.count, self.size).mT, scale)
+        return found
+
+    def own_scores_backward(
+        self, of_scores: Tensor, q: Tensor, k: Tensor, grad_q: Tensor, grad_k: Tensor, scale: float
+    ) -> None:
+        """Add the gradients of queries and keys from those of `own_scores`."""
+        queries, keys, of_q, of_k = (in_blocks(x, 0, self.count, self.size) for x in (q, k, grad_q, grad_k))
+        multiply(of_q, of_scores, keys, scale, add=True)
+        multiply(of_k, of_scores.mT, queries, scale, add=True)
+
+    def forward(self, q: Tensor, sources: Sources, out: Tensor, scale: float, scores: Tensor | None) -> None:
+        """Write what the queries (G, L, E) find; `scores` are `own_scores`, where these are there already."""
         for part in self._parts(q):
-            k, v, of_queries = part.of(sources[TOKENS].k), part.of(sources[TOKENS].v), part.of(q)
-            keys, values = (part.seen(x) for x in sources[SUMMARIES])
-            weights = part.weights(of_queries, k, keys, scale)
+            v, of_queries = part.of(sources[TOKENS].v), part.of(q)
+            keys, values = (part.columns(x) for x in sources[SUMMARIES])
+            weights = part.weights(of_queries, part.of(sources[TOKENS].k), keys, scale, scores)
             found = part.of(out)
             multiply(found, weights[..., : self.size], v)
             of_summaries = self.sight.queries(weights[..., self.size :])
             multiply(self.sight.queries(found), of_summaries, values, add=True)
 
-    def backward(self, grad: Tensor, q: Tensor, sources: Sources, grad_q: Tensor, grads: Sources, scale: float) -> None:
-        """Write the gradients of queries and tokens, and add those of summaries; `grad` (G, L, E) is of the result."""
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        sources: Sources,
+        grad_q: Tensor,
+        grads: Sources,
+        scale: float,
+        scores: Tensor | None,
+    ) -> None:
+        """Write the gradients of queries and tokens, and add those of summaries.
+
+        Args:
+            grad: of the result, (G, L, E).
+            q: (G, L, E).
+            sources: tokens and summaries.
+            grad_q: (G, L, E).
+            grads: of the sources.
+            scale: factor of the scores.
+            scores: `own_scores`, where these are there already; their gradients are written there then, and no further.
+        """
         rows = self.sight.queries
         for part in self._parts(q):
             upstream, of_queries, of_q = part.of(grad), part.of(q), part.of(grad_q)
-            own, others = Source(*map(part.of, sources[TOKENS])), Source(*map(part.seen, sources[SUMMARIES]))
-            of_own, of_others = Source(*map(part.of, grads[TOKENS])), Source(*map(part.seen, grads[SUMMARIES]))
-            weights = part.weights(of_queries, own.k, others.k, scale)
+            own, others = Source(*map(part.of, sources[TOKENS])), Source(*map(part.columns, sources[SUMMARIES]))
+            of_own, of_others = Source(*map(part.of, grads[TOKENS])), grads[SUMMARIES]
+            weights = part.weights(of_queries, own.k, others.k, scale, scores)
             of_scores = self.sight.products(upstream, own.v, others.v, 1.0)
             softmax_backward = torch.ops.aten._softmax_backward_data.out
             softmax_backward(of_scores, weights, -1, weights.dtype, grad_input=of_scores)
             by_tokens, by_summaries = of_scores[..., : self.size], rows(of_scores[..., self.size :])
             multiply(of_own.v, weights[..., : self.size].mT, upstream)
-            multiply(of_others.v, rows(weights[..., self.size :]).mT, rows(upstream), add=True)
-            multiply(of_own.k, by_tokens.mT, of_queries, scale)
-            multiply(of_others.k, by_summaries.mT, rows(of_queries), scale, add=True)
-            multiply(of_q, by_tokens, own.k, scale)
-            multiply(rows(of_q), by_summaries, others.k, scale, add=True)
+            part.add_columns(of_others.v, rows(weights[..., self.size :]), rows(upstream), 1.0)
+            part.add_columns(of_others.k, by_summaries, rows(of_queries), scale)
+            if scores is None:
+                multiply(of_own.k, by_tokens.mT, of_queries, scale)
+                multiply(of_q, by_tokens, own.k, scale)
+            else:
+                part.of_table(scores).copy_(by_tokens)
+                of_own.k.zero_()
+            multiply(rows(of_q), by_summaries, others.k, scale, add=scores is None)
 
     def _parts(self, like: Tensor) -> Iterator[_Part]:
         """Blocks whose tables stay in the cache, with the summaries that some of them see."""
@@ -191,17 +240,37 @@ class _Part:
         """(G, L, E) -> (G, c, m, E)."""
         return in_blocks(x, self.start, self.stop, self.blocks.size)
 
-    def seen(self, x: Tensor) -> Tensor:
-        """Summaries (G, R, E) -> (G, rectangles, columns, E)."""
-        whole = self.blocks.sight.summaries(x, self.blocks.size)
-        return whole[:, :, : self.seen_blocks]
+    def of_table(self, x: Tensor) -> Tensor:
+        """(G, n, m, m) -> (G, c, m, m)."""
+        return x[:, self.start : self.stop]
 
-    def weights(self, q: Tensor, k: Tensor, keys: Tensor, scale: float) -> Tensor:
-        """The softmax of the scores, (G, c, m, columns)."""
-        blocks, size = self.blocks, self.blocks.size
-        scores = blocks.sight.products(q, k, keys, scale)
+    def columns(self, x: Tensor) -> Tensor:
+        """Summaries (G, R, E) -> (G, rectangles, columns, E), side by side in memory, filled up with zeros."""
+        seen = self._seen(x)
+        found = x.new_empty(*seen.shape[:2], _filled_up(self.seen_blocks), x.shape[2])
+        found[:, :, : self.seen_blocks] = seen
+        found[:, :, self.seen_blocks :] = 0.0
+        return found
+
+    def add_columns(self, target: Tensor, table: Tensor, rows: Tensor, factor: float) -> None:
+        """Add to summaries (G, R, E) the product of a table (G, rectangles, rows, columns) with its rows."""
+        found = rows.new_empty(*table.shape[:2], table.shape[3], rows.shape[3])
+        multiply(found, table.mT, rows, factor)
+        self._seen(target).add_(found[:, :, : self.seen_blocks])
+
+    def _seen(self, x: Tensor) -> Tensor:
+        return self.blocks.sight.summaries(x, self.blocks.size)[:, :, : self.seen_blocks]
+
+    def weights(self, q: Tensor, k: Tensor, keys: Tensor, scale: float, own: Tensor | None) -> Tensor:
+        """The softmax of the scores, (G, c, m, columns); `own` (G, n, m, m) are those of all blocks."""
+        blocks, size, sight = self.blocks, self.blocks.size, self.blocks.sight
+        scores = sight.products(q, k, keys, scale) if own is None else sight.beside(self.of_table(own), q, keys, scale)
         for some, bias in ((scores[..., :size], blocks.tokens), (scores[..., size:], blocks.summaries)):
             if bias is not None:
                 bias = bias[self.start : self.stop] if len(bias) > 1 else bias
                 some += bias[..., : some.shape[-1]]
         return torch.softmax(scores, dim=-1, out=scores)
+
+
+def _filled_up(columns: int) -> int:
+    return columns + -columns % COLUMN_UNIT

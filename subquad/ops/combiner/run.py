@@ -90,13 +90,18 @@ class _Run(NamedTuple):
             pooled = pooled / example.sizes.clamp_min(1)[:, None]
         return pooled.masked_fill((example.sizes == 0)[:, None], 0.0)
 
-    def summarise(self, query: Tensor, key: Tensor | None) -> _Summaries:
+    def shared_scores(self) -> Tensor | None:
+        """Scores that queries have in their block and, as they make its summaries, there again."""
+        blocks, shared = self.example.layout.blocks, self.example.plan.asks_tokens and self.given is None
+        return blocks.own_scores(self.q, self.k, self.scale) if blocks is not None and shared else None
+
+    def summarise(self, query: Tensor, key: Tensor | None, scores: Tensor | None) -> _Summaries:
         """The summaries of all regions, with their queries and, unless these are averages, keys."""
         tokens, layout = Source(self.k, self.v), self.example.layout
         made, size = layout.summaries, self.example.plan.unit(self.example.padded)
         if layout.blocks is not None:
             sizes, bias = (size if layout.blocks.sight.by_place else 1, size), made[0].bias if made else None
-            averages = average_blocks(query, tokens, sizes, bias, self.scale, keys=key is None)
+            averages = average_blocks(query, tokens, sizes, bias, self.scale, keys=key is None, scores=scores)
             key = averages.key if key is None else key
             assert key is not None
             return _Summaries(query, key, averages.value, query[..., 0], averages)
@@ -109,15 +114,16 @@ class _Run(NamedTuple):
 
     def forward(self, out: Tensor, lse: Tensor | None) -> None:
         """Fill out (G, padded, E) and, where the plan has it, lse (G, padded)."""
+        scores = self.shared_scores()
         if self.given is None:
             key = None if self.weighted else self.pool(self.k, self.key_weight)
-            made = self.summarise(self.pool(self.q, self.query_weight), key)
+            made = self.summarise(self.pool(self.q, self.query_weight), key, scores)
             summaries = Source(made.key, made.value)
         else:
             summaries = self.given
         sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
         if self.example.layout.blocks is not None:
-            self.example.layout.blocks.forward(self.q, sources, out, self.scale)
+            self.example.layout.blocks.forward(self.q, sources, out, self.scale, scores)
         if lse is not None:
             lse.fill_(-torch.inf)
             for index, part in enumerate(self.example.layout.parts):
@@ -131,21 +137,27 @@ class _Run(NamedTuple):
             assert grads.summary_values is not None
             regions = self.example.layout.regions
             of_given = Source(grads.summary_keys[:, :regions], grads.summary_values[:, :regions])
-            self._attend_backward(grad, queries, self.given, grads, of_given)
+            self._attend_backward(grad, queries, self.given, grads, of_given, None)
             return
         pooled_q = self._pooled(self.q, self.query_weight)
         pooled_k = None if self.weighted else self._pooled(self.k, self.key_weight)
-        made = self.summarise(pooled_q.value, None if pooled_k is None else pooled_k.value)
+        scores = self.shared_scores()
+        made = self.summarise(pooled_q.value, None if pooled_k is None else pooled_k.value, scores)
         of_summaries = Source(torch.zeros_like(made.key), torch.zeros_like(made.value))
-        self._attend_backward(grad, queries, Source(made.key, made.value), grads, of_summaries)
+        self._attend_backward(grad, queries, Source(made.key, made.value), grads, of_summaries, scores)
         of_query, tokens, of_tokens = torch.zeros_like(made.query), Source(self.k, self.v), Source(grads.k, grads.v)
         if made.averages is not None:
-            average_blocks_backward(of_summaries, made.averages, made.query, tokens, of_query, of_tokens, self.scale)
+            average_blocks_backward(
+                of_summaries, made.averages, made.query, tokens, of_query, of_tokens, self.scale, scores
+            )
         else:
             asking = Queries(made.query, made.value, made.lse)
             for part in self.example.layout.summaries:
                 part.backward(of_summaries.v, asking, {TOKENS: tokens}, of_query, {TOKENS: of_tokens}, self.scale)
-        pooled_q.backward(of_query, grads.q, grads.query_weight)
+        if scores is None:
+            pooled_q.backward(of_query, grads.q, grads.query_weight)
+        elif self.example.layout.blocks is not None:
+            self.example.layout.blocks.own_scores_backward(scores, self.q, self.k, grads.q, grads.k, self.scale)
         if pooled_k is not None:
             pooled_k.backward(of_summaries.k, grads.k, grads.key_weight)
 
@@ -156,12 +168,18 @@ class _Run(NamedTuple):
         return _Selected(self, x) if selected else _Pooled(self, x, weight)
 
     def _attend_backward(
-        self, grad: Tensor, queries: Queries | None, summaries: Source, grads: Inputs, of_summaries: Source
+        self,
+        grad: Tensor,
+        queries: Queries | None,
+        summaries: Source,
+        grads: Inputs,
+        of_summaries: Source,
+        scores: Tensor | None,
     ) -> None:
         sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
         added = {TOKENS: Source(grads.k, grads.v), SUMMARIES: of_summaries}
         if self.example.layout.blocks is not None:
-            self.example.layout.blocks.backward(grad, self.q, sources, grads.q, added, self.scale)
+            self.example.layout.blocks.backward(grad, self.q, sources, grads.q, added, self.scale, scores)
         if queries is not None:
             for index, part in enumerate(self.example.layout.parts):
                 part.backward(grad, queries, sources, grads.q, added, self.scale, fresh=index == 0)

@@ -32,7 +32,14 @@ class Averages(NamedTuple):
 
 
 def average_blocks(
-    q: Tensor, tokens: Source, sizes: tuple[int, int], bias: Tensor | None, scale: float, *, keys: bool
+    q: Tensor,
+    tokens: Source,
+    sizes: tuple[int, int],
+    bias: Tensor | None,
+    scale: float,
+    *,
+    keys: bool,
+    scores: Tensor | None,
 ) -> Averages:
     """Average the first n blocks of m tokens (G, L, E), each by r queries.
 
@@ -43,6 +50,7 @@ def average_blocks(
         bias: added to the scores, broadcastable to (n, 1, r, m), 0 or -inf; None for nothing.
         scale: factor of the scores.
         keys: whether keys are averaged too.
+        scores: (G, n or more, r, m), where these are there already.
     """
     rows, size = sizes
     value, key = torch.empty_like(q), torch.empty_like(q) if keys else None
@@ -52,10 +60,12 @@ def average_blocks(
     for start, stop in _ranges(weights):
         k, v = (in_blocks(x, start, stop, size) for x in tokens)
         some = weights[:, start:stop]
-        multiply(some, in_blocks(q, start, stop, rows), k.mT, scale)
+        if scores is None:
+            multiply(some, in_blocks(q, start, stop, rows), k.mT, scale)
+        of_queries = some if scores is None else scores[:, start:stop]
         if bias is not None:
-            some += bias[:, start:stop] if bias.shape[1] > 1 else bias
-        torch.softmax(some, dim=-1, out=some)
+            of_queries = torch.add(of_queries, bias[:, start:stop] if bias.shape[1] > 1 else bias, out=some)
+        torch.softmax(of_queries, dim=-1, out=some)
         multiply(in_blocks(value, start, stop, rows), some, v)
         if key is not None:
             multiply(in_blocks(key, start, stop, rows), some, k)
@@ -63,9 +73,28 @@ def average_blocks(
 
 
 def average_blocks_backward(
-    grad: Source, made: Averages, q: Tensor, tokens: Source, grad_q: Tensor, grads: Source, scale: float
+    grad: Source,
+    made: Averages,
+    q: Tensor,
+    tokens: Source,
+    grad_q: Tensor,
+    grads: Source,
+    scale: float,
+    of_scores: Tensor | None,
 ) -> None:
-    """Add the gradients of queries, keys and values from those of the averages (G, n r, E)."""
+    """Add the gradients of queries, keys and values.
+
+    Args:
+        grad: of the averages (G, n r, E).
+        made: the averages.
+        q: (G, n r, E).
+        tokens: the keys and values.
+        grad_q: (G, n r, E).
+        grads: of keys and values.
+        scale: factor of the scores.
+        of_scores: (G, n or more, r, m), to which gradients of the scores are added where these were there already, and
+            from which the caller makes those of queries and keys.
+    """
     rows, size = made.weights.shape[-2:]
     for start, stop in _ranges(made.weights):
         of_key, of_value, queries, of_q = (in_blocks(x, start, stop, rows) for x in (*grad, q, grad_q))
@@ -77,9 +106,12 @@ def average_blocks_backward(
         if made.key is not None:
             multiply(of_weights, of_key, k.mT, add=True)
             multiply(of_k, some.mT, of_key, add=True)
-        of_scores = torch.ops.aten._softmax_backward_data(of_weights, some, -1, of_weights.dtype)
-        multiply(of_q, of_scores, k, scale, add=True)
-        multiply(of_k, of_scores.mT, queries, scale, add=True)
+        found = torch.ops.aten._softmax_backward_data(of_weights, some, -1, of_weights.dtype)
+        if of_scores is not None:
+            of_scores[:, start:stop] += found
+        else:
+            multiply(of_q, found, k, scale, add=True)
+            multiply(of_k, found.mT, queries, scale, add=True)
 
 
 def _ranges(weights: Tensor) -> Iterator[tuple[int, int]]:
