@@ -20,7 +20,7 @@ from subquad.ops.piece import CALL_BYTES
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Source, Sources
 
 COLUMN_UNIT = 8
-"""Columns of summaries are filled up to a multiple: of 31 columns a product takes almost twice as long as of 32."""
+"""Columns are filled up to a multiple where few are missing: products of 31 take almost twice as long as of 32."""
 
 
 class Sight(ABC):
@@ -31,6 +31,10 @@ class Sight(ABC):
     """
 
     by_place: bool
+
+    @abstractmethod
+    def filled_up(self, columns: int) -> int:
+        """How many columns a rectangle with so many summaries gets."""
 
     @abstractmethod
     def queries(self, x: Tensor) -> Tensor:
@@ -58,6 +62,10 @@ class Shared(Sight):
 
     by_place = False
 
+    def filled_up(self, columns: int) -> int:
+        """As they are, beside those of tokens."""
+        return columns
+
     def queries(self, x: Tensor) -> Tensor:
         """All rows together."""
         return x.flatten(1, 2)[:, None]
@@ -78,6 +86,11 @@ class ByPlace(Sight):
     """One summary for each token, which the queries at the same place in other blocks see."""
 
     by_place = True
+
+    def filled_up(self, columns: int) -> int:
+        """Up to an eighth more."""
+        missing = -columns % COLUMN_UNIT
+        return columns + missing if missing * COLUMN_UNIT <= columns else columns
 
     def queries(self, x: Tensor) -> Tensor:
         """A place at a time."""
@@ -104,7 +117,7 @@ class Blocks:
         causal: own tokens up to the query and the blocks before, instead of all.
         sight: which of the summaries of a block a query sees.
         tokens: what is added to the scores of own tokens, broadcastable to (n, m, m); None for nothing.
-        summaries: likewise of summaries, to (n, m, columns of all summaries). Both are made by `restrict`.
+        summaries: likewise of summaries, to (n, m, as many columns or more). Both are made by `restrict`.
     """
 
     count: int
@@ -122,7 +135,7 @@ class Blocks:
     @property
     def columns(self) -> int:
         """Columns of the table, at most."""
-        return self.size + _filled_up(self.summarised)
+        return self.size + self.sight.filled_up(self.summarised)
 
     @property
     def pairs(self) -> int:
@@ -148,8 +161,7 @@ class Blocks:
         if SUMMARIES in added:
             of_summaries = added[SUMMARIES].clamp_min(hidden)[None, :, None]
             summaries = summaries + self.sight.summaries(of_summaries, size)[..., 0]
-        missing = _filled_up(self.summarised) - self.summarised
-        summaries = F.pad(summaries, (0, missing), value=hidden)
+        summaries = F.pad(summaries, (0, -self.summarised % COLUMN_UNIT), value=hidden)
         return replace(self, tokens=tokens, summaries=summaries)
 
     def own_scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -245,18 +257,24 @@ class _Part:
         return x[:, self.start : self.stop]
 
     def columns(self, x: Tensor) -> Tensor:
-        """Summaries (G, R, E) -> (G, rectangles, columns, E), side by side in memory, filled up with zeros."""
-        seen = self._seen(x)
-        found = x.new_empty(*seen.shape[:2], _filled_up(self.seen_blocks), x.shape[2])
+        """Summaries (G, R, E) -> (G, rectangles, columns, E), filled up with zeros; a view where nothing is missing."""
+        seen, columns = self._seen(x), self.blocks.sight.filled_up(self.seen_blocks)
+        if columns == self.seen_blocks:
+            return seen
+        found = x.new_empty(*seen.shape[:2], columns, x.shape[2])
         found[:, :, : self.seen_blocks] = seen
         found[:, :, self.seen_blocks :] = 0.0
         return found
 
     def add_columns(self, target: Tensor, table: Tensor, rows: Tensor, factor: float) -> None:
         """Add to summaries (G, R, E) the product of a table (G, rectangles, rows, columns) with its rows."""
+        seen = self._seen(target)
+        if table.shape[3] == self.seen_blocks:
+            multiply(seen, table.mT, rows, factor, add=True)
+            return
         found = rows.new_empty(*table.shape[:2], table.shape[3], rows.shape[3])
         multiply(found, table.mT, rows, factor)
-        self._seen(target).add_(found[:, :, : self.seen_blocks])
+        seen.add_(found[:, :, : self.seen_blocks])
 
     def _seen(self, x: Tensor) -> Tensor:
         return self.blocks.sight.summaries(x, self.blocks.size)[:, :, : self.seen_blocks]
@@ -270,7 +288,3 @@ class _Part:
                 bias = bias[self.start : self.stop] if len(bias) > 1 else bias
                 some += bias[..., : some.shape[-1]]
         return torch.softmax(scores, dim=-1, out=scores)
-
-
-def _filled_up(columns: int) -> int:
-    return columns + -columns % COLUMN_UNIT

@@ -39,6 +39,11 @@ class _Summaries(NamedTuple):
     lse: Tensor
     averages: Averages | None = None
 
+    @property
+    def scores(self) -> Tensor | None:
+        """Of all tokens in their blocks, where these make its summaries."""
+        return None if self.averages is None else self.averages.scores
+
 
 class _Run(NamedTuple):
     """Some heads of an example.
@@ -90,17 +95,13 @@ class _Run(NamedTuple):
             pooled = pooled / example.sizes.clamp_min(1)[:, None]
         return pooled.masked_fill((example.sizes == 0)[:, None], 0.0)
 
-    def shared_scores(self) -> Tensor | None:
-        """Scores that queries have in their block and, as they make its summaries, there again."""
-        blocks, shared = self.example.layout.blocks, self.example.plan.asks_tokens and self.given is None
-        return blocks.own_scores(self.q, self.k, self.scale) if blocks is not None and shared else None
-
-    def summarise(self, query: Tensor, key: Tensor | None, scores: Tensor | None) -> _Summaries:
+    def summarise(self, query: Tensor, key: Tensor | None) -> _Summaries:
         """The summaries of all regions, with their queries and, unless these are averages, keys."""
         tokens, layout = Source(self.k, self.v), self.example.layout
         made, size = layout.summaries, self.example.plan.unit(self.example.padded)
         if layout.blocks is not None:
             sizes, bias = (size if layout.blocks.sight.by_place else 1, size), made[0].bias if made else None
+            scores = layout.blocks.own_scores(self.q, self.k, self.scale) if self.example.plan.asks_tokens else None
             averages = average_blocks(query, tokens, sizes, bias, self.scale, keys=key is None, scores=scores)
             key = averages.key if key is None else key
             assert key is not None
@@ -114,11 +115,11 @@ class _Run(NamedTuple):
 
     def forward(self, out: Tensor, lse: Tensor | None) -> None:
         """Fill out (G, padded, E) and, where the plan has it, lse (G, padded)."""
-        scores = self.shared_scores()
+        scores = None
         if self.given is None:
             key = None if self.weighted else self.pool(self.k, self.key_weight)
-            made = self.summarise(self.pool(self.q, self.query_weight), key, scores)
-            summaries = Source(made.key, made.value)
+            made = self.summarise(self.pool(self.q, self.query_weight), key)
+            summaries, scores = Source(made.key, made.value), made.scores
         else:
             summaries = self.given
         sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
@@ -137,27 +138,24 @@ class _Run(NamedTuple):
             assert grads.summary_values is not None
             regions = self.example.layout.regions
             of_given = Source(grads.summary_keys[:, :regions], grads.summary_values[:, :regions])
-            self._attend_backward(grad, queries, self.given, grads, of_given, None)
+            self._attend_backward(grad, queries, self.given, grads, of_given)
             return
         pooled_q = self._pooled(self.q, self.query_weight)
         pooled_k = None if self.weighted else self._pooled(self.k, self.key_weight)
-        scores = self.shared_scores()
-        made = self.summarise(pooled_q.value, None if pooled_k is None else pooled_k.value, scores)
+        made = self.summarise(pooled_q.value, None if pooled_k is None else pooled_k.value)
         of_summaries = Source(torch.zeros_like(made.key), torch.zeros_like(made.value))
-        self._attend_backward(grad, queries, Source(made.key, made.value), grads, of_summaries, scores)
+        self._attend_backward(grad, queries, Source(made.key, made.value), grads, of_summaries, made.scores)
         of_query, tokens, of_tokens = torch.zeros_like(made.query), Source(self.k, self.v), Source(grads.k, grads.v)
         if made.averages is not None:
-            average_blocks_backward(
-                of_summaries, made.averages, made.query, tokens, of_query, of_tokens, self.scale, scores
-            )
+            average_blocks_backward(of_summaries, made.averages, made.query, tokens, of_query, of_tokens, self.scale)
         else:
             asking = Queries(made.query, made.value, made.lse)
             for part in self.example.layout.summaries:
                 part.backward(of_summaries.v, asking, {TOKENS: tokens}, of_query, {TOKENS: of_tokens}, self.scale)
-        if scores is None:
+        if made.scores is None:
             pooled_q.backward(of_query, grads.q, grads.query_weight)
         elif self.example.layout.blocks is not None:
-            self.example.layout.blocks.own_scores_backward(scores, self.q, self.k, grads.q, grads.k, self.scale)
+            self.example.layout.blocks.own_scores_backward(made.scores, self.q, self.k, grads.q, grads.k, self.scale)
         if pooled_k is not None:
             pooled_k.backward(of_summaries.k, grads.k, grads.key_weight)
 
@@ -174,7 +172,7 @@ class _Run(NamedTuple):
         summaries: Source,
         grads: Inputs,
         of_summaries: Source,
-        scores: Tensor | None,
+        scores: Tensor | None = None,
     ) -> None:
         sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
         added = {TOKENS: Source(grads.k, grads.v), SUMMARIES: of_summaries}

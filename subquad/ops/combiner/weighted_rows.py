@@ -24,11 +24,13 @@ class Averages(NamedTuple):
         value: averages of values (G, R, E).
         key: averages of keys; None where nothing wants them.
         weights: (G, n, r, m).
+        scores: those that were given; None else.
     """
 
     value: Tensor
     key: Tensor | None
     weights: Tensor
+    scores: Tensor | None
 
 
 def average_blocks(
@@ -69,31 +71,16 @@ def average_blocks(
         multiply(in_blocks(value, start, stop, rows), some, v)
         if key is not None:
             multiply(in_blocks(key, start, stop, rows), some, k)
-    return Averages(value, key, weights)
+    return Averages(value, key, weights, scores)
 
 
 def average_blocks_backward(
-    grad: Source,
-    made: Averages,
-    q: Tensor,
-    tokens: Source,
-    grad_q: Tensor,
-    grads: Source,
-    scale: float,
-    of_scores: Tensor | None,
+    grad: Source, made: Averages, q: Tensor, tokens: Source, grad_q: Tensor, grads: Source, scale: float
 ) -> None:
-    """Add the gradients of queries, keys and values.
+    """Add the gradients of queries, keys and values from those of the averages (G, n r, E).
 
-    Args:
-        grad: of the averages (G, n r, E).
-        made: the averages.
-        q: (G, n r, E).
-        tokens: the keys and values.
-        grad_q: (G, n r, E).
-        grads: of keys and values.
-        scale: factor of the scores.
-        of_scores: (G, n or more, r, m), to which gradients of the scores are added where these were there already, and
-            from which the caller makes those of queries and keys.
+    Where scores were given, gradients of theirs stand in their place: to these is added, and the scores' share in the
+    gradients of queries and keys is the caller's to make.
     """
     rows, size = made.weights.shape[-2:]
     for start, stop in _ranges(made.weights):
@@ -107,8 +94,8 @@ def average_blocks_backward(
             multiply(of_weights, of_key, k.mT, add=True)
             multiply(of_k, some.mT, of_key, add=True)
         found = torch.ops.aten._softmax_backward_data(of_weights, some, -1, of_weights.dtype)
-        if of_scores is not None:
-            of_scores[:, start:stop] += found
+        if made.scores is not None:
+            made.scores[:, start:stop] += found
         else:
             multiply(of_q, found, k, scale, add=True)
             multiply(of_k, found.mT, queries, scale, add=True)
