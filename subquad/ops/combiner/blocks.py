@@ -12,15 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops.combiner.block_products import in_blocks, multiply
 from subquad.ops.piece import CALL_BYTES
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Source, Sources
-
-COLUMN_UNIT = 8
-"""Columns are filled up to a multiple where few are missing: products of 31 take almost twice as long as of 32."""
 
 
 class Sight(ABC):
@@ -31,10 +27,6 @@ class Sight(ABC):
     """
 
     by_place: bool
-
-    @abstractmethod
-    def filled_up(self, columns: int) -> int:
-        """How many columns a rectangle with so many summaries gets."""
 
     @abstractmethod
     def queries(self, x: Tensor) -> Tensor:
@@ -62,10 +54,6 @@ class Shared(Sight):
 
     by_place = False
 
-    def filled_up(self, columns: int) -> int:
-        """As they are, beside those of tokens."""
-        return columns
-
     def queries(self, x: Tensor) -> Tensor:
         """All rows together."""
         return x.flatten(1, 2)[:, None]
@@ -86,11 +74,6 @@ class ByPlace(Sight):
     """One summary for each token, which the queries at the same place in other blocks see."""
 
     by_place = True
-
-    def filled_up(self, columns: int) -> int:
-        """Up to an eighth more."""
-        missing = -columns % COLUMN_UNIT
-        return columns + missing if missing * COLUMN_UNIT <= columns else columns
 
     def queries(self, x: Tensor) -> Tensor:
         """A place at a time."""
@@ -117,7 +100,7 @@ class Blocks:
         causal: own tokens up to the query and the blocks before, instead of all.
         sight: which of the summaries of a block a query sees.
         tokens: what is added to the scores of own tokens, broadcastable to (n, m, m); None for nothing.
-        summaries: likewise of summaries, to (n, m, as many columns or more). Both are made by `restrict`.
+        summaries: likewise of summaries, to (n, m, blocks that have summaries). Both are made by `restrict`.
     """
 
     count: int
@@ -135,7 +118,7 @@ class Blocks:
     @property
     def columns(self) -> int:
         """Columns of the table, at most."""
-        return self.size + self.sight.filled_up(self.summarised)
+        return self.size + self.summarised
 
     @property
     def pairs(self) -> int:
@@ -161,7 +144,6 @@ class Blocks:
         if SUMMARIES in added:
             of_summaries = added[SUMMARIES].clamp_min(hidden)[None, :, None]
             summaries = summaries + self.sight.summaries(of_summaries, size)[..., 0]
-        summaries = F.pad(summaries, (0, -self.summarised % COLUMN_UNIT), value=hidden)
         return replace(self, tokens=tokens, summaries=summaries)
 
     def own_scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -182,7 +164,7 @@ class Blocks:
         """Write what the queries (G, L, E) find; `scores` are `own_scores`, where these are there already."""
         for part in self._parts(q):
             v, of_queries = part.of(sources[TOKENS].v), part.of(q)
-            keys, values = (part.columns(x) for x in sources[SUMMARIES])
+            keys, values = (part.seen(x) for x in sources[SUMMARIES])
             weights = part.weights(of_queries, part.of(sources[TOKENS].k), keys, scale, scores)
             found = part.of(out)
             multiply(found, weights[..., : self.size], v)
@@ -213,16 +195,16 @@ class Blocks:
         rows = self.sight.queries
         for part in self._parts(q):
             upstream, of_queries, of_q = part.of(grad), part.of(q), part.of(grad_q)
-            own, others = Source(*map(part.of, sources[TOKENS])), Source(*map(part.columns, sources[SUMMARIES]))
-            of_own, of_others = Source(*map(part.of, grads[TOKENS])), grads[SUMMARIES]
+            own, others = Source(*map(part.of, sources[TOKENS])), Source(*map(part.seen, sources[SUMMARIES]))
+            of_own, of_others = Source(*map(part.of, grads[TOKENS])), Source(*map(part.seen, grads[SUMMARIES]))
             weights = part.weights(of_queries, own.k, others.k, scale, scores)
             of_scores = self.sight.products(upstream, own.v, others.v, 1.0)
             softmax_backward = torch.ops.aten._softmax_backward_data.out
             softmax_backward(of_scores, weights, -1, weights.dtype, grad_input=of_scores)
             by_tokens, by_summaries = of_scores[..., : self.size], rows(of_scores[..., self.size :])
             multiply(of_own.v, weights[..., : self.size].mT, upstream)
-            part.add_columns(of_others.v, rows(weights[..., self.size :]), rows(upstream), 1.0)
-            part.add_columns(of_others.k, by_summaries, rows(of_queries), scale)
+            multiply(of_others.v, rows(weights[..., self.size :]).mT, rows(upstream), add=True)
+            multiply(of_others.k, by_summaries.mT, rows(of_queries), scale, add=True)
             if scores is None:
                 multiply(of_own.k, by_tokens.mT, of_queries, scale)
                 multiply(of_q, by_tokens, own.k, scale)
@@ -256,28 +238,10 @@ class _Part:
         """(G, n, m, m) -> (G, c, m, m)."""
         return x[:, self.start : self.stop]
 
-    def columns(self, x: Tensor) -> Tensor:
-        """Summaries (G, R, E) -> (G, rectangles, columns, E), filled up with zeros; a view where nothing is missing."""
-        seen, columns = self._seen(x), self.blocks.sight.filled_up(self.seen_blocks)
-        if columns == self.seen_blocks:
-            return seen
-        found = x.new_empty(*seen.shape[:2], columns, x.shape[2])
-        found[:, :, : self.seen_blocks] = seen
-        found[:, :, self.seen_blocks :] = 0.0
-        return found
-
-    def add_columns(self, target: Tensor, table: Tensor, rows: Tensor, factor: float) -> None:
-        """Add to summaries (G, R, E) the product of a table (G, rectangles, rows, columns) with its rows."""
-        seen = self._seen(target)
-        if table.shape[3] == self.seen_blocks:
-            multiply(seen, table.mT, rows, factor, add=True)
-            return
-        found = rows.new_empty(*table.shape[:2], table.shape[3], rows.shape[3])
-        multiply(found, table.mT, rows, factor)
-        seen.add_(found[:, :, : self.seen_blocks])
-
-    def _seen(self, x: Tensor) -> Tensor:
-        return self.blocks.sight.summaries(x, self.blocks.size)[:, :, : self.seen_blocks]
+    def seen(self, x: Tensor) -> Tensor:
+        """Summaries (G, R, E) -> (G, rectangles, columns, E)."""
+        whole = self.blocks.sight.summaries(x, self.blocks.size)
+        return whole[:, :, : self.seen_blocks]
 
     def weights(self, q: Tensor, k: Tensor, keys: Tensor, scale: float, own: Tensor | None) -> Tensor:
         """The softmax of the scores, (G, c, m, columns); `own` (G, n, m, m) are those of all blocks."""

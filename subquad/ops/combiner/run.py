@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from subquad.ops.combiner.block_products import in_blocks
 from subquad.ops.combiner.example import Example, Options
 from subquad.ops.combiner.groups import Group, Room, groups_of
-from subquad.ops.combiner.region_pooling import MAXIMUM, SUM, first_largest
+from subquad.ops.combiner.pooled_tokens import Pooled, Selected
+from subquad.ops.combiner.region_pooling import MAXIMUM, SUM
 from subquad.ops.combiner.weighted_rows import Averages, average_blocks, average_blocks_backward
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Queries, Source
 
@@ -159,11 +159,11 @@ class _Run(NamedTuple):
         if pooled_k is not None:
             pooled_k.backward(of_summaries.k, grads.k, grads.key_weight)
 
-    def _pooled(self, x: Tensor, weight: Tensor | None) -> _Pooled | _Selected:
+    def _pooled(self, x: Tensor, weight: Tensor | None) -> Pooled | Selected:
         example, options = self.example, self.options
         largest = options.reduce == "max" and not options.rectified and example.kept is None and example.sizes is None
         selected = example.layout.blocks is not None and (example.plan.asks_tokens or largest)
-        return _Selected(self, x) if selected else _Pooled(self, x, weight)
+        return Selected(example, x) if selected else Pooled(self.pool, x, weight)
 
     def _attend_backward(
         self,
@@ -181,44 +181,6 @@ class _Run(NamedTuple):
         if queries is not None:
             for index, part in enumerate(self.example.layout.parts):
                 part.backward(grad, queries, sources, grads.q, added, self.scale, fresh=index == 0)
-
-
-class _Pooled:
-    """Pooled tokens, and the graph by which their gradient goes back."""
-
-    def __init__(self, run: _Run, x: Tensor, weight: Tensor | None) -> None:
-        self.leaves = [tensor.detach().requires_grad_() for tensor in (x, weight) if tensor is not None]
-        with torch.enable_grad():
-            self.result = run.pool(self.leaves[0], self.leaves[1] if weight is not None else None)
-        self.value = self.result.detach()
-
-    def backward(self, grad: Tensor, *totals: Tensor | None) -> None:
-        """Add the gradients of x and the weight to the totals."""
-        if grad.shape[1]:
-            for total, found in zip(totals, torch.autograd.grad(self.result, self.leaves, grad), strict=False):
-                assert total is not None
-                total += found
-
-
-class _Selected:
-    """Pooled tokens where each number is one of a token's: of the asking token, or the largest in its block."""
-
-    def __init__(self, run: _Run, x: Tensor) -> None:
-        self.run, self.places = run, None
-        if run.example.plan.asks_tokens:
-            self.value = run.pool(x, None)
-        else:
-            self.value, self.places = first_largest(self._blocks(x), 2)
-
-    def _blocks(self, x: Tensor) -> Tensor:
-        return in_blocks(x, 0, self.run.example.layout.regions, self.run.example.plan.unit(self.run.example.padded))
-
-    def backward(self, grad: Tensor, total: Tensor, _: Tensor | None) -> None:
-        """Add the gradient of x to the total."""
-        if self.places is None:
-            total[:, : grad.shape[1]].add_(grad)
-        else:
-            self._blocks(total).scatter_add_(2, self.places[:, :, None], grad[:, :, None])
 
 
 class Inputs(NamedTuple):
