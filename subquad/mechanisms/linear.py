@@ -61,7 +61,7 @@ class LinearConfig(MixerConfig):
             features=dims.head_dim,
             projected=0,
             exponential=False,
-            keeps_features=True,
+            keeps_features=False,
             chunk=self.chunk,
         )
 

@@ -86,8 +86,8 @@ class _Kept(NamedTuple):
     """What autograd keeps.
 
     Attributes:
-        q: as the feature map keeps it, (B, H, L, E).
-        k: likewise.
+        q: (B, H, L, E).
+        k: (B, H, L, E).
         v: (B, H, L, Ev).
         valid: bool (B, L).
         out: the result, (B, H, L, Ev); None without division.
@@ -137,8 +137,8 @@ class _CausalSums(torch.autograd.Function):
         parts, feature_map = list(segments(q.shape[2], settings.chunk)), settings.feature_map
         out, divided = result_like(q, v.shape[-1]), settings.epsilon is not None
         kept = _Kept(
-            feature_map.keep(q),
-            feature_map.keep(k),
+            q,
+            k,
             v,
             valid,
             out if divided else None,

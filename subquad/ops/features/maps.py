@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.features.slices import head_groups, token_slices
 from subquad.ops.onednn import product
 
 
@@ -43,10 +42,6 @@ class FeatureMap(ABC):
     def count(self, width: int) -> int:
         """F, for rows of this width."""
 
-    def keep(self, x: Tensor) -> Tensor:
-        """What is kept of x (B, H, L, E) for the backward pass, and what all other methods get: x, or its features."""
-        return x
-
     @abstractmethod
     def queries(self, x: Tensor) -> Tensor:
         """Features (..., F) of rows x (..., E), up to a positive factor per row."""
@@ -64,7 +59,7 @@ class FeatureMap(ABC):
         """Gradient of x from that of the features, whose memory it may use.
 
         Args:
-            x: (..., E), as kept.
+            x: (..., E).
             features: (..., F), of x.
             grad: (..., F), their gradient.
             out: (..., E), may be written to and returned.
@@ -91,25 +86,16 @@ class Ready(FeatureMap):
 
 @dataclass(frozen=True)
 class EluPlusOne(FeatureMap):
-    """elu(x) + 1 = exp(min(x, 0)) + max(x, 0), whose derivative is the smaller of it and 1, so that x is not kept."""
+    """elu(x) + 1 = exp(min(x, 0)) + max(x, 0), whose derivative is the smaller of it and 1."""
 
     def count(self, width: int) -> int:
         """E."""
         return width
 
-    def keep(self, x: Tensor) -> Tensor:
-        """The features, float32 or wider."""
-        features = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-        for group in head_groups(x):
-            for tokens in token_slices(x.shape[2]):
-                part, place = x[(*group, tokens)].to(features.dtype), features[(*group, tokens)]
-                rectified = part.clamp_min(0).add_(1)  # times the derivative of elu, exp(min(x, 0)), in one pass
-                torch.ops.aten.elu_backward.grad_input(rectified, 1, 1, 1, False, part, grad_input=place)
-        return features
-
     def queries(self, x: Tensor) -> Tensor:
-        """As kept."""
-        return x
+        """The derivative of elu, exp(min(x, 0)), times max(x, 0) + 1, in one pass."""
+        rectified = x.clamp_min(0).add_(1)
+        return torch.ops.aten.elu_backward.grad_input(rectified, 1, 1, 1, False, x, grad_input=rectified)
 
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
         """Times the derivative."""

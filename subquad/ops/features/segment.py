@@ -16,8 +16,8 @@ class Inputs(NamedTuple):
     """What the segments are cut from.
 
     Attributes:
-        q: (B, H, L, E), as the feature map keeps it.
-        k: (B, H, L, E), likewise.
+        q: (B, H, L, E).
+        k: (B, H, L, E).
         v: (B, H, L, Ev).
         valid: bool (B, L), True for the keys that count; None for all.
     """

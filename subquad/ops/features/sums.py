@@ -159,13 +159,12 @@ class _SumKeys(torch.autograd.Function):
         ctx: Any, k: Tensor, v: Tensor, valid: Tensor | None, feature_map: FeatureMap
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         values, features, reference = no_sums(k, v, feature_map)
-        kept_k = feature_map.keep(k)
         with full_precision(k.device):
             for group in head_groups(k):
                 own_values, own_features = values[group].flatten(0, 1), features[group].flatten(0, 1)
                 before = None if reference is None else reference[group].reshape(-1, 1, 1)
                 for tokens in token_slices(k.shape[2]):
-                    keys = _take_keys(group, tokens, (kept_k, v, valid), feature_map, before)
+                    keys = _take_keys(group, tokens, (k, v, valid), feature_map, before)
                     if before is not None and keys.reference is not None:
                         factor = (before - keys.reference).exp_()
                         own_values, own_features = own_values * factor, own_features * factor[:, 0]
@@ -176,7 +175,7 @@ class _SumKeys(torch.autograd.Function):
                 group.put_all(features, own_features)
                 if reference is not None and before is not None:
                     group.put_all(reference, before)
-        ctx.save_for_backward(kept_k, v, valid, reference)
+        ctx.save_for_backward(k, v, valid, reference)
         ctx.feature_map = feature_map
         if reference is not None:
             ctx.mark_non_differentiable(reference)
@@ -210,20 +209,20 @@ class _ReadSums(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, values: Tensor, features: Tensor, feature_map: FeatureMap, epsilon: float | None
     ) -> Tensor:
-        out, kept_q = result_like(q, values.shape[-1]), feature_map.keep(q)
+        out = result_like(q, values.shape[-1])
         total = None if epsilon is None else values.new_empty(q.shape[:3])
         with full_precision(q.device):
             for group in head_groups(q):
                 own_values, own_features = values[group].flatten(0, 1), features[group].flatten(0, 1)[:, None]
                 for tokens in token_slices(q.shape[2]):
-                    mapped = feature_map.queries(group.take(kept_q, values.dtype, tokens))
+                    mapped = feature_map.queries(group.take(q, values.dtype, tokens))
                     read = products(mapped, own_values.mT)
                     if total is not None and epsilon is not None:
                         weight = (mapped * own_features).sum(dim=-1, keepdim=True).add_(epsilon)
                         group.put(total, weight[..., 0], tokens)
                         read = torch.div(read, weight, out=group.room(out, tokens, values.dtype))
                     group.put(out, read, tokens)
-        ctx.save_for_backward(kept_q, values, features, None if total is None else out, total)
+        ctx.save_for_backward(q, values, features, None if total is None else out, total)
         ctx.feature_map = feature_map
         return out
 

@@ -55,7 +55,7 @@ def test_elu_plus_one_is_elu_plus_one_with_its_gradient() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("features", [elu_plus_one, lambda x: EluPlusOne().keep(x[None, None, None])])
+@pytest.mark.parametrize("features", [elu_plus_one, EluPlusOne().queries])
 def test_elu_plus_one_keeps_what_bfloat16_would_cancel(features: Callable[[Tensor], Tensor]) -> None:
     x = torch.tensor([-10.0, -20.0], dtype=torch.bfloat16)
     assert not (F.elu(x) + 1).any()
@@ -63,7 +63,7 @@ def test_elu_plus_one_keeps_what_bfloat16_would_cancel(features: Callable[[Tenso
 
 
 def as_keys(feature_map: FeatureMap, x: Tensor, above: float = 0.7) -> tuple[Tensor, Tensor]:
-    """Features of kept keys, relative to a reference above the peak, and the factor that this took out."""
+    """Features of keys, relative to a reference above the peak, and the factor that this took out."""
     prepared = feature_map.prepare(x)
     if prepared.peak is None:
         return feature_map.finish(prepared, None), torch.zeros_like(x[..., :1])
@@ -76,8 +76,7 @@ def test_sliced_maps_are_their_definitions_up_to_one_factor_per_row(name: str) -
     feature_map, definition = MAPS[name]
     x = torch.randn(2, 3, 5, WIDTH, dtype=torch.float64).abs()
     assert feature_map.count(WIDTH) == definition(x).shape[-1]
-    kept = feature_map.keep(x)
-    queries, (keys, reference) = feature_map.queries(kept), as_keys(feature_map, kept)
+    queries, (keys, reference) = feature_map.queries(x), as_keys(feature_map, x)
     exact = definition(x)
     ratios = queries / exact
     torch.testing.assert_close(ratios, ratios[..., :1].expand_as(ratios))
@@ -91,8 +90,8 @@ def test_sliced_maps_are_their_definitions_up_to_one_factor_per_row(name: str) -
 def test_gradients_are_those_of_the_features(name: str, keys: bool) -> None:
     feature_map, definition = MAPS[name]
     x = torch.randn(7, WIDTH, dtype=torch.float64, requires_grad=True)
-    kept = feature_map.keep(x.detach()[None, None])[0, 0]
-    features = as_keys(feature_map, kept)[0] if keys else feature_map.queries(kept)
+    rows = x.detach()
+    features = as_keys(feature_map, rows)[0] if keys else feature_map.queries(rows)
     exact, weights = definition(x), torch.randn_like(features)
     factor = (features / exact).detach()[:, :1]  # of the row, a constant to the gradient
     if not keys and feature_map.exponential:  # what a query's features leave out
@@ -100,7 +99,7 @@ def test_gradients_are_those_of_the_features(name: str, keys: bool) -> None:
         exact = exact * torch.exp(-sign * x.square().sum(dim=-1, keepdim=True) / 2)
         factor = (features / exact).detach()[:, :1]
     (expected,) = torch.autograd.grad((exact * factor * weights).sum(), x)
-    found = feature_map.gradient(kept, features.clone(), weights.clone(), torch.empty_like(x), keys=keys)
+    found = feature_map.gradient(rows, features.clone(), weights.clone(), torch.empty_like(x), keys=keys)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
