@@ -15,6 +15,7 @@ from subquad.ops.fused import fused_backward, fused_forward, lse_backward
 from subquad.ops.pattern.strip_views import indexed, stacked, units
 from subquad.ops.pattern.strips import Numbering, Run, Strips
 from subquad.ops.piece import CALL_BYTES, Bias, Gradients, Piece, Work, add_stack, make_bias, merge, share_out
+from subquad.ops.triangles import triangles_backward, triangles_forward, triangles_pay
 from subquad.ops.unfused import add_unfused, unfused_pays
 from subquad.patterns.pattern import Pattern, Tile
 
@@ -172,6 +173,9 @@ def _place(index: Tensor, lane: Tensor, first: int, step: int, chosen: np.ndarra
 def _forward_run(run: Run, bias: Bias | None, work: Work) -> None:
     for part in _sequences(run, len(work.q), work.q):
         own, _ = stacked(run, part, work, None)
+        if _runs_as_triangles(run, part):
+            triangles_forward(indexed(own, None, (slice(None), 0))[0])
+            continue
         chosen = _of_sequences(bias, part)
         values = None if chosen is None else chosen.values
         part_out, part_lse = fused_forward(own.q, own.k, own.v, work.scale, values, causal=run.causal)
@@ -184,6 +188,11 @@ def _backward_fused(run: Run, bias: Bias | None, work: Work, gradients: Gradient
     for part in _sequences(run, len(work.q), work.q):
         own, grads = stacked(run, part, work, gradients)
         assert grads is not None
+        if _runs_as_triangles(run, part):
+            own_blocks, grads_of_blocks = indexed(own, grads, (slice(None), 0))
+            assert grads_of_blocks is not None
+            triangles_backward(own_blocks, grads_of_blocks)
+            continue
         chosen = _of_sequences(bias, part)
         values = None if chosen is None else chosen.values
         grad_q, grad_k, grad_v = fused_backward(
@@ -204,6 +213,11 @@ def _backward_unfused(run: Run, bias: Bias | None, work: Work, gradients: Gradie
         own_part, grads_part = indexed(own, grads, (slice(None), sequence))
         assert grads_part is not None
         add_unfused(own_part, grads_part, visible)
+
+
+def _runs_as_triangles(run: Run, part: slice) -> bool:
+    """Whether a call of one sequence takes batched products."""
+    return run.causal and part.stop - part.start == 1 and triangles_pay(run.number, run.rows)
 
 
 def _sequences(run: Run, count: int, like: Tensor) -> Iterator[slice]:
