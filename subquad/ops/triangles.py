@@ -20,7 +20,7 @@ from subquad.ops.piece import Gradients, Work, merge
 STEP_ROWS = 64
 """Rows of a block that run at a time: fewer hide less, but make products that are too small."""
 LEAST_SIZE, MOST_SIZE = 64, 512
-"""Sizes of blocks that pay: below there is but one step, above the operator leaves hidden parts out itself."""
+"""Sizes of blocks that pay, as far as they were measured."""
 LEAST_TOKENS = 2048
 """Tokens of all blocks that pay: measured, fewer cost more in calls than they save."""
 
@@ -37,7 +37,9 @@ def triangles_forward(work: Work) -> None:
         work: N blocks: q, k, v, out (N, size, E), lse (N, size).
     """
     for rows, columns, hidden in _steps(work.q):
-        scores = torch.baddbmm(hidden, work.q[:, rows], work.k[:, columns].mT, alpha=work.scale)
+        room = work.q.new_empty(())
+        scores = torch.baddbmm(room, work.q[:, rows], work.k[:, columns].mT, beta=0, alpha=work.scale)
+        scores[:, :, rows].masked_fill_(hidden, -torch.inf)
         highest = scores.amax(dim=-1)
         weights = torch.softmax(scores, dim=-1, out=scores)
         lse = highest - weights.amax(dim=-1).log()
@@ -57,7 +59,8 @@ def triangles_backward(work: Work, gradients: Gradients) -> None:
         slope += gradients.lse
     for rows, columns, hidden in _steps(work.q):
         q, grad, k, v = work.q[:, rows], gradients.out[:, rows], work.k[:, columns], work.v[:, columns]
-        weights = torch.sub(hidden, work.lse[:, rows, None]).baddbmm_(q, k.mT, alpha=work.scale).exp_()
+        weights = torch.baddbmm(work.lse[:, rows, None], q, k.mT, beta=-1, alpha=work.scale).exp_()
+        weights[:, :, rows].masked_fill_(hidden, 0.0)
         of_scores = torch.baddbmm(slope[:, rows, None], grad, v.mT).mul_(weights)
         gradients.v[:, columns].add_(torch.bmm(weights.mT, grad))
         gradients.k[:, columns].add_(torch.bmm(of_scores.mT, q), alpha=work.scale)
@@ -67,9 +70,9 @@ def triangles_backward(work: Work, gradients: Gradients) -> None:
 
 
 def _steps(q: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, the columns up to the last of them, and what is added to their scores: -inf where hidden, else 0."""
+    """Rows, the columns up to the last of them, and what is hidden of the columns that are the rows themselves."""
     size = q.shape[1]
     for start in range(0, size, STEP_ROWS):
         stop = min(start + STEP_ROWS, size)
-        hidden = q.new_full((stop - start, stop), -torch.inf).triu_(diagonal=start + 1)
+        hidden = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu_(diagonal=1)
         yield slice(start, stop), slice(0, stop), hidden

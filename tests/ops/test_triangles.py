@@ -79,3 +79,17 @@ def test_patterns_with_such_blocks_equal_the_definition(
     assert calls
     for found, right in zip(*results, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-10)
+
+
+def test_a_hidden_key_whose_scores_overflow_changes_no_earlier_query() -> None:
+    hidden, results = 50, []
+    for size in (1.0, torch.inf):
+        q, v = torch.ones(3, 64, 6), torch.arange(3.0 * 64 * 6).view(3, 64, 6)
+        k = torch.linspace(-1, 1, 3 * 64 * 6).view(3, 64, 6)
+        k[:, hidden] *= size
+        out, lse = torch.empty(3, 64, 6), torch.empty(3, 64)
+        triangles_forward(Work(q, k, v, out, lse, ExampleFacts(None, None, None, None), 0, SCALE, fresh=True))
+        results.append((out[:, :hidden], lse[:, :hidden]))
+    for found, right in zip(*results, strict=True):
+        assert torch.equal(found, right)
+        assert found.isfinite().all()
