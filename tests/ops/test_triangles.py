@@ -88,7 +88,7 @@ def test_a_hidden_key_whose_scores_overflow_changes_no_earlier_query() -> None:
         k = torch.linspace(-1, 1, 3 * 64 * 6).view(3, 64, 6)
         k[:, hidden] *= size
         out, lse = torch.empty(3, 64, 6), torch.empty(3, 64)
-        triangles_forward(Work(q, k, v, out, lse, ExampleFacts(None, None, None, None), 0, SCALE, fresh=True))
+        triangles_forward(Work(q, k, v, out, lse, ExampleFacts.nothing(), 0, SCALE, fresh=True))
         results.append((out[:, :hidden], lse[:, :hidden]))
     for found, right in zip(*results, strict=True):
         assert torch.equal(found, right)
