@@ -158,8 +158,9 @@ class CombinerConfig(MixerConfig):
         flops = 0
         for plan in plans if length else ():
             filled = length + -length % plan.unit(length)
-            attended, summarised = plan.pairs(filled, causal=dims.causal)
-            flops += 2 * inner * (2 * attended + products * summarised) + 2 * filled * heads * weights
+            attended, summarised, shared = plan.pairs(filled, causal=dims.causal)
+            own = 0 if self.projects_rows else shared
+            flops += 2 * inner * (2 * attended + products * summarised - own) + 2 * filled * heads * weights
         state_bytes = self._state_bytes(dims, length, max(4, dtype_bytes)) if dims.causal else 0
         total += Cost(flops=flops, activation_bytes=kept, state_bytes=state_bytes, parameters=weights)
         return total + self._row_projection_cost(dims, length, dtype_bytes) if self.projects_rows else total

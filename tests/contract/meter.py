@@ -83,15 +83,27 @@ def counted_flops(forward: Callable[[], object]) -> int:
             hidden += counter.get_total_flops() - before - 2 * visible * tokens.shape[1]
         return rows
 
-    def attend_blocks(blocks: Blocks, q: Tensor, *rest: Any) -> None:
+    def attend_blocks(
+        blocks: Blocks, q: Tensor, sources: Any, out: Tensor, scale: float, scores: Tensor | None
+    ) -> None:
         nonlocal hidden
         before = counter.get_total_flops()
-        of_blocks(blocks, q, *rest)
-        hidden += counter.get_total_flops() - before - 2 * 2 * q.shape[0] * q.shape[2] * blocks.pairs
+        of_blocks(blocks, q, sources, out, scale, scores)
+        given = 0 if scores is None else blocks.count * visible_in_block(blocks)
+        hidden += counter.get_total_flops() - before - 2 * q.shape[0] * q.shape[2] * (2 * blocks.pairs - given)
+
+    def score_blocks(blocks: Blocks, q: Tensor, *rest: Any) -> Tensor:
+        nonlocal hidden
+        not_asked = blocks.count - blocks.summarised if blocks.count > 1 else 1
+        hidden += 2 * q.shape[0] * q.shape[2] * not_asked * (blocks.size**2 - visible_in_block(blocks))
+        return own_scores(blocks, q, *rest)
+
+    def visible_in_block(blocks: Blocks) -> int:
+        return blocks.size * (blocks.size + 1) // 2 if blocks.causal else blocks.size**2
 
     topk_scores, synthesised, aten = topk.visible_scores, synthesizer.attend_slice, torch.ops.aten
     with_memory, of_rows = memory_attention.attend_slice, compressed_attention.read_rows
-    of_usage, of_blocks = most_used.slice_weights, Blocks.forward
+    of_usage, of_blocks, own_scores = most_used.slice_weights, Blocks.forward, Blocks.own_scores
     triangular_product = token_product.visible_product
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops,
@@ -109,6 +121,7 @@ def counted_flops(forward: Callable[[], object]) -> int:
         patch.object(most_used, "slice_weights", slice_weights),
         patch.object(token_product, "visible_product", visible_product),
         patch.object(Blocks, "forward", attend_blocks),
+        patch.object(Blocks, "own_scores", score_blocks),
         counter,
     ):
         forward()

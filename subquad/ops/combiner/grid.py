@@ -255,8 +255,10 @@ class Rowmajor(GridPlan):
         return Layout(used * width, pool, sizes, made, [], Blocks(grid.height, width, grid.causal, ByPlace()))
 
     def pairs_on_grid(self, grid: Grid) -> Pairs:
-        """The own row, and a summary of every other row."""
-        return Pairs(grid.pairs_in_rows + grid.pairs_in_columns, grid.used * grid.width**2)
+        """The own row, and a summary of every other row, for which its tokens ask as they do for themselves."""
+        of_rows = grid.pairs_in_rows
+        shared = of_rows // grid.height * grid.used
+        return Pairs(of_rows + grid.pairs_in_columns, grid.used * grid.width**2, shared)
 
     @property
     def stream(self) -> StreamPlan:

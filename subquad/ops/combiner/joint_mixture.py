@@ -56,7 +56,7 @@ class JointMixture(GridPlan):
 
     def pairs_on_grid(self, grid: Grid) -> Pairs:
         """Those of `Vertical`, and two summaries of every row above, one at the borders."""
-        attended, summarised = Vertical(grid.width).pairs_on_grid(grid)
+        attended, summarised, _ = Vertical(grid.width).pairs_on_grid(grid)
         sides = (grid.width - 1) * grid.height * (grid.height - 1)
         return Pairs(attended + sides, summarised + grid.used * grid.width * (grid.width - 1))
 

@@ -48,10 +48,12 @@ class Pairs(NamedTuple):
     Attributes:
         attended: of tokens with tokens and regions.
         summarised: of regions with their tokens.
+        shared: those of both, whose scores are computed once.
     """
 
     attended: int
     summarised: int
+    shared: int = 0
 
 
 class Layout(NamedTuple):
