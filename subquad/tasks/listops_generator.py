@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from subquad.records.atomic import sync
 from subquad.tasks.base import DataPreset, Progress
 from subquad.tasks.listops_manifest import MANIFEST_NAME, FileEntry, Manifest, Recipe
 from subquad.tasks.listops_trees import Shape, draw_expressions, text_pieces
@@ -196,8 +197,4 @@ def _publish(unfinished: Path, directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
     for name in names:
         (unfinished / name).rename(directory / name)
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(directory)
