@@ -166,7 +166,7 @@ class _Experts(torch.autograd.Function):
 def _gradients(weights: ExpertWeights, counts: tuple[int, ...]) -> ExpertWeights:
     """Room for those of the weights; 0 for experts without rows."""
     found = ExpertWeights(*(torch.empty_like(tensor) for tensor in weights))
-    for expert, count in enumerate(counts):
-        for tensor in found if not count else ():
-            tensor[expert].zero_()
+    without_rows = [expert for expert, count in enumerate(counts) if not count]
+    for tensor in found:
+        tensor[without_rows] = 0
     return found
