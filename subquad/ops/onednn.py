@@ -14,9 +14,6 @@ from torch import Tensor
 SMALLEST_PRODUCT = 2**21
 """Multiplications below which `mm` is faster: a call costs about 20 µs."""
 
-SMALLEST_OF_SEVERAL = 2 * SMALLEST_PRODUCT
-"""Multiplications of each of several products below which `bmm` is faster, which needs no copy to put them together."""
-
 SUMMED = 2**18
 """Numbers of a product that is made and added at a time."""
 
@@ -86,23 +83,6 @@ def add_product_(target: Tensor, a: Tensor, b: Tensor) -> None:
     for start in range(0, len(target), size):
         rows = slice(start, start + size)
         target[rows].add_(product(a[rows], b))
-
-
-def products(a: Tensor, b: Tensor) -> Tensor:
-    """The products a bᵀ of G pairs of matrices, one after the other where each is large enough, together where not.
-
-    Args:
-        a: (G, M, K).
-        b: (G, N, K), any strides.
-
-    Returns:
-        (G, M, N).
-    """
-    smallest = SMALLEST_PRODUCT if len(a) == 1 else SMALLEST_OF_SEVERAL
-    if a.shape[1] * a.shape[2] * b.shape[1] < smallest or not suits(a, b):
-        return torch.bmm(a, b.mT)
-    found = [product(one, other) for one, other in zip(a, b, strict=True)]
-    return found[0][None] if len(found) == 1 else torch.stack(found)
 
 
 def suits(a: Tensor, b: Tensor) -> bool:

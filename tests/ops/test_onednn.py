@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from subquad.ops.onednn import add_product_, has_onednn, logistic_product, product, product_over_rows, products
+from subquad.ops.onednn import add_product_, has_onednn, logistic_product, product, product_over_rows
 
 
 def test_this_build_of_torch_offers_the_private_operator() -> None:
@@ -46,14 +46,3 @@ def test_the_logistic_function_follows_the_product(rows: int) -> None:
     a, b, bias = torch.randn(rows, 64), torch.randn(64, 64), torch.randn(64)
     expected = (a.double() @ b.double().T + bias.double()).sigmoid().float()
     torch.testing.assert_close(logistic_product(a, b, bias), expected, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("shape", [(3, 5, 2), (256, 64, 256)])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_products_of_pairs_are_those_of_each(count: int, shape: tuple[int, int, int], transposed: bool) -> None:
-    rows, inner, columns = shape
-    a = torch.randn(count, inner, rows).mT if transposed else torch.randn(count, rows, inner)
-    b = torch.randn(count, inner, columns).mT if transposed else torch.randn(count, columns, inner)
-    expected = torch.stack([one.double() @ other.double().T for one, other in zip(a, b, strict=True)]).float()
-    torch.testing.assert_close(products(a, b), expected, atol=1e-4, rtol=1e-4)

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from subquad.ops.features.maps import FeatureMap
 from subquad.ops.features.slices import Heads, head_groups, token_slices
-from subquad.ops.onednn import products
 from subquad.ops.precision import full_precision
+from subquad.ops.stacked_products import stacked_product
 
 FEATURES_WORTH_A_COPY = 128
 """Features for which the faster product makes up for a transposed copy of the values."""
@@ -107,7 +107,7 @@ def _outer_sums(mapped: Tensor, rows: Tensor) -> Tensor:
     threads, so each gets tokens of its own.
     """
     if mapped.shape[2] >= FEATURES_WORTH_A_COPY:
-        return products(rows.mT, mapped.mT).mT
+        return stacked_product(rows.mT, mapped).mT
     threads = torch.get_num_threads()
     if mapped.shape[0] >= threads or mapped.shape[1] % threads:
         return torch.bmm(mapped.mT, rows)
@@ -194,8 +194,8 @@ class _SumKeys(torch.autograd.Function):
                 final = None if reference is None else reference[group].reshape(-1, 1, 1)
                 for tokens in token_slices(k.shape[2]):
                     keys = _take_keys(group, tokens, (k, v, valid), ctx.feature_map, final)
-                    group.put(grad_v, products(keys.mapped, of_values.mT), tokens)
-                    of_mapped = products(keys.v, of_values).add_(of_features)
+                    group.put(grad_v, stacked_product(keys.mapped, of_values), tokens)
+                    of_mapped = stacked_product(keys.v, of_values.mT).add_(of_features)
                     if keys.hidden is not None:
                         of_mapped.masked_fill_(keys.hidden, 0.0)
                     place = group.room(grad_k, tokens, keys.v.dtype)
@@ -216,7 +216,7 @@ class _ReadSums(torch.autograd.Function):
                 own_values, own_features = values[group].flatten(0, 1), features[group].flatten(0, 1)[:, None]
                 for tokens in token_slices(q.shape[2]):
                     mapped = feature_map.queries(group.take(q, values.dtype, tokens))
-                    read = products(mapped, own_values.mT)
+                    read = stacked_product(mapped, own_values)
                     if total is not None and epsilon is not None:
                         weight = (mapped * own_features).sum(dim=-1, keepdim=True).add_(epsilon)
                         group.put(total, weight[..., 0], tokens)
@@ -243,7 +243,7 @@ class _ReadSums(torch.autograd.Function):
                     mapped, of_read = ctx.feature_map.queries(rows), group.take(grad, values.dtype, tokens)
                     if out is not None and total is not None:
                         of_read, of_total = gradients_of_division(group, tokens, of_read, out, total)
-                    of_mapped = products(of_read, own_values)
+                    of_mapped = stacked_product(of_read, own_values.mT)
                     if of_total is not None:
                         of_mapped.addcmul_(of_total, own_features)
                         of_features = torch.baddbmm(of_features, of_total.mT, mapped)

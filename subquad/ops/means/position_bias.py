@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops.means.stacked_products import add_stacked_product_, stacked_product
+from subquad.ops.stacked_products import add_stacked_product_, stacked_product
 
 
 class PositionBias(Protocol):

@@ -18,9 +18,9 @@ from torch import Tensor
 from subquad.ops.means.pair_means import gradients_by_pairs, means_by_pairs
 from subquad.ops.means.position_bias import PositionBias
 from subquad.ops.means.running_means import NOTHING, Means
-from subquad.ops.means.stacked_products import add_stacked_product_, stacked_product
 from subquad.ops.means.strip_geometry import Strip
 from subquad.ops.means.weighted_columns import Columns
+from subquad.ops.stacked_products import add_stacked_product_, stacked_product
 
 
 class Tokens(NamedTuple):
