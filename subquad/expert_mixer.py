@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from subquad.costs import Cost
 from subquad.interface import ChannelMixer, FeedforwardConfig, Mixed
 from subquad.mask import Mask
-from subquad.ops.experts.routing import ExpertRows, balance_loss, expert_rows, router_probabilities, seats
+from subquad.ops.experts.routing import ExpertRows, balance_loss, expert_rows, router_logits, seats
 from subquad.receipt import leave_receipt
 from subquad.stacked_experts import StackedExperts
 
@@ -84,19 +84,20 @@ class ExpertMixerConfig(FeedforwardConfig):
         return 4 * embed_dim if self.hidden_dim is None else self.hidden_dim
 
     def cost(self, embed_dim: int, length: int, dtype_bytes: int) -> Cost:
-        """With no choice dropped, in training: x, the hidden layer before the activation, probabilities and gates.
-
-        Of narrower numbers the router keeps float32 copies of x and its weights.
-        """
+        """With no choice dropped, in training: x, the hidden layer before the activation, probabilities and gates."""
         hidden, wide = self.width(embed_dim), max(4, dtype_bytes)
         rows = length * self.choices
         router = length * (self.experts + self.choices) + (self.experts if self.balance_weight else 0)
-        widened = 0 if wide == dtype_bytes else wide * (length + self.experts) * embed_dim
+        read = self.router_bytes(embed_dim, length, dtype_bytes)
         return Cost(
             flops=2 * length * embed_dim * self.experts + 2 * 2 * rows * embed_dim * hidden,
-            activation_bytes=dtype_bytes * (length * embed_dim + rows * hidden) + wide * router + widened,
+            activation_bytes=dtype_bytes * (length * embed_dim + rows * hidden) + wide * router + read,
             parameters=self.experts * (embed_dim + 2 * embed_dim * hidden + hidden + embed_dim),
         )
+
+    def router_bytes(self, embed_dim: int, length: int, dtype_bytes: int) -> int:
+        """What the router keeps besides x: of narrower numbers float32 copies of x and its weights."""
+        return 0 if dtype_bytes >= 4 else 4 * (length + self.experts) * embed_dim
 
 
 class ExpertMixer(ChannelMixer):
@@ -129,9 +130,9 @@ class ExpertMixer(ChannelMixer):
     def choose(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """From probabilities (G, N, X), the experts, int64 (G, N, k), and their gates, of the same shape."""
 
-    def router_input(self, x: Tensor) -> Tensor:
-        """What the router reads of x (B, L, D)."""
-        return x
+    def logits(self, x: Tensor) -> Tensor:
+        """The router's, (..., X) of x (..., D), in float32 or wider."""
+        return router_logits(x, self.router)
 
     def auxiliary_loss(
         self, logits: Tensor, probabilities: Tensor, chosen: Tensor, valid: Tensor | None
@@ -151,7 +152,8 @@ class ExpertMixer(ChannelMixer):
             mask.check(self.config.name, x)
             x = mask.zero_invalid(x)
         valid = None if mask is None or mask.valid is None else self._grouped(mask.valid)
-        logits, probabilities = router_probabilities(self._grouped(self.router_input(x)), self.router)
+        logits = self.logits(self._grouped(x))
+        probabilities = logits.softmax(dim=-1)
         chosen, gates = self.choose(probabilities)
         rows = expert_rows(chosen, self.config.experts, valid=valid, capacity=self._capacity(chosen, valid))
         if rows.dropped:

@@ -22,11 +22,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from subquad.costs import Cost
 from subquad.expert_mixer import ExpertMixer, ExpertMixerConfig
+from subquad.ops.experts.jitter import draw_levels, jittered_logits
 from subquad.registry import register
 
 
@@ -55,14 +54,11 @@ class SwitchConfig(ExpertMixerConfig):
         """The module."""
         return Switch(self, embed_dim)
 
-    def cost(self, embed_dim: int, length: int, dtype_bytes: int) -> Cost:
-        """With jitter, what the router reads and the noise are kept too."""
-        price = super().cost(embed_dim, length, dtype_bytes)
+    def router_bytes(self, embed_dim: int, length: int, dtype_bytes: int) -> int:
+        """With jitter the noise, eight bytes for four numbers."""
         if not self.jitter:
-            return price
-        wide = max(4, dtype_bytes)
-        copies = 2 if wide == dtype_bytes else 1
-        return price + Cost(activation_bytes=copies * wide * length * embed_dim)
+            return super().router_bytes(embed_dim, length, dtype_bytes)
+        return 8 * -(-length * embed_dim // 4)
 
 
 class Switch(ExpertMixer):
@@ -70,12 +66,11 @@ class Switch(ExpertMixer):
 
     config: SwitchConfig
 
-    def router_input(self, x: Tensor) -> Tensor:
-        """In training x with jitter, in float32 or wider."""
+    def logits(self, x: Tensor) -> Tensor:
+        """In training, of x with jitter."""
         if not (self.training and self.config.jitter):
-            return x
-        noise = torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-        return x * noise.uniform_(1 - self.config.jitter, 1 + self.config.jitter)
+            return super().logits(x)
+        return jittered_logits(x, self.router, draw_levels(x), self.config.jitter)
 
     def choose(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """The first of the largest probabilities."""

@@ -199,9 +199,6 @@ def test_jitter_moves_the_router_in_training_and_never_what_the_experts_read() -
     assert not torch.equal(module.train()(x).y, module(x).y)
     assert torch.equal(module.eval()(x).y, module(x).y)
     assert torch.equal(x, before)
-    read = module.train().router_input(torch.ones(4, 100, 6))
-    assert 0.5 <= float(read.min()) < 0.6
-    assert 1.4 < float(read.max()) <= 1.5
 
 
 def test_expert_dropout_is_its_own_rate() -> None:

@@ -32,7 +32,7 @@ class ExpertRows(NamedTuple):
     dropped: int
 
 
-def router_probabilities(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """The router, in float32 or wider whatever autocast says.
 
     Args:
@@ -40,14 +40,8 @@ def router_probabilities(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         weight: (X, D).
 
     Returns:
-        Logits and probabilities, both (..., X).
+        (..., X).
     """
-    logits = router_logits(x, weight)
-    return logits, logits.softmax(dim=-1)
-
-
-def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """The first of `router_probabilities`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     with full_precision(x.device):
         return F.linear(x.to(wide), weight.to(wide))
