@@ -22,8 +22,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the nearest known name, if any is near, and all known names."""
     names = sorted(known)
     matches = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    guess = f"did you mean {matches[0]!r}? " if matches else ""
-    return f"{guess}Known: {', '.join(names) or 'none'}."
+    listed = f"{', '.join(names) or 'none'}."
+    return f"did you mean {matches[0]!r}? Known: {listed}" if matches else f"known: {listed}"
 
 
 def read_value(text: str) -> Any:

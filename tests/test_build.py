@@ -41,7 +41,7 @@ def test_head_dim_is_free() -> None:
         ({**SIZES, "positions": "sinusoidal"}, "option 'positions' must be one of 'none', 'rotary', got 'sinusoidal'"),
         ({"embed_dim": "8", "num_heads": 2}, "option 'embed_dim' must be int, got '8'"),
         ({"embed_dim": 8, "num_heads": 2.0}, "option 'num_heads' must be int, got 2.0"),
-        ({**SIZES, "windw": 3}, "full: unknown option 'windw'; Known: none"),
+        ({**SIZES, "windw": 3}, "full: unknown option 'windw'; known: none"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_built(arguments: dict[str, Any], message: str) -> None:

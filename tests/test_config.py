@@ -82,8 +82,8 @@ def test_unknown_and_missing_options_are_refused() -> None:
 
 def test_the_nearest_name_is_proposed_only_if_it_is_near() -> None:
     assert nearest("locl", ["full", "local"]) == "did you mean 'local'? Known: full, local."
-    assert nearest("zzz", ["full", "local"]) == "Known: full, local."
-    assert nearest("zzz", []) == "Known: none."
+    assert nearest("zzz", ["full", "local"]) == "known: full, local."
+    assert nearest("zzz", []) == "known: none."
 
 
 @pytest.mark.parametrize("value", [3, 1e-5, 0.1, True, None, "a", "true", "3", "", [2, 4], {"b": 1}])

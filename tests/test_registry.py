@@ -48,7 +48,7 @@ def test_a_class_is_registered_under_its_own_name_in_snake_case(registered: type
 
 
 def test_the_errors_of_others_name_it_too(registered: type[TwoFacedConfig]) -> None:
-    with pytest.raises(ValueError, match=r"Known: .*two_faced"):
+    with pytest.raises(ValueError, match=r"known: .*two_faced"):
         build_mixer("nothing_like_it", embed_dim=8, num_heads=2)
 
 

@@ -64,7 +64,7 @@ def test_the_config_survives_its_written_form() -> None:
         ({"max_position_embeddings": 0}, "max_position_embeddings must be at least 1, got 0"),
         ({"feedforward_chunk": -1}, "feedforward_chunk must not be negative, got -1"),
         ({"mixr": "local"}, r"unknown keyword 'mixr'; did you mean 'mixer'\? Known: .*, mixer, "),
-        ({"window": 129}, "unknown keyword 'window'; .*Known: axial_pos_embds_dim, "),
+        ({"window": 129}, "unknown keyword 'window'; known: axial_pos_embds_dim, "),
         ({"num_label": 3}, r"unknown keyword 'num_label'; did you mean 'num_labels'\?"),
     ],
 )
