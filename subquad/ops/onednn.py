@@ -32,7 +32,7 @@ def has_onednn() -> bool:
 
 @cache
 def outruns_mm() -> bool:
-    """Whether it multiplies faster than `mm`, whose BLAS uses AVX-512 on some CPUs alone and needs no copy of anything."""
+    """Whether it is faster than `mm`, whose BLAS needs no copies but doesn't use AVX-512 on every CPU that has it."""
     return has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 

@@ -69,9 +69,9 @@ def weighted_columns(k: Tensor, v: Tensor, strips: Sequence[Strip]) -> Iterator[
             last += 1
         columns = slice(strips[first].columns.start, strips[last - 1].columns.stop)
         weighted = v.new_empty((*v.shape[:2], columns.stop - columns.start, v.shape[3] + k.shape[3]))
-        values, weights = weighted.split((v.shape[3], k.shape[3]), dim=3)
-        torch.sub(k[:, :, columns], peaks[first], out=weights).exp_()
-        torch.mul(v[:, :, columns], weights, out=values)
+        weights = (k[:, :, columns] - peaks[first]).exp_()  # exponentials of rows that don't lie together are slow
+        torch.mul(v[:, :, columns], weights, out=weighted[..., : v.shape[3]])
+        weighted[..., v.shape[3] :] = weights
         yield Columns(range(first, last), columns, peaks[first], weighted)
         first = last
 

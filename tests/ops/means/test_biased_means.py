@@ -13,7 +13,7 @@ from torch import Tensor
 from subquad.ops.means import pair_means, running_means, strip_geometry, weighted_columns
 from subquad.ops.means.biased_means import biased_means, biased_means_by_pairs
 from subquad.ops.means.position_bias import FactorisedBias, KernelBias, PositionBias
-from subquad.ops.means.running_means import Means
+from subquad.ops.means.gated import Kept
 from subquad.ops.means.strip_geometry import Reach, strips
 from subquad.ops.means.strip_means import Tokens, strip_means
 
@@ -96,7 +96,7 @@ def test_running_means_equal_the_definition(length: int, chunk: int, scale: floa
 def takes_products(tokens: Tokens, reach: Reach) -> bool:
     (strip,) = strips(20, 20, reach)
     (columns,) = weighted_columns.weighted_columns(tokens.k, tokens.v, [strip])
-    result = Means(torch.empty_like(tokens.k[:, :, :20]), torch.empty_like(tokens.v[:, :, :20]))
+    result = Kept(torch.empty_like(tokens.k[:, :, :20]), torch.empty_like(tokens.v[:, :, :20]))
     return strip_means(tokens, strip, columns, [], result) is not None
 
 
