@@ -147,9 +147,9 @@ def _gradients(
     tokens, all_strips = Tokens(k, v, bias), strips(upstream.grad.shape[2], k.shape[2], reach)
     of_q, of_k, of_v = torch.empty_like(upstream.q), torch.zeros_like(k), torch.zeros_like(v)
     of_bias = tuple(map(torch.zeros_like, bias.tensors))
-    far, of_far = parts.far, []
+    far, of_far, of_weighted = parts.far, [], v.new_empty(0)
     for columns in weighted_columns(k, v, all_strips):
-        of_weighted = torch.zeros_like(columns.weighted)
+        of_weighted = _zeros(columns.weighted.shape, of_weighted)
         for i in columns.strips:
             strip, seen = all_strips[i], far.seen(i)
             of_q[:, :, strip.queries], wanted = upstream.of(strip.queries).through_gate()
@@ -164,6 +164,11 @@ def _gradients(
         columns.add_gradients_((of_k, of_v), of_weighted)
     far.add_gradients_((of_k, of_v), k, v, of_far)
     return of_q, of_k, of_v, *of_bias
+
+
+def _zeros(shape: torch.Size, before: Tensor) -> Tensor:
+    """Zeros, in the memory of a tensor that isn't needed any more if it has that shape: fresh memory takes longer."""
+    return before.zero_() if before.shape == shape else before.new_zeros(shape)
 
 
 def _at_most(distance: Tensor, bound: int | None) -> Tensor:

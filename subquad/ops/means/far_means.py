@@ -101,12 +101,12 @@ def add_joined_gradients_(
     told = _told_back(means, of_means)
     for run in _runs(blocks):
         mean, of_mean = run.stacked(means), run.stacked(told)
-        values = run.of(v)
+        of_k, of_v = (run.of(gradient) for gradient in gradients)
         shares = (run.of(k) - mean.total).exp_()
         of_values = shares * of_mean.mean
-        of_weights = (of_values * (values - mean.mean)).sum_to_size(shares.shape).addcmul_(shares, of_mean.total)
-        gradients[0][:, :, run.columns] += of_weights.flatten(2, 3)
-        gradients[1][:, :, run.columns] += of_values.flatten(2, 3)
+        of_v += of_values
+        of_k += of_values.mul_(run.of(v) - mean.mean).sum_to_size(shares.shape)
+        of_k.addcmul_(shares, of_mean.total)
 
 
 class _Run(NamedTuple):
