@@ -23,7 +23,7 @@ from subquad.ops.means.position_bias import PositionBias
 from subquad.ops.means.running_means import NOTHING, running_gradients, running_means
 from subquad.ops.means.strip_geometry import Reach, strips
 from subquad.ops.means.strip_means import Tokens, add_strip_gradients_, pair_gradients, strip_means
-from subquad.ops.means.weighted_columns import weighted_columns
+from subquad.ops.means.weighted_columns import Columns, Group, column_groups
 from subquad.ops.precision import full_precision
 from subquad.ops.recomputed import recomputed
 
@@ -74,10 +74,12 @@ class _Parts(NamedTuple):
 
     Attributes:
         far: the far means of strips.
+        groups: of strips whose columns are weighted together.
         tops: the largest score of each row of a strip, or None where the strip was summed pair by pair.
     """
 
     far: Far
+    groups: list[Group]
     tops: list[Tensor | None]
 
 
@@ -125,12 +127,13 @@ def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length
     tokens, all_strips = Tokens(k, v, bias), strips(length, k.shape[2], reach)
     tops: list[Tensor | None] = []
     result = Kept(k.new_empty((*k.shape[:2], length, k.shape[3])), v.new_empty((*v.shape[:2], length, v.shape[3])))
-    far = Far.of(k, v, all_strips)
-    for columns in weighted_columns(k, v, all_strips):
-        for i in columns.strips:
+    far, groups = Far.of(k, v, all_strips), column_groups(k, all_strips)
+    for group in groups:
+        columns = Columns.weigh(k, v, group)
+        for i in group.strips:
             own = result.of(all_strips[i].queries)
             tops.append(strip_means(tokens, all_strips[i], columns, far.seen(i), own))
-    return result, _Parts(far, tops)
+    return result, _Parts(far, groups, tops)
 
 
 def _gradients(
@@ -148,11 +151,14 @@ def _gradients(
     of_q, of_k, of_v = torch.empty_like(upstream.q), torch.zeros_like(k), torch.zeros_like(v)
     of_bias = tuple(map(torch.zeros_like, bias.tensors))
     far, of_far, of_weighted = parts.far, [], v.new_empty(0)
-    for columns in weighted_columns(k, v, all_strips):
+    for group in parts.groups:
+        columns = Columns.weigh(k, v, group)
         of_weighted = _zeros(columns.weighted.shape, of_weighted)
-        for i in columns.strips:
+        queries = slice(all_strips[group.strips[0]].queries.start, all_strips[group.strips[-1]].queries.stop)
+        of_q[:, :, queries], of_means = upstream.of(queries).through_gate()
+        for i in group.strips:
             strip, seen = all_strips[i], far.seen(i)
-            of_q[:, :, strip.queries], wanted = upstream.of(strip.queries).through_gate()
+            wanted = of_means.of(slice(strip.queries.start - queries.start, strip.queries.stop - queries.start))
             if (top := parts.tops[i]) is not None:
                 of_scores, found = add_strip_gradients_(of_weighted, tokens, strip, columns, seen, wanted, top)
             else:

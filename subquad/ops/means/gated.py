@@ -38,6 +38,10 @@ class Wanted(NamedTuple):
     grad: Tensor
     of_weights: Tensor
 
+    def of(self, queries: slice) -> Wanted:
+        """The part of some queries."""
+        return Wanted(self.kept.of(queries), self.grad[:, :, queries], self.of_weights[:, :, queries])
+
 
 class Upstream(NamedTuple):
     """What the backward pass begins with.
