@@ -133,6 +133,7 @@ def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length
         for i in group.strips:
             own = result.of(all_strips[i].queries)
             tops.append(strip_means(tokens, all_strips[i], columns, far.seen(i), own))
+        del columns  # its memory goes to the next group, fresh memory takes longer
     return result, _Parts(far, groups, tops)
 
 
@@ -168,6 +169,7 @@ def _gradients(
             of_far.append(found)
             bias.add_gradients(of_bias, of_scores, strip.queries, strip.columns, strip.offset)
         columns.add_gradients_((of_k, of_v), of_weighted)
+        del columns, of_means
     far.add_gradients_((of_k, of_v), k, v, of_far)
     return of_q, of_k, of_v, *of_bias
 

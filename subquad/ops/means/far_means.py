@@ -103,10 +103,9 @@ def add_joined_gradients_(
         mean, of_mean = run.stacked(means), run.stacked(told)
         of_k, of_v = (run.of(gradient) for gradient in gradients)
         shares = (run.of(k) - mean.total).exp_()
-        of_values = shares * of_mean.mean
-        of_v += of_values
-        of_k += of_values.mul_(run.of(v) - mean.mean).sum_to_size(shares.shape)
-        of_k.addcmul_(shares, of_mean.total)
+        of_v.addcmul_(shares, of_mean.mean)
+        of_logarithms = (run.of(v) - mean.mean).mul_(of_mean.mean).sum_to_size(shares.shape).add_(of_mean.total)
+        of_k.addcmul_(shares, of_logarithms)
 
 
 class _Run(NamedTuple):
