@@ -1,7 +1,7 @@
 """Products of matrices by oneDNN, which on many CPUs is two to three times faster in float32 than the BLAS behind `mm`.
 
-The operator is private to torch; this module alone names it. Where it is missing, and for what it doesn't take, `mm`
-computes the same.
+The operator is private to torch; this module alone names it. Where it is missing or no faster, and for what it doesn't
+take, `mm` computes the same.
 """
 
 from __future__ import annotations
@@ -30,25 +30,31 @@ def has_onednn() -> bool:
         return False
 
 
+@cache
+def outruns_mm() -> bool:
+    """Whether it is faster than `mm`, whose BLAS needs no copies but doesn't use AVX-512 on every CPU that has it."""
+    return has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product a bᵀ + bias.
 
     Args:
         a: (M, K); copied where it isn't contiguous.
         b: (N, K), any strides.
-        bias: (N,).
+        bias: (N,); the operator adds it in the same pass, `mm` in one more.
 
     Returns:
         (M, N), contiguous.
     """
-    if _pays(a, b):
+    if _large(a, b) and (bias is not None or outruns_mm()):
         return torch.ops.mkldnn._linear_pointwise(a.contiguous(), _whole(b), bias, "none", [], "")
     return a @ b.T if bias is None else torch.addmm(bias, a, b.T)
 
 
 def logistic_product(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     """1 / (1 + exp(-(a bᵀ + bias))); arguments and result as in `product`. The function costs next to nothing."""
-    if _pays(a, b):
+    if _large(a, b):
         return torch.ops.mkldnn._linear_pointwise(a.contiguous(), _whole(b), bias, "sigmoid", [], "")
     return torch.addmm(bias, a, b.T).sigmoid_()
 
@@ -74,7 +80,7 @@ def add_product_(target: Tensor, a: Tensor, b: Tensor) -> None:
         a: (M, K). Where it isn't contiguous, the narrower one of both is copied.
         b: (N, K).
     """
-    if not suits(a, b):
+    if not (suits(a, b) and outruns_mm()):
         target.addmm_(a, b.mT)
         return
     if a.shape[0] > b.shape[0] and not a.is_contiguous():
@@ -91,7 +97,7 @@ def suits(a: Tensor, b: Tensor) -> bool:
     return plain and a.dtype == b.dtype == torch.float32 and a.device.type == "cpu" and has_onednn()
 
 
-def _pays(a: Tensor, b: Tensor) -> bool:
+def _large(a: Tensor, b: Tensor) -> bool:
     return a.shape[0] * a.shape[1] * b.shape[0] >= SMALLEST_PRODUCT and suits(a, b)
 
 

@@ -28,8 +28,10 @@ def stacked_product(a: Tensor, b: Tensor) -> Tensor:
     stacks = _stacks(a, b)
     if not _large(a, b, stacks):
         return a @ b
+    if math.prod(stacks) == 1:
+        return product(_only(a), _only(b).mT).view(*stacks, a.shape[-2], b.shape[-1])
     found = [product(one, other.mT) for one, other in _pairs(a, b, stacks)]
-    return (found[0] if len(found) == 1 else torch.stack(found)).view(*stacks, a.shape[-2], b.shape[-1])
+    return torch.stack(found).view(*stacks, a.shape[-2], b.shape[-1])
 
 
 def add_stacked_product_(target: Tensor, a: Tensor, b: Tensor) -> None:
@@ -38,6 +40,9 @@ def add_stacked_product_(target: Tensor, a: Tensor, b: Tensor) -> None:
     if not _large(a, b, stacks):
         target += a @ b
         return
+    if math.prod(stacks) == 1:
+        add_product_(_only(target), _only(a), _only(b).mT)
+        return
     for index, (one, other) in zip(_indices(stacks), _pairs(a, b, stacks), strict=True):
         add_product_(target[index], one, other.mT)
 
@@ -45,6 +50,11 @@ def add_stacked_product_(target: Tensor, a: Tensor, b: Tensor) -> None:
 def _large(a: Tensor, b: Tensor, stacks: tuple[int, ...]) -> bool:
     smallest = SMALLEST_PRODUCT if math.prod(stacks) == 1 else SMALLEST_OF_SEVERAL
     return a.shape[-2] * a.shape[-1] * b.shape[-1] >= smallest and suits(a, b)
+
+
+def _only(x: Tensor) -> Tensor:
+    """The only matrix of a stack, in one step: steps count where products are small."""
+    return x.view(x.shape[-2:])
 
 
 def _pairs(a: Tensor, b: Tensor, stacks: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:

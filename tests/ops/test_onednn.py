@@ -1,7 +1,14 @@
 import pytest
 import torch
 
+from subquad.ops import onednn
 from subquad.ops.onednn import add_product_, has_onednn, logistic_product, product, product_over_rows
+
+
+@pytest.fixture(params=[False, True], ids=["mm", "oneDNN"], autouse=True)
+def faster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both libraries on every machine."""
+    monkeypatch.setattr(onednn, "outruns_mm", lambda: request.param)
 
 
 def test_this_build_of_torch_offers_the_private_operator() -> None:

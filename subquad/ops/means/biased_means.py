@@ -18,11 +18,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.means.far_means import Far
+from subquad.ops.means.gated import Kept, Upstream
 from subquad.ops.means.position_bias import PositionBias
-from subquad.ops.means.running_means import NOTHING, Means, running_gradients, running_means
+from subquad.ops.means.running_means import NOTHING, running_gradients, running_means
 from subquad.ops.means.strip_geometry import Reach, strips
-from subquad.ops.means.strip_means import Tokens, Wanted, add_strip_gradients_, pair_gradients, strip_means
-from subquad.ops.means.weighted_columns import weighted_columns
+from subquad.ops.means.strip_means import Tokens, add_strip_gradients_, pair_gradients, strip_means
+from subquad.ops.means.weighted_columns import Columns, Group, column_groups
 from subquad.ops.precision import full_precision
 from subquad.ops.recomputed import recomputed
 
@@ -73,15 +74,17 @@ class _Parts(NamedTuple):
 
     Attributes:
         far: the far means of strips.
+        groups: of strips whose columns are weighted together.
         tops: the largest score of each row of a strip, or None where the strip was summed pair by pair.
     """
 
     far: Far
+    groups: list[Group]
     tops: list[Tensor | None]
 
 
 class _BiasedMeans(Function):
-    """Keeps q, k, v, the means before the gate and the logarithms of their weights."""
+    """Keeps q, k, v, the means before the gate and their levels."""
 
     @staticmethod
     def forward(
@@ -90,82 +93,90 @@ class _BiasedMeans(Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         wide_bias = None if bias is None else bias.of(*(tensor.to(wide) for tensor in tensors))
         with full_precision(q.device):
-            means, ctx.parts = _means(k.to(wide), v.to(wide), wide_bias, reach, q.shape[2])
+            kept, ctx.parts = _means(k.to(wide), v.to(wide), wide_bias, reach, q.shape[2])
         ctx.bias, ctx.reach = None if bias is None else bias.of(*(tensor.new_empty(0) for tensor in tensors)), reach
-        ctx.save_for_backward(q, k, v, means.total, means.mean, *tensors)
-        return (q.to(wide).sigmoid() * means.mean).to(q.dtype)
+        ctx.save_for_backward(q, k, v, *kept, *tensors)
+        return q.to(wide).sigmoid().mul_(kept.mean).to(q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, total, mean, *tensors = ctx.saved_tensors
+        q, k, v, level, mean, *tensors = ctx.saved_tensors
         wide = mean.dtype
         bias = None if ctx.bias is None else ctx.bias.of(*(tensor.to(wide) for tensor in tensors))
-        gate = q.to(wide).sigmoid()
-        of_mean = grad.to(wide) * gate
-        of_weights = of_mean * mean
-        of_q = torch.addcmul(of_weights, of_weights, gate, value=-1)
-        wanted = _of_real_queries(Wanted(Means(total, mean), of_mean, of_weights.sum_to_size(total.shape)), k)
+        upstream = Upstream(q, grad, Kept(level, mean), _real_queries(k, q.shape[2]))
         with full_precision(q.device):
-            of_k, of_v, *of_bias = _gradients(k.to(wide), v.to(wide), bias, ctx.reach, wanted, ctx.parts)
+            of_q, of_k, of_v, *of_bias = _gradients(k.to(wide), v.to(wide), bias, ctx.reach, upstream, ctx.parts)
         of_tensors = (found.to(tensor.dtype) for found, tensor in zip(of_bias, tensors, strict=True))
         return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), None, None, *of_tensors
 
 
-def _of_real_queries(wanted: Wanted, k: Tensor) -> Wanted:
-    """Without the gradients of queries that have no key themselves."""
-    real = k[:, :, k.shape[2] - wanted.grad.shape[2] :, :1] > NOTHING / 2
-    if bool(real.all()):
-        return wanted
-    grad, of_weights = (x.masked_fill(~real, 0.0) for x in (wanted.grad, wanted.of_weights))
-    return Wanted(wanted.result, grad, of_weights)
+def _real_queries(k: Tensor, length: int) -> Tensor | None:
+    """Which queries have a key themselves, (B, G, L, 1); None for all."""
+    real = k[:, :, k.shape[2] - length :, :1] > NOTHING / 2
+    return None if bool(real.all()) else real
 
 
-def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length: int) -> tuple[Means, _Parts | None]:
+def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length: int) -> tuple[Kept, _Parts | None]:
     """Means for all queries, and what they are made of if not running means."""
     if bias is None:
         start = k.shape[2] - length
-        return Means(*(x[:, :, start:] for x in running_means(k, v))), None
+        return Kept(*(x[:, :, start:] for x in running_means(k, v))), None
     tokens, all_strips = Tokens(k, v, bias), strips(length, k.shape[2], reach)
     tops: list[Tensor | None] = []
-    result = Means(k.new_empty((*k.shape[:2], length, k.shape[3])), v.new_empty((*v.shape[:2], length, v.shape[3])))
-    far = Far.of(k, v, all_strips)
-    for columns in weighted_columns(k, v, all_strips):
-        for i in columns.strips:
-            own = Means(*(x[:, :, all_strips[i].queries] for x in result))
+    result = Kept(k.new_empty((*k.shape[:2], length, k.shape[3])), v.new_empty((*v.shape[:2], length, v.shape[3])))
+    far, groups = Far.of(k, v, all_strips), column_groups(k, all_strips)
+    for group in groups:
+        columns = Columns.weigh(k, v, group)
+        for i in group.strips:
+            own = result.of(all_strips[i].queries)
             tops.append(strip_means(tokens, all_strips[i], columns, far.seen(i), own))
-    return result, _Parts(far, tops)
+        del columns  # its memory goes to the next group, fresh memory takes longer
+    return result, _Parts(far, groups, tops)
 
 
 def _gradients(
-    k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, wanted: Wanted, parts: _Parts | None
+    k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, upstream: Upstream, parts: _Parts | None
 ) -> tuple[Tensor, ...]:
-    """Gradients of k, v and what the bias is made of.
+    """Gradients of q, k, v and what the bias is made of.
 
-    With total_i, the weight of a pair is exp(k_j + w_ij - total_i), whatever part of the sums it was in.
+    With the logarithm total_i of all weights of a query, that of a pair is exp(k_j + w_ij - total_i), whatever part of
+    the sums it was in.
     """
     if bias is None or parts is None:
-        return running_gradients(k, v, wanted.result.total, wanted.grad, wanted.of_weights)
-    tokens, all_strips = Tokens(k, v, bias), strips(wanted.grad.shape[2], k.shape[2], reach)
-    of_k, of_v, of_bias = torch.zeros_like(k), torch.zeros_like(v), tuple(map(torch.zeros_like, bias.tensors))
-    far, of_far = parts.far, []
-    for columns in weighted_columns(k, v, all_strips):
-        of_weighted = torch.zeros_like(columns.weighted)
-        for i in columns.strips:
-            strip, seen, own = all_strips[i], far.seen(i), wanted.of(all_strips[i].queries)
+        of_q, wanted = upstream.through_gate()
+        return of_q, *running_gradients(k, v, upstream.kept.level, wanted.grad, wanted.of_weights)
+    tokens, all_strips = Tokens(k, v, bias), strips(upstream.grad.shape[2], k.shape[2], reach)
+    of_q, of_k, of_v = torch.empty_like(upstream.q), torch.zeros_like(k), torch.zeros_like(v)
+    of_bias = tuple(map(torch.zeros_like, bias.tensors))
+    far, of_far, of_weighted = parts.far, [], v.new_empty(0)
+    for group in parts.groups:
+        columns = Columns.weigh(k, v, group)
+        of_weighted = _zeros(columns.weighted.shape, of_weighted)
+        queries = slice(all_strips[group.strips[0]].queries.start, all_strips[group.strips[-1]].queries.stop)
+        of_q[:, :, queries], of_means = upstream.of(queries).through_gate()
+        for i in group.strips:
+            strip, seen = all_strips[i], far.seen(i)
+            wanted = of_means.of(slice(strip.queries.start - queries.start, strip.queries.stop - queries.start))
             if (top := parts.tops[i]) is not None:
-                of_scores, found = add_strip_gradients_(of_weighted, tokens, strip, columns, seen, own, top)
+                of_scores, found = add_strip_gradients_(of_weighted, tokens, strip, columns, seen, wanted, top)
             else:
-                more_k, more_v, of_scores, found = pair_gradients(tokens, strip, seen, own)
+                more_k, more_v, of_scores, found = pair_gradients(tokens, strip, seen, wanted)
                 of_k[:, :, strip.columns] += more_k
                 of_v[:, :, strip.columns] += more_v
             of_far.append(found)
             bias.add_gradients(of_bias, of_scores, strip.queries, strip.columns, strip.offset)
         columns.add_gradients_((of_k, of_v), of_weighted)
+        del columns, of_means
     far.add_gradients_((of_k, of_v), k, v, of_far)
-    return of_k, of_v, *of_bias
+    return of_q, of_k, of_v, *of_bias
+
+
+def _zeros(shape: torch.Size, before: Tensor) -> Tensor:
+    """Zeros, in the memory of a tensor that isn't needed any more if it has that shape: fresh memory takes longer."""
+    return before.zero_() if before.shape == shape else before.new_zeros(shape)
 
 
 def _at_most(distance: Tensor, bound: int | None) -> Tensor:

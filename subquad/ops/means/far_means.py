@@ -15,6 +15,9 @@ from torch import Tensor
 from subquad.ops.means.running_means import Means
 from subquad.ops.means.strip_geometry import Strip, blocks_before, blocks_behind
 
+TOGETHER = 1024
+"""Columns whose means are taken at once: few enough to stay in the cache."""
+
 
 class Far(NamedTuple):
     """The far means of all strips, those behind from the last strip to the first.
@@ -98,12 +101,11 @@ def add_joined_gradients_(
     told = _told_back(means, of_means)
     for run in _runs(blocks):
         mean, of_mean = run.stacked(means), run.stacked(told)
-        values = run.of(v)
+        of_k, of_v = (run.of(gradient) for gradient in gradients)
         shares = (run.of(k) - mean.total).exp_()
-        of_values = shares * of_mean.mean
-        of_weights = (of_values * (values - mean.mean)).sum_to_size(shares.shape).addcmul_(shares, of_mean.total)
-        gradients[0][:, :, run.columns] += of_weights.flatten(2, 3)
-        gradients[1][:, :, run.columns] += of_values.flatten(2, 3)
+        of_v.addcmul_(shares, of_mean.mean)
+        of_logarithms = (run.of(v) - mean.mean).mul_(of_mean.mean).sum_to_size(shares.shape).add_(of_mean.total)
+        of_k.addcmul_(shares, of_logarithms)
 
 
 class _Run(NamedTuple):
@@ -128,11 +130,13 @@ class _Run(NamedTuple):
 
 
 def _runs(blocks: Sequence[slice]) -> Iterator[_Run]:
-    """Blocks that aren't empty, as many together as are of one size; they stand in the order of their columns."""
+    """Blocks that aren't empty, several together where of one size; they stand in the order of their columns."""
     places = sorted((block.start, block.stop, i) for i, block in enumerate(blocks) if block.start < block.stop)
-    for _, run in groupby(places, key=lambda place: place[1] - place[0]):
-        starts, stops, numbers = zip(*run, strict=True)
-        yield _Run(list(numbers), slice(starts[0], stops[-1]))
+    for size, run in groupby(places, key=lambda place: place[1] - place[0]):
+        equal, count = list(run), max(1, TOGETHER // size)
+        for first in range(0, len(equal), count):
+            starts, stops, numbers = zip(*equal[first : first + count], strict=True)
+            yield _Run(list(numbers), slice(starts[0], stops[-1]))
 
 
 def _told_back(means: Sequence[Means | None], of_means: Sequence[Means | None]) -> list[Means | None]:

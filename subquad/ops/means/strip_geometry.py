@@ -52,10 +52,11 @@ class Strip(NamedTuple):
     def limit_(self, scores: Tensor) -> Tensor:
         """Scores (·, ·, R, W) without those beyond the reach, which are set to 0; in place."""
         own = self.offset + self.queries.start - self.columns.start
-        if self.reach.left is not None:
-            scores.triu_(own - self.reach.left)
-        if self.reach.right is not None and not self.reach.causal:
-            scores.tril_(own + self.reach.right)
+        columns_first = scores.mT.is_contiguous()  # triangles of matrices that don't lie row by row take a slow way
+        if (left := self.reach.left) is not None:
+            scores.mT.tril_(left - own) if columns_first else scores.triu_(own - left)
+        if (right := self.reach.right) is not None and not self.reach.causal:
+            scores.mT.triu_(-own - right) if columns_first else scores.tril_(own + right)
         return scores
 
     def hide_(self, scores: Tensor) -> Tensor:

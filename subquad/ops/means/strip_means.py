@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.ops.means.gated import Kept, Wanted
 from subquad.ops.means.pair_means import gradients_by_pairs, means_by_pairs
 from subquad.ops.means.position_bias import PositionBias
 from subquad.ops.means.running_means import NOTHING, Means
@@ -37,26 +38,7 @@ class Tokens(NamedTuple):
     bias: PositionBias
 
 
-class Wanted(NamedTuple):
-    """What the gradients of a strip follow from; all of its R queries.
-
-    Attributes:
-        result: means and logarithms of all weights.
-        grad: (B, G, R, E), of the means.
-        of_weights: (B, G, R, E or 1), grad times mean, summed over the channels that share k.
-    """
-
-    result: Means
-    grad: Tensor
-    of_weights: Tensor
-
-    def of(self, queries: slice) -> Wanted:
-        """The part of some queries."""
-        total, mean, grad, of_weights = (x[:, :, queries] for x in (*self.result, self.grad, self.of_weights))
-        return Wanted(Means(total, mean), grad, of_weights)
-
-
-def strip_means(tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Means], result: Means) -> Tensor | None:
+def strip_means(tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Means], result: Kept) -> Tensor | None:
     """Write the means for the queries of a strip.
 
     Args:
@@ -64,7 +46,7 @@ def strip_means(tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Me
         strip: the pairs.
         columns: the weighted columns, of this strip and others.
         far: means over columns that no bias of the strip reaches, seen by all of its queries.
-        result: of the strip's queries alone.
+        result: of the strip's queries alone; its levels are those of products, or the logarithms of weights.
 
     Returns:
         The largest score of each row, (·, ·, R, 1), or None where the means were summed pair by pair.
@@ -78,11 +60,11 @@ def strip_means(tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Me
     if _too_small(weights, tokens.k, strip):
         scores = strip.hide_(_scores(tokens.bias, strip))
         by_pairs = means_by_pairs(_with_far(scores, far), *_joined(tokens, strip, far))
-        result.total.copy_(by_pairs.total)
+        result.level.copy_(by_pairs.total)
         result.mean.copy_(by_pairs.mean)
         return None
     weights.clamp_min_(torch.finfo(weights.dtype).tiny)
-    torch.log(weights, out=result.total).add_(top).add_(columns.peak)
+    torch.reciprocal(weights, out=result.level)
     torch.div(sums[..., :width], weights, out=result.mean)
     return top
 
@@ -104,10 +86,9 @@ def add_strip_gradients_(
         top: the result of `strip_means`.
     """
     width = tokens.v.shape[3]
-    scale = (top + columns.peak).sub_(wanted.result.total).exp_()
     of_sums = sums.new_empty((*wanted.grad.shape[:3], sums.shape[3]))
-    torch.mul(wanted.grad, scale, out=of_sums[..., :width])
-    torch.mul(wanted.of_weights, scale.neg_(), out=of_sums[..., width:])
+    torch.mul(wanted.grad, wanted.kept.level, out=of_sums[..., :width])
+    torch.mul(wanted.of_weights, wanted.kept.level.neg(), out=of_sums[..., width:])
     of_far: list[Means] = []
     for mean in far:
         of_column = (-top).exp_().mT @ of_sums
@@ -127,7 +108,7 @@ def pair_gradients(
     """Gradients of a strip pair by pair: of its k and v, its scores, and the far means."""
     scores = _with_far(strip.hide_(_scores(tokens.bias, strip)), far)
     joined = _joined(tokens, strip, far)
-    of_k, of_v, of_scores = gradients_by_pairs(scores, *joined, wanted.result, wanted.grad)
+    of_k, of_v, of_scores = gradients_by_pairs(scores, *joined, Means(*wanted.kept), wanted.grad)
     own = strip.columns.stop - strip.columns.start
     of_far = [Means(of_k[:, :, i : i + 1], of_v[:, :, i : i + 1]) for i in range(own, own + len(far))]
     return of_k[:, :, :own], of_v[:, :, :own], strip.limit_(of_scores[..., :own].contiguous()), of_far

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -19,20 +19,42 @@ SHARED = 4
 """Widths of a strip that are weighted together, for narrow strips few enough to stay in the cache."""
 
 
-class Columns(NamedTuple):
-    """The columns of some strips.
+class Group(NamedTuple):
+    """Strips whose columns are weighted together.
 
     Attributes:
         strips: their numbers.
-        all: the columns of all of them.
+        columns: those of all of them.
+        peak: (B, G, 1, E or 1), what the columns are weighted relative to.
+    """
+
+    strips: range
+    columns: slice
+    peak: Tensor
+
+
+class Columns(NamedTuple):
+    """The columns of a group of strips.
+
+    Attributes:
+        all: the columns of all strips.
         peak: (B, G, 1, E or 1).
         weighted: (B, G, W, E + (E or 1)), values times weights, and weights.
     """
 
-    strips: range
     all: slice
     peak: Tensor
     weighted: Tensor
+
+    @classmethod
+    def weigh(cls, k: Tensor, v: Tensor, group: Group) -> Columns:
+        """Those of k (B, G, S, E or 1) and v (B, G, S, E)."""
+        _, columns, peak = group
+        weighted = v.new_empty((*v.shape[:2], columns.stop - columns.start, v.shape[3] + k.shape[3]))
+        weights = (k[:, :, columns] - peak).exp_()  # exponentials of rows that don't lie together are slow
+        torch.mul(v[:, :, columns], weights, out=weighted[..., : v.shape[3]])
+        weighted[..., v.shape[3] :] = weights
+        return cls(columns, peak, weighted)
 
     def of(self, strip: Strip, x: Tensor) -> Tensor:
         """The part of x (B, G, W, ·) that belongs to a strip."""
@@ -53,27 +75,24 @@ class Columns(NamedTuple):
         of_k.addcmul_(of_weighted[..., width:], weights)
 
 
-def weighted_columns(k: Tensor, v: Tensor, strips: Sequence[Strip]) -> Iterator[Columns]:
+def column_groups(k: Tensor, strips: Sequence[Strip]) -> list[Group]:
     """All strips, as many together as their peaks allow.
 
     Args:
         k: (B, G, S, E or 1).
-        v: (B, G, S, E).
         strips: in order.
     """
     peaks = _peaks(k, strips)
+    found: list[Group] = []
     first = 0
     while first < len(strips):
         last = first + 1
         while last < len(strips) and _go_together(strips, peaks, first, last):
             last += 1
         columns = slice(strips[first].columns.start, strips[last - 1].columns.stop)
-        weighted = v.new_empty((*v.shape[:2], columns.stop - columns.start, v.shape[3] + k.shape[3]))
-        values, weights = weighted.split((v.shape[3], k.shape[3]), dim=3)
-        torch.sub(k[:, :, columns], peaks[first], out=weights).exp_()
-        torch.mul(v[:, :, columns], weights, out=values)
-        yield Columns(range(first, last), columns, peaks[first], weighted)
+        found.append(Group(range(first, last), columns, peaks[first]))
         first = last
+    return found
 
 
 def _go_together(strips: Sequence[Strip], peaks: Sequence[Tensor], first: int, last: int) -> bool:

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from subquad.ops.means import pair_means, running_means, strip_geometry, weighted_columns
+from subquad.ops.means import pair_means, running_means, strip_geometry
 from subquad.ops.means.biased_means import biased_means, biased_means_by_pairs
+from subquad.ops.means.gated import Kept
 from subquad.ops.means.position_bias import FactorisedBias, KernelBias, PositionBias
-from subquad.ops.means.running_means import Means
 from subquad.ops.means.strip_geometry import Reach, strips
 from subquad.ops.means.strip_means import Tokens, strip_means
+from subquad.ops.means.weighted_columns import Columns, column_groups
 
 LENGTHS = st.sampled_from([1, 2, 5, 8, 17])
 
@@ -95,8 +96,9 @@ def test_running_means_equal_the_definition(length: int, chunk: int, scale: floa
 
 def takes_products(tokens: Tokens, reach: Reach) -> bool:
     (strip,) = strips(20, 20, reach)
-    (columns,) = weighted_columns.weighted_columns(tokens.k, tokens.v, [strip])
-    result = Means(torch.empty_like(tokens.k[:, :, :20]), torch.empty_like(tokens.v[:, :, :20]))
+    (group,) = column_groups(tokens.k, [strip])
+    columns = Columns.weigh(tokens.k, tokens.v, group)
+    result = Kept(torch.empty_like(tokens.k[:, :, :20]), torch.empty_like(tokens.v[:, :, :20]))
     return strip_means(tokens, strip, columns, [], result) is not None
 
 
@@ -122,12 +124,12 @@ def test_ordinary_keys_take_products_and_keys_far_apart_pairs() -> None:
 
 def test_neighbouring_strips_share_weights_while_keys_do_not_rise_far() -> None:
     """Strips of 8 queries, 8 columns wide for the first and 16 for the others."""
-    k, v = torch.randn(1, 1, 64, 3), torch.randn(1, 1, 64, 3)
+    k = torch.randn(1, 1, 64, 3)
     with patch.object(strip_geometry, "SHORTEST", 8), patch.object(strip_geometry, "LONGEST", 8):
         all_strips = strips(64, 64, Reach(4, 0, True))
-    ordinary = [part.strips for part in weighted_columns.weighted_columns(k, v, all_strips)]
+    ordinary = [group.strips for group in column_groups(k, all_strips)]
     k[:, :, 20, 1] = 50
-    apart = [part.strips for part in weighted_columns.weighted_columns(k, v, all_strips)]
+    apart = [group.strips for group in column_groups(k, all_strips)]
     assert (ordinary, apart) == ([range(4), range(4, 8)], [range(2), range(2, 8)])
 
 
