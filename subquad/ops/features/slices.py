@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,6 +11,21 @@ from torch import Tensor
 
 SLICE_TOKENS = 4096
 """Tokens of all heads in a slice, about."""
+
+
+class Room:
+    """Memory of what a slice needs for a while, the same for every slice: every fresh 4 kB cost a page fault."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self._like, self._dtype = like, dtype
+        self._memory: dict[str, Tensor] = {}
+
+    def of(self, name: str, *shape: int) -> Tensor:
+        """A contiguous tensor of this shape; what the name stood for before is lost."""
+        numbers, memory = math.prod(shape), self._memory.get(name)
+        if memory is None or memory.numel() < numbers:
+            memory = self._memory[name] = self._like.new_empty(numbers, dtype=self._dtype)
+        return memory[:numbers].view(shape)
 
 
 class Heads(NamedTuple):
@@ -30,6 +46,11 @@ class Heads(NamedTuple):
         """
         part = x[(*self, tokens)].to(dtype).flatten(0, 1)
         return part if hidden is None else part.masked_fill(hidden, 0.0)
+
+    def chunks(self, x: Tensor, tokens: slice, count: int) -> Tensor:
+        """X (B, H, L, ...) as a view (N, B', H', C, ...) of N = `count` chunks of C tokens."""
+        part = x[(*self, tokens)]
+        return part.view(*part.shape[:2], count, -1, *part.shape[3:]).movedim(2, 0)
 
     def room(self, x: Tensor, tokens: slice, dtype: torch.dtype) -> Tensor:
         """Where to compute a part of x, (G, T, ...), before `put`: its place itself if that is possible."""
