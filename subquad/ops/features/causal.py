@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from subquad.ops.features.maps import FeatureMap
 from subquad.ops.features.segment import Inputs, Place, Segment, make_segment, multiply_add
-from subquad.ops.features.slices import Heads, Room, head_groups
-from subquad.ops.features.sums import Sums, lowest, no_sums, result_like
+from subquad.ops.features.slices import Room, head_groups
+from subquad.ops.features.sums import Sums, gradients_of_division, lowest, no_sums, result_like
 from subquad.ops.precision import full_precision
 
 CHUNK = 64
@@ -32,12 +32,6 @@ CHUNK = 64
 
 SEGMENT_CHUNKS = 16
 """Chunks that run at a time."""
-
-SEGMENT_HEADS = 2
-"""Heads that run at a time, at least."""
-
-SEGMENT_NUMBERS = 2**19
-"""Features of queries that are in a segment, about."""
 
 
 class Settings(NamedTuple):
@@ -120,11 +114,6 @@ class _Kept(NamedTuple):
         return make_segment(place, Inputs(self.q, self.k, self.v, self.valid), feature_map, before, room)
 
 
-def _groups(x: Tensor, features: int, chunk: int) -> Iterator[Heads]:
-    """The heads of x (B, H, L, ...) that run at a time."""
-    return head_groups(x, max(SEGMENT_HEADS, SEGMENT_NUMBERS // (max(1, min(x.shape[2], SEGMENT_CHUNKS * chunk)) * features)))
-
-
 class _CausalSums(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -152,12 +141,14 @@ class _CausalSums(torch.autograd.Function):
         )
         after, room = torch.empty_like(sums), Room(q, sums.dtype)
         with full_precision(q.device):
-            for group in _groups(q, sums.shape[2], settings.chunk):
+            for group in head_groups(q, sums.shape[2], SEGMENT_CHUNKS * settings.chunk):
                 own = sums[group]
                 for index, (tokens, chunks) in enumerate(parts):
                     kept.sums[index][group] = own
                     place = Place(group, tokens, chunks)
-                    own = _attend(kept.segment(place, settings.feature_map, room), own, place, out, kept, settings.epsilon)
+                    own = _attend(
+                        kept.segment(place, settings.feature_map, room), own, place, out, kept, settings.epsilon
+                    )
                 after[group] = own
         last = None if kept.references is None else kept.references[..., -1].clone()
         ctx.save_for_backward(*kept)
@@ -176,23 +167,22 @@ class _CausalSums(torch.autograd.Function):
         before, room = torch.empty_like(grad_sums), Room(grad, kept.sums.dtype)
         parts = list(enumerate(segments(grad.shape[2], settings.chunk)))
         with full_precision(grad.device):
-            for group in _groups(kept.q, kept.sums.shape[3], settings.chunk):
+            for group in head_groups(grad, kept.sums.shape[3], SEGMENT_CHUNKS * settings.chunk):
                 after = grad_sums[group]
                 for index, (tokens, chunks) in reversed(parts):
                     place = Place(group, tokens, chunks)
                     part = kept.segment(place, settings.feature_map, room)
-                    of_mixed = _gradient_of_mixed(part, place, grad, kept)
-                    after = _attend_back(part, kept.sums[index][group], after, of_mixed, [place.of(x) for x in grads], kept, place, settings.feature_map)
+                    after = _attend_back(
+                        part, kept.sums[index][group], after, place, grad, grads, kept, settings.feature_map
+                    )
                 before[group] = after
         return *grads, before, None, None, None
 
 
-def _attend(
-    part: Segment, before: Tensor, place: Place, out: Tensor, kept: _Kept, epsilon: float | None
-) -> Tensor:
+def _attend(part: Segment, before: Tensor, place: Place, out: Tensor, kept: _Kept, epsilon: float | None) -> Tensor:
     """Write the result of a segment; returns the sums after it."""
     sums = part.sums(before, part.written())
-    mixed = part.product("mixed", part.q, sums[:-1])
+    mixed = part.product("read", part.q, sums[:-1])
     if part.factors is not None:
         mixed.mul_(part.factors.read)
     multiply_add(mixed, part.weights(), part.v)
@@ -207,29 +197,19 @@ def _attend(
     return sums[-1]
 
 
-def _gradient_of_mixed(part: Segment, place: Place, grad: Tensor, kept: _Kept) -> Tensor:
-    """Gradients of numerators and, in the last column, of denominators, (N, B, H, C, W)."""
-    of_mixed = part.room.of("gradient of mixed", *part.v.shape)
-    if kept.out is None or kept.total is None:
-        of_mixed[..., :-1], of_mixed[..., -1] = place.of(grad), 0.0
-        return of_mixed
-    of_read = torch.div(place.of(grad), place.of(kept.total)[..., None], out=of_mixed[..., :-1])
-    scratch = torch.mul(of_read, place.of(kept.out), out=part.room.of("mixed", *of_read.shape))
-    torch.sum(scratch, dim=-1, keepdim=True, out=of_mixed[..., -1:]).neg_()
-    return of_mixed
-
-
 def _attend_back(
     part: Segment,
     before: Tensor,
     after: Tensor,
-    of_mixed: Tensor,
-    places: list[Tensor],
-    kept: _Kept,
     place: Place,
+    grad: Tensor,
+    grads: tuple[Tensor, ...],
+    kept: _Kept,
     feature_map: FeatureMap,
 ) -> Tensor:
     """Write the gradients of q, k and v in a segment; returns those of the sums before it."""
+    out, total = (None if x is None else place.of(x) for x in (kept.out, kept.total))
+    of_mixed = gradients_of_division(place.of(grad), out, total, part.room)
     written, of_read = part.written(), part.read(of_mixed)
     sums, of_sums = part.sums(before, written), part.of_sums(of_read, after)
     of_weights = part.below(part.product("gradient of weights", of_mixed, part.v.mT))
@@ -239,11 +219,10 @@ def _attend_back(
     if part.factors is not None:
         of_v.mul_(part.factors.write)
     multiply_add(of_v, part.weights().mT, of_mixed[..., :-1])
-    of_q = feature_map.gradient(part.q_rows, part.q, of_q, places[0], keys=False)
-    of_k = feature_map.gradient(part.k_rows, part.k, of_k, places[1], keys=True)
-    for target, gradient in zip(places, (of_q, of_k, of_v), strict=True):
-        if gradient is not target:
-            target.copy_(gradient)
+    place_q, place_k, place_v = (place.of(x) for x in grads)
+    feature_map.write_gradient(part.q_rows, part.q, of_q, place_q, keys=False)
+    feature_map.write_gradient(part.k_rows, part.k, of_k, place_k, keys=True)
+    place_v.copy_(of_v)
     if kept.valid is not None:
-        places[1].masked_fill_(~place.of(kept.valid[:, None])[..., None], 0.0)
+        place_k.masked_fill_(~place.of(kept.valid[:, None])[..., None], 0.0)
     return of_sums[0]

@@ -44,10 +44,10 @@ class FeatureMap(ABC):
 
     @abstractmethod
     def queries(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Features (..., F) of rows x (..., E), up to a positive factor per row; `out` may be written to and returned."""
+        """Features (..., F) of rows x (..., E), up to a positive factor per row; may be written to `out`."""
 
     def prepare(self, x: Tensor, out: Tensor | None = None) -> Prepared:
-        """The features of keys up to the division by exp(reference); `out` (..., F) may be written to and returned."""
+        """The features of keys up to the division by exp(reference); may be written to `out` (..., F)."""
         return Prepared(self.queries(x, out))
 
     def finish(self, prepared: Prepared, reference: Tensor | None) -> Tensor:
@@ -65,6 +65,12 @@ class FeatureMap(ABC):
             out: (..., E), may be written to and returned.
             keys: whether the features are those of keys.
         """
+
+    def write_gradient(self, x: Tensor, features: Tensor, grad: Tensor, place: Tensor, *, keys: bool) -> None:
+        """Write the gradient of x to its place (..., E), of any floating dtype; the rest as in `gradient`."""
+        found = self.gradient(x, features, grad, place, keys=keys)
+        if found is not place:
+            place.copy_(found)
 
 
 @dataclass(frozen=True)
