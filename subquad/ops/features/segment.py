@@ -188,5 +188,6 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def multiply_add(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Out += a b, all (N, B, H, ·, ·), out contiguous. Returns out."""
-    out.view(-1, *out.shape[-2:]).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+    target = out.view(-1, *out.shape[-2:])
+    torch.baddbmm(target, a.flatten(0, 2), b.flatten(0, 2), out=target)
     return out
