@@ -113,17 +113,18 @@ def feature_sum_cost(
     """The price of attention by features, projections included.
 
     Every q and k is mapped, with `projected` products with directions and F features; keys are written to the sums and
-    queries read from them. The causal form adds the pairs inside chunks and the running sums over the chunks of a
-    segment. Denominators are elementwise work. Autograd keeps q and k, or `keeps_features` in their place, v and the
-    merged heads, the denominators, the references of exponentials, and the sums, causally those before each segment.
+    queries read from them, with denominators as one more column, into which causal keys write too; the causal form
+    adds the pairs inside chunks. Other sums are elementwise work. Autograd keeps q and k, or `keeps_features` in their
+    place, v and the merged heads, the denominators, the references of exponentials, and the sums, causally those before
+    each segment.
     """
     heads, width, wide_bytes = dims.num_heads, dims.head_dim, max(4, dtype_bytes)
-    sums, mapped = features * (width + 1), length + dims.key_length(length)
-    flops, kept = mapped * (2 * projected * width + 2 * features * width), length
+    sums, keys = features * (width + 1), dims.key_length(length)
+    mapped, written = length + keys, sums if dims.causal else features * width
+    flops, kept = 2 * mapped * projected * width + 2 * keys * written + 2 * length * sums, length
     if dims.causal:
         parts = [(tokens.stop - tokens.start, chunks) for tokens, chunks in segments(length, chunk)]
-        flops += sum(2 * tokens * (tokens // chunks) * (features + width) for tokens, chunks in parts)
-        flops += sum(2 * chunks**2 * sums for _, chunks in parts)
+        flops += sum(2 * tokens * (tokens // chunks) * (features + width + 1) for tokens, chunks in parts)
         kept += len(parts) * sums + (length + 1 if exponential else 0)
     else:
         kept += sums + (1 if exponential else 0)

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.features.maps import FeatureMap
-from subquad.ops.features.segment import Inputs, Segment, in_chunks, make_segment, scaled, whole
-from subquad.ops.features.slices import Heads, head_groups
+from subquad.ops.features.segment import Inputs, Place, Segment, make_segment, multiply_add
+from subquad.ops.features.slices import Room, head_groups
 from subquad.ops.features.sums import Sums, gradients_of_division, lowest, no_sums, result_like
 from subquad.ops.precision import full_precision
 
@@ -32,9 +32,6 @@ CHUNK = 64
 
 SEGMENT_CHUNKS = 16
 """Chunks that run at a time."""
-
-SEGMENT_HEADS = 2
-"""Heads that run at a time, at least."""
 
 
 class Settings(NamedTuple):
@@ -68,8 +65,9 @@ def causal_sums(
         The result (B, H, L, Ev), the dtype of q, and the sums over everything seen so far.
     """
     before = no_sums(k, v, settings.feature_map) if before is None else before
-    out, *after = _CausalSums.apply(q, k, v, *before, valid, settings)  # pyright: ignore[reportGeneralTypeIssues] - apply has no types
-    return out, Sums(*after)
+    sums = torch.cat((before.values, before.features[..., None]), dim=-1)
+    out, after, reference = _CausalSums.apply(q, k, v, sums, before.reference, valid, settings)  # pyright: ignore[reportGeneralTypeIssues] - apply has no types
+    return out, Sums(after[..., :-1], after[..., -1], reference)
 
 
 def segments(length: int, chunk: int) -> Iterator[tuple[slice, int]]:
@@ -94,8 +92,7 @@ class _Kept(NamedTuple):
         total: its denominators, (B, H, L).
         references: of each token, (B, H, L); None for features without exponents.
         first_reference: of what came before, (B, H).
-        values: sums before each segment, (segments, B, H, F, Ev).
-        features: likewise, (segments, B, H, F).
+        sums: before each segment, (segments, B, H, F, Ev + 1).
     """
 
     q: Tensor
@@ -106,19 +103,15 @@ class _Kept(NamedTuple):
     total: Tensor | None
     references: Tensor | None
     first_reference: Tensor | None
-    values: Tensor
-    features: Tensor
+    sums: Tensor
 
-    def inputs(self) -> Inputs:
-        """What segments are made of."""
-        return Inputs(self.q, self.k, self.v, self.valid)
-
-    def reference_before(self, group: Heads, tokens: slice) -> Tensor | None:
-        """The reference carried into a segment, (G, 1)."""
-        if self.references is None or self.first_reference is None:
-            return None
-        at = self.references[:, :, tokens.start - 1] if tokens.start else self.first_reference
-        return at[group].reshape(-1, 1)
+    def segment(self, place: Place, feature_map: FeatureMap, room: Room) -> Segment:
+        """The segment of this place."""
+        before = None
+        if self.references is not None and self.first_reference is not None:
+            start = place.tokens.start
+            before = (self.references[:, :, start - 1] if start else self.first_reference)[place.group]
+        return make_segment(place, Inputs(self.q, self.k, self.v, self.valid), feature_map, before, room)
 
 
 class _CausalSums(torch.autograd.Function):
@@ -128,13 +121,12 @@ class _CausalSums(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        values: Tensor,
-        features: Tensor,
+        sums: Tensor,
         reference: Tensor | None,
         valid: Tensor | None,
         settings: Settings,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        parts, feature_map = list(segments(q.shape[2], settings.chunk)), settings.feature_map
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        parts = list(segments(q.shape[2], settings.chunk))
         out, divided = result_like(q, v.shape[-1]), settings.epsilon is not None
         kept = _Kept(
             q,
@@ -142,125 +134,95 @@ class _CausalSums(torch.autograd.Function):
             v,
             valid,
             out if divided else None,
-            values.new_empty(q.shape[:3]) if divided else None,
-            None if reference is None else values.new_empty(q.shape[:3]),
-            None if reference is None else reference.clamp_min(lowest(values.dtype)),
-            values.new_empty(len(parts), *values.shape),
-            features.new_empty(len(parts), *features.shape),
+            sums.new_empty(q.shape[:3]) if divided else None,
+            None if reference is None else sums.new_empty(q.shape[:3]),
+            None if reference is None else reference.clamp_min(lowest(sums.dtype)),
+            sums.new_empty(len(parts), *sums.shape),
         )
-        after = torch.empty_like(values), torch.empty_like(features)
+        after, room = torch.empty_like(sums), Room(q, sums.dtype)
         with full_precision(q.device):
-            for group in head_groups(q, SEGMENT_HEADS):
-                own = values[group].flatten(0, 1), features[group].flatten(0, 1)
+            for group in head_groups(q, sums.shape[2], SEGMENT_CHUNKS * settings.chunk):
+                own = sums[group]
                 for index, (tokens, chunks) in enumerate(parts):
-                    for carried, sums in zip((kept.values[index], kept.features[index]), own, strict=True):
-                        group.put_all(carried, sums)
-                    before = kept.reference_before(group, tokens)
-                    part = make_segment(group, tokens, chunks, kept.inputs(), feature_map, before)
-                    own = _attend(part, own, group, tokens, out, kept, settings.epsilon)
-                for sums, last in zip(after, own, strict=True):
-                    group.put_all(sums, last)
+                    kept.sums[index][group] = own
+                    place = Place(group, tokens, chunks)
+                    own = _attend(
+                        kept.segment(place, settings.feature_map, room), own, place, out, kept, settings.epsilon
+                    )
+                after[group] = own
         last = None if kept.references is None else kept.references[..., -1].clone()
         ctx.save_for_backward(*kept)
         ctx.settings = settings
         if last is not None:
             ctx.mark_non_differentiable(last)
-        return out, *after, last
+        return out, after, last
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
-        ctx: Any, grad: Tensor, grad_values: Tensor, grad_features: Tensor, _: Tensor | None
+        ctx: Any, grad: Tensor, grad_sums: Tensor, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         kept, settings = _Kept(*ctx.saved_tensors), ctx.settings
         grads = tuple(torch.empty_like(x, dtype=grad.dtype) for x in (kept.q, kept.k, kept.v))
-        grad_values, grad_features = grad_values.clone(), grad_features.clone()
+        before, room = torch.empty_like(grad_sums), Room(grad, kept.sums.dtype)
         parts = list(enumerate(segments(grad.shape[2], settings.chunk)))
         with full_precision(grad.device):
-            for group in head_groups(grad, SEGMENT_HEADS):
-                after = grad_values[group].flatten(0, 1), grad_features[group].flatten(0, 1)
+            for group in head_groups(grad, kept.sums.shape[3], SEGMENT_CHUNKS * settings.chunk):
+                after = grad_sums[group]
                 for index, (tokens, chunks) in reversed(parts):
-                    before = kept.reference_before(group, tokens)
-                    part = make_segment(group, tokens, chunks, kept.inputs(), settings.feature_map, before)
-                    after = _attend_back(part, after, index, group, tokens, grad, grads, kept, settings.feature_map)
-                for sums, of_sums in zip((grad_values, grad_features), after, strict=True):
-                    group.put_all(sums, of_sums)
-        return *grads, grad_values, grad_features, None, None, None
+                    place = Place(group, tokens, chunks)
+                    part = kept.segment(place, settings.feature_map, room)
+                    after = _attend_back(
+                        part, kept.sums[index][group], after, place, grad, grads, kept, settings.feature_map
+                    )
+                before[group] = after
+        return *grads, before, None, None, None
 
 
-def _attend(
-    part: Segment,
-    sums: tuple[Tensor, Tensor],
-    group: Heads,
-    tokens: slice,
-    out: Tensor,
-    kept: _Kept,
-    epsilon: float | None,
-) -> tuple[Tensor, Tensor]:
+def _attend(part: Segment, before: Tensor, place: Place, out: Tensor, kept: _Kept, epsilon: float | None) -> Tensor:
     """Write the result of a segment; returns the sums after it."""
-    before_values, after_values = part.prefix_values(sums[0], part.written_values())
-    before_features, after_features = part.prefix_features(sums[1])
-    weights, read = part.weights(), part.factors.read
-    mixed = part.q @ before_values
-    mixed = mixed if read is None else mixed.mul_(read)
-    torch.baddbmm(mixed, weights, part.v, out=mixed)
+    sums = part.sums(before, part.written())
+    mixed = part.product("read", part.q, sums[:-1])
+    if part.factors is not None:
+        mixed.mul_(part.factors.read)
+    multiply_add(mixed, part.weights(), part.v)
     if kept.total is not None and epsilon is not None:
-        total = scaled((part.q * before_features).sum(dim=-1, keepdim=True), read)
-        total = total.add_(weights.sum(dim=-1, keepdim=True)).add_(epsilon)
-        group.put(kept.total, total.view(part.groups, -1), tokens)
-        place = in_chunks(group.room(out, tokens, mixed.dtype), part.chunks)
-        mixed = torch.div(mixed, total, out=place)
-    group.put(out, whole(mixed, part.groups), tokens)
+        total = mixed[..., -1:].add_(epsilon)
+        place.of(kept.total)[...] = total[..., 0]
+        torch.div(mixed[..., :-1], total, out=place.of(out))
+    else:
+        place.of(out)[...] = mixed[..., :-1]
     if kept.references is not None and part.references is not None:
-        group.put(kept.references, part.references, tokens)
-    return after_values, after_features
+        place.of(kept.references)[...] = part.references
+    return sums[-1]
 
 
 def _attend_back(
     part: Segment,
-    after: tuple[Tensor, Tensor],
-    index: int,
-    group: Heads,
-    tokens: slice,
+    before: Tensor,
+    after: Tensor,
+    place: Place,
     grad: Tensor,
     grads: tuple[Tensor, ...],
     kept: _Kept,
     feature_map: FeatureMap,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Write the gradients of q, k and v in a segment; returns those of the sums before it."""
-    read, write = part.factors.read, part.factors.write
-    of_mixed, of_total = group.take(grad, part.q.dtype, tokens), None
-    if kept.out is not None and kept.total is not None:
-        of_mixed, of_total = gradients_of_division(group, tokens, of_mixed, kept.out, kept.total)
-        of_total = in_chunks(of_total, part.chunks)
-    of_mixed = in_chunks(of_mixed, part.chunks)
-
-    written, of_read = part.written_values(), scaled(of_mixed, read)
-    before_values, _ = part.prefix_values(kept.values[index][group].flatten(0, 1), written)
-    of_values, of_own = part.suffix_values(of_read, after[0])
-
-    of_weights = of_mixed @ part.v.mT
-    of_weights = (of_weights if of_total is None else of_weights.add_(of_total)).mul_(part.factors.pairs)
-    of_q, of_k = of_weights @ part.k, of_weights.mT @ part.q
-    torch.baddbmm(of_q, of_read, before_values.mT, out=of_q)
-    torch.baddbmm(of_k, written, of_own.mT, out=of_k)
-    of_v = part.k @ of_own
-    of_v = of_v if write is None else of_v.mul_(write)
-    torch.baddbmm(of_v, part.weights().mT, of_mixed, out=of_v)
-
-    if of_total is not None:
-        of_total = scaled(of_total, read)
-        before_features, _ = part.prefix_features(kept.features[index][group].flatten(0, 1))
-        of_q.addcmul_(of_total, before_features)
-    of_features, of_own = part.suffix_features(of_total, after[1])
-    of_k = of_k.add_(of_own) if write is None else of_k.addcmul_(write, of_own)
-
-    of_q, of_k = whole(of_q, part.groups), whole(of_k, part.groups)
+    out, total = (None if x is None else place.of(x) for x in (kept.out, kept.total))
+    of_mixed = gradients_of_division(place.of(grad), out, total, part.room)
+    written, of_read = part.written(), part.read(of_mixed)
+    sums, of_sums = part.sums(before, written), part.of_sums(of_read, after)
+    of_weights = part.below(part.product("gradient of weights", of_mixed, part.v.mT))
+    of_q = multiply_add(part.product("gradient of q", of_weights, part.k), of_read, sums[:-1].mT)
+    of_k = multiply_add(part.product("gradient of k", of_weights.mT, part.q), written, of_sums[1:].mT)
+    of_v = part.product("gradient of v", part.k, of_sums[1:, ..., :-1])
+    if part.factors is not None:
+        of_v.mul_(part.factors.write)
+    multiply_add(of_v, part.weights().mT, of_mixed[..., :-1])
+    place_q, place_k, place_v = (place.of(x) for x in grads)
+    feature_map.write_gradient(part.q_rows, part.q, of_q, place_q, keys=False)
+    feature_map.write_gradient(part.k_rows, part.k, of_k, place_k, keys=True)
+    place_v.copy_(of_v)
     if kept.valid is not None:
-        of_k.masked_fill_(group.hidden(kept.valid, tokens), 0.0)
-    places = [group.room(place, tokens, of_q.dtype) for place in grads]
-    of_q = feature_map.gradient(part.q_rows, whole(part.q, part.groups), of_q, places[0], keys=False)
-    of_k = feature_map.gradient(part.k_rows, whole(part.k, part.groups), of_k, places[1], keys=True)
-    for place, part_grad in zip(grads, (of_q, of_k, whole(of_v, part.groups)), strict=True):
-        group.put(place, part_grad, tokens)
-    return of_values, of_features
+        place_k.masked_fill_(~place.of(kept.valid[:, None])[..., None], 0.0)
+    return of_sums[0]

@@ -43,12 +43,12 @@ class FeatureMap(ABC):
         """F, for rows of this width."""
 
     @abstractmethod
-    def queries(self, x: Tensor) -> Tensor:
-        """Features (..., F) of rows x (..., E), up to a positive factor per row."""
+    def queries(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Features (..., F) of rows x (..., E), up to a positive factor per row; may be written to `out`."""
 
-    def prepare(self, x: Tensor) -> Prepared:
-        """The features of keys up to the division by exp(reference)."""
-        return Prepared(self.queries(x))
+    def prepare(self, x: Tensor, out: Tensor | None = None) -> Prepared:
+        """The features of keys up to the division by exp(reference); may be written to `out` (..., F)."""
+        return Prepared(self.queries(x, out))
 
     def finish(self, prepared: Prepared, reference: Tensor | None) -> Tensor:
         """The features of keys, relative to exp(reference) (..., 1); uses the memory of what was prepared."""
@@ -56,7 +56,7 @@ class FeatureMap(ABC):
 
     @abstractmethod
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
-        """Gradient of x from that of the features, whose memory it may use.
+        """Gradient of x from the features and their gradient, whose memory it may use.
 
         Args:
             x: (..., E).
@@ -65,6 +65,12 @@ class FeatureMap(ABC):
             out: (..., E), may be written to and returned.
             keys: whether the features are those of keys.
         """
+
+    def write_gradient(self, x: Tensor, features: Tensor, grad: Tensor, place: Tensor, *, keys: bool) -> None:
+        """Write the gradient of x to its place (..., E), of any floating dtype; the rest as in `gradient`."""
+        found = self.gradient(x, features, grad, place, keys=keys)
+        if found is not place:
+            place.copy_(found)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Ready(FeatureMap):
         """E."""
         return width
 
-    def queries(self, x: Tensor) -> Tensor:
+    def queries(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Nothing to do."""
         return x
 
@@ -92,14 +98,14 @@ class EluPlusOne(FeatureMap):
         """E."""
         return width
 
-    def queries(self, x: Tensor) -> Tensor:
+    def queries(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The derivative of elu, exp(min(x, 0)), times max(x, 0) + 1, in one pass."""
-        rectified = x.clamp_min(0).add_(1)
+        rectified = torch.clamp_min(x, 0, out=out).add_(1)
         return torch.ops.aten.elu_backward.grad_input(rectified, 1, 1, 1, False, x, grad_input=rectified)
 
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
         """Times the derivative."""
-        return torch.clamp(features, max=1, out=out).mul_(grad)
+        return torch.mul(features.clamp_(max=1), grad, out=out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,12 +141,12 @@ class PositiveRandom(Projected):
 
     exponential = True
 
-    def queries(self, x: Tensor) -> Tensor:
+    def queries(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Without |x|², a factor of the row; nor that of the largest exponent."""
         products = self._products(x)
         return products.sub_(products.amax(dim=-1, keepdim=True)).exp_()
 
-    def prepare(self, x: Tensor) -> Prepared:
+    def prepare(self, x: Tensor, out: Tensor | None = None) -> Prepared:
         """Products with the directions, and the largest exponents."""
         products = self._products(x)
         largest = products.amax(dim=-1, keepdim=True)
@@ -165,12 +171,12 @@ class HyperbolicRandom(Projected):
         """2 m."""
         return 2 * self.directions.shape[0]
 
-    def queries(self, x: Tensor) -> Tensor:
+    def queries(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Without |x|², a factor of the row; nor that of the largest exponent."""
         products = self._products(x)
         return _both_signs(products, -products.abs().amax(dim=-1, keepdim=True))
 
-    def prepare(self, x: Tensor) -> Prepared:
+    def prepare(self, x: Tensor, out: Tensor | None = None) -> Prepared:
         """Products with the directions, and the largest exponents."""
         products = self._products(x)
         largest = products.abs().amax(dim=-1, keepdim=True)
@@ -196,12 +202,12 @@ class TrigonometricRandom(Projected):
         """2 m."""
         return 2 * self.directions.shape[0]
 
-    def queries(self, x: Tensor) -> Tensor:
+    def queries(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Waves, without the factor of the row."""
         products = self._products(x)
         return torch.cat((products.cos(), products.sin()), dim=-1)
 
-    def prepare(self, x: Tensor) -> Prepared:
+    def prepare(self, x: Tensor, out: Tensor | None = None) -> Prepared:
         """Waves, and the exponents of their factors."""
         return Prepared(self.queries(x), None, self._half_square(x))
 
@@ -228,7 +234,7 @@ class ReluRandom(Projected):
 
     epsilon: float
 
-    def queries(self, x: Tensor) -> Tensor:
+    def queries(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Products, rectified."""
         return self._products(x).relu_().add_(self.epsilon)
 

@@ -1,4 +1,8 @@
-"""A segment of causal linear attention: N chunks of C tokens in each of G heads, and what passes between the chunks."""
+"""A segment of causal linear attention: N chunks of C tokens in some heads, and what passes between the chunks.
+
+Chunks come first, (N, B, H, C, E), so that a step from one to the next takes all heads together. A column of ones is
+joined to the values, so that every sum of them brings its denominator: W = Ev + 1.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops.features.maps import FeatureMap
-from subquad.ops.features.slices import Heads
+from subquad.ops.features.slices import Heads, Room
 from subquad.ops.features.sums import lowest
 
 
@@ -28,151 +32,162 @@ class Inputs(NamedTuple):
     valid: Tensor | None
 
 
+class Place(NamedTuple):
+    """Where a segment lies.
+
+    Attributes:
+        group: its heads.
+        tokens: T = N C tokens.
+        chunks: N.
+    """
+
+    group: Heads
+    tokens: slice
+    chunks: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """This part of x (B, H, L, ...), a view (N, B', H', C, ...)."""
+        return self.group.chunks(x, self.tokens, self.chunks)
+
+
 class Factors(NamedTuple):
     """What brings sums from the reference of their key to that of a row; all at most 1.
 
     Attributes:
-        pairs: (G N or 1, C, C), lower triangular: row i from key j of the same chunk.
-        read: (G N, C, 1), row i from the sums before its chunk; None for 1.
-        write: (G N, C, 1), from key j to the sums after its chunk; None for 1.
-        across: (G or 1, N + 1, N + 1), lower triangular: the sums before chunk n, and in the last row after all, from
-            what was carried into the segment (column 0) or written by chunk m - 1.
+        pairs: (N, B, H, C, C), lower triangular: row i from key j of the same chunk.
+        read: (N, B, H, C, 1), row i from the sums before its chunk.
+        write: (N, B, H, C, 1), from key j to the sums after its chunk.
+        across: (N, B, H, 1, 1), from the sums before a chunk to those after it.
     """
 
     pairs: Tensor
-    read: Tensor | None
-    write: Tensor | None
+    read: Tensor
+    write: Tensor
     across: Tensor
 
 
-def _reference_factors(references: Tensor, before: Tensor, chunks: int) -> Factors:
-    """Factors from the reference of each token (G, T) and that of what was carried in (G, 1)."""
-    own = references.unflatten(1, (chunks, -1))  # (G, N, C)
-    ends = torch.cat((before, own[..., -1]), dim=1)  # (G, N + 1)
-    pairs, across = ((rows[..., None, :] - rows[..., :, None]).exp_().tril_() for rows in (own, ends))
-    read, write = (ends[:, :-1, None] - own).exp_(), (own - ends[:, 1:, None]).exp_()
-    read, write = read.flatten(0, 1)[..., None], write.flatten(0, 1)[..., None]
-    return Factors(pairs.flatten(0, 1), read, write, across)
+def _factors(references: Tensor, before: Tensor) -> Factors:
+    """Factors from the reference of each token (N, B, H, C) and that of what was carried in (B, H)."""
+    ends = torch.cat((before[None], references[..., -1]))  # (N + 1, B, H)
+    pairs = (references[..., None, :] - references[..., :, None]).exp_().tril_()
+    read, write = (ends[:-1, ..., None] - references).exp_(), (references - ends[1:, ..., None]).exp_()
+    return Factors(pairs, read[..., None], write[..., None], (ends[:-1] - ends[1:]).exp_()[..., None, None])
 
 
 class Segment(NamedTuple):
     """Features and factors of a segment; made again in the backward pass.
 
     Attributes:
-        q_rows: (G, T, E), T = N C.
-        k_rows: (G, T, E).
-        v: (G N, C, Ev).
-        q: features, (G N, C, F).
-        k: features relative to the references of their tokens, (G N, C, F).
-        factors: between references.
-        references: of each token, (G, T); None for features without exponents.
+        q_rows: (N, B, H, C, E).
+        k_rows: (N, B, H, C, E).
+        q: features, (N, B, H, C, F).
+        k: features relative to the references of their tokens, (N, B, H, C, F).
+        v: (N, B, H, C, W).
+        factors: between references; None where all are 1.
+        references: of each token, (N, B, H, C); None for features without exponents.
+        room: memory for what is made of them.
     """
 
     q_rows: Tensor
     k_rows: Tensor
-    v: Tensor
     q: Tensor
     k: Tensor
-    factors: Factors
+    v: Tensor
+    factors: Factors | None
     references: Tensor | None
+    room: Room
 
-    @property
-    def groups(self) -> int:
-        """G."""
-        return self.q_rows.shape[0]
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """The products a b of (N, B, H, ·, ·), in the memory of this name."""
+        return multiply(a, b, self.room.of(name, *a.shape[:-1], b.shape[-1]))
 
-    @property
-    def chunks(self) -> int:
-        """N."""
-        return self.q.shape[0] // self.groups
+    def below(self, pairs: Tensor) -> Tensor:
+        """Pairs (N, B, H, C, C) times their factors, in place; 0 for a key behind its row."""
+        return pairs.tril_() if self.factors is None else pairs.mul_(self.factors.pairs)
 
     def weights(self) -> Tensor:
-        """Of the pairs inside chunks, (G N, C, C)."""
-        return (self.q @ self.k.mT).mul_(self.factors.pairs)
+        """Of the pairs inside chunks, (N, B, H, C, C)."""
+        return self.below(self.product("weights", self.q, self.k.mT))
 
-    def written_values(self) -> Tensor:
-        """Values as they go into the sums, (G N, C, Ev)."""
-        return scaled(self.v, self.factors.write)
+    def read(self, x: Tensor) -> Tensor:
+        """X (N, B, H, C, ·) as it is read from, or with gradients goes to, the sums before the chunk."""
+        return x if self.factors is None else x * self.factors.read
 
-    def prefix_values(self, before: Tensor, written: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of values before each chunk (G N, F, Ev), and after the last (G, F, Ev)."""
-        return self._prefix(before, self.k.mT @ written)
+    def written(self) -> Tensor:
+        """Values as they go into the sums, (N, B, H, C, W)."""
+        return self.v if self.factors is None else self.v * self.factors.write
 
-    def prefix_features(self, before: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of features before each chunk (G N, 1, F), and after the last (G, F)."""
-        before_chunks, after = self._prefix(before, scaled(self.k, self.factors.write).sum(dim=1))
-        return before_chunks[:, None], after
-
-    def suffix_values(self, of_read: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """The way back of `prefix_values`.
+    def sums(self, before: Tensor, written: Tensor) -> Tensor:
+        """Running sums (N + 1, B, H, F, W): before each chunk, and after the last.
 
         Args:
-            of_read: gradient of what rows read, at the reference of the sums before their chunk, (G N, C, Ev).
-            after: gradient of the sums after the last chunk, (G, F, Ev).
-
-        Returns:
-            Gradients of the sums carried in (G, F, Ev) and of what each chunk wrote (G N, F, Ev).
+            before: the sums carried in, (B, H, F, W).
+            written: (N, B, H, C, W).
         """
-        return self._suffix(self.q.mT @ of_read, after)
+        sums = self._matrices("sums")
+        sums[0] = before
+        multiply(self.k.mT, written, sums[1:])
+        for i in range(len(sums) - 1):
+            self._carry(sums[i], i, sums[i + 1])
+        return sums
 
-    def suffix_features(self, of_total: Tensor | None, after: Tensor) -> tuple[Tensor, Tensor]:
-        """The way back of `prefix_features`, (G, F) and (G N, 1, F), from the gradient of denominators (G N, C, 1)."""
-        own = self.q.new_zeros(self.q.shape[0], 1, after.shape[1]) if of_total is None else of_total.mT @ self.q
-        of_before, of_own = self._suffix(own[:, 0], after)
-        return of_before, of_own[:, None]
+    def of_sums(self, of_read: Tensor, after: Tensor) -> Tensor:
+        """The way back: gradients of the running sums, (N + 1, B, H, F, W).
 
-    def _prefix(self, before: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Running sums of what was carried in (G, ...) and of the chunks (G N, ...): before each, and after all."""
-        across, shape = self.factors.across.expand(self.groups, -1, -1), own.shape
-        carried, own = before.flatten(1), own.view(self.groups, self.chunks, -1)
-        sums = (across[:, :-1, 1:] @ own).addcmul_(across[:, :-1, :1], carried[:, None])
-        after = torch.addcmul(own[:, -1], across[:, -1:, -2], sums[:, -1])
-        return sums.view(shape), after.view(before.shape)
+        Args:
+            of_read: gradient of what rows read, at the reference of the sums before their chunk, (N, B, H, C, W).
+            after: gradient of the sums after the last chunk, (B, H, F, W).
+        """
+        gradients = self._matrices("gradients of sums")
+        gradients[-1] = after
+        multiply(self.q.mT, of_read, gradients[:-1])
+        for i in reversed(range(len(gradients) - 1)):
+            self._carry(gradients[i + 1], i, gradients[i])
+        return gradients
 
-    def _suffix(self, own: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums from the other end: of what was carried in, and of what each chunk wrote."""
-        across, shape = self.factors.across.expand(self.groups, -1, -1).mT, own.shape
-        carried, own = after.flatten(1), own.view(self.groups, self.chunks, -1)
-        sums = (across[:, 1:, :-1] @ own).addcmul_(across[:, 1:, -1:], carried[:, None])
-        before = torch.addcmul(own[:, 0], across[:, :1, 1], sums[:, 0])
-        return before.view(after.shape), sums.view(shape)
+    def _matrices(self, name: str) -> Tensor:
+        chunks, batch, heads = self.k.shape[:3]
+        return self.room.of(name, chunks + 1, batch, heads, self.k.shape[-1], self.v.shape[-1])
+
+    def _carry(self, matrix: Tensor, chunk: int, target: Tensor) -> None:
+        """Add a matrix to the one on the other side of a chunk."""
+        if self.factors is None:
+            target.add_(matrix)
+        else:
+            target.addcmul_(matrix, self.factors.across[chunk])
 
 
-def make_segment(
-    group: Heads, tokens: slice, chunks: int, inputs: Inputs, feature_map: FeatureMap, before: Tensor | None
-) -> Segment:
-    """The segment of these tokens; `before` is the reference that is carried in, (G, 1)."""
-    q, k, v, valid = inputs
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    hidden = None if valid is None else group.hidden(valid, tokens)
-    q_rows, k_rows = group.take(q, dtype, tokens), group.take(k, dtype, tokens, hidden)
-    prepared, references = feature_map.prepare(k_rows), None
+def make_segment(place: Place, inputs: Inputs, feature_map: FeatureMap, before: Tensor | None, room: Room) -> Segment:
+    """The segment of this place; `before` is the reference that is carried in, (B, H)."""
+    dtype = torch.promote_types(inputs.v.dtype, torch.float32)
+    q_rows, k_rows, v_rows = (place.of(x).to(dtype) for x in inputs[:3])
+    hidden = None if inputs.valid is None else ~place.of(inputs.valid[:, None])[..., None]
+    shape = *q_rows.shape[:-1], feature_map.count(q_rows.shape[-1])
+    prepared, references = feature_map.prepare(k_rows, room.of("k", *shape)), None
     if before is not None and prepared.peak is not None:
         peak = prepared.peak if hidden is None else prepared.peak.masked_fill(hidden, lowest(dtype))
-        references = torch.maximum(peak[..., 0].cummax(dim=1).values, before)
-    mapped = feature_map.finish(prepared, None if references is None else references[..., None])
-    mapped = mapped if hidden is None else mapped.masked_fill(hidden, 0.0)
-    if references is None or before is None:
-        size = mapped.shape[1] // chunks
-        pairs, across = (mapped.new_ones(1, n, n).tril_() for n in (size, chunks + 1))
-        factors = Factors(pairs, None, None, across)
-    else:
-        factors = _reference_factors(references, before, chunks)
-    part_v, part_q = group.take(v, dtype, tokens, hidden), feature_map.queries(q_rows)
-    part_v, part_q, part_k = (in_chunks(part, chunks) for part in (part_v, part_q, mapped))
-    return Segment(q_rows, k_rows, part_v, part_q, part_k, factors, references)
+        by_tokens = peak[..., 0].movedim(0, 2)
+        running = torch.maximum(by_tokens.flatten(2).cummax(dim=2).values, before[..., None])
+        references = running.view(by_tokens.shape).movedim(2, 0)
+    k = feature_map.finish(prepared, None if references is None else references[..., None])
+    v = room.of("v", *v_rows.shape[:-1], v_rows.shape[-1] + 1)
+    v[..., :-1], v[..., -1] = v_rows, 1.0
+    if hidden is not None:
+        k = k.masked_fill(hidden, 0.0)
+        v.masked_fill_(hidden, 0.0)
+    q = feature_map.queries(q_rows, room.of("q", *shape))
+    factors = None if references is None or before is None else _factors(references, before)
+    return Segment(q_rows, k_rows, q, k, v, factors, references, room)
 
 
-def in_chunks(x: Tensor, chunks: int) -> Tensor:
-    """(G, N C, E) -> (G N, C, E); a view where one is possible."""
-    return x.unflatten(1, (chunks, -1)).flatten(0, 1)
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Out = a b, all (N, B, H, ·, ·), out contiguous. Returns out."""
+    torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out=out.view(-1, *out.shape[-2:]))
+    return out
 
 
-def whole(x: Tensor, groups: int) -> Tensor:
-    """(G N, C, E) -> (G, N C, E)."""
-    return x.reshape(groups, -1, x.shape[-1])
-
-
-def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    """X times the factor, where there is one."""
-    return x if factor is None else x * factor
+def multiply_add(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Out += a b, all (N, B, H, ·, ·), out contiguous. Returns out."""
+    target = out.view(-1, *out.shape[-2:])
+    torch.baddbmm(target, a.flatten(0, 2), b.flatten(0, 2), out=target)
+    return out

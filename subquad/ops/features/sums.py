@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.features.maps import FeatureMap
-from subquad.ops.features.slices import Heads, head_groups, token_slices
+from subquad.ops.features.slices import Heads, Room, head_groups, token_slices
 from subquad.ops.precision import full_precision
 from subquad.ops.stacked_products import stacked_product
 
-FEATURES_WORTH_A_COPY = 128
-"""Features for which the faster product makes up for a transposed copy of the values."""
+MANY_FEATURES = 128
+"""Features from which the faster products make up for a transposed copy, and for memory that is fresh in each slice."""
 
 
 class Sums(NamedTuple):
@@ -74,24 +74,27 @@ def read_sums(q: Tensor, sums: Sums, feature_map: FeatureMap, *, epsilon: float 
     Returns:
         (B, H, L, Ev), the dtype of q.
     """
-    return _ReadSums.apply(q, sums.values, sums.features, feature_map, epsilon)  # pyright: ignore[reportReturnType] - apply has no types
+    joined = torch.cat((sums.values, sums.features[..., None]), dim=-1)
+    return _ReadSums.apply(q, joined, feature_map, epsilon)  # pyright: ignore[reportReturnType] - apply has no types
 
 
-def gradients_of_division(
-    group: Heads, tokens: slice, grad: Tensor, out: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of numerators (G, T, Ev) and denominators (G, T, 1) from that of the fraction.
+def gradients_of_division(grad: Tensor, out: Tensor | None, total: Tensor | None, room: Room) -> Tensor:
+    """Gradients of numerators and, in one more column, of denominators (..., Ev + 1) from that of the fraction.
 
     Args:
-        group: heads of the slice.
-        tokens: its tokens.
-        grad: (G, T, Ev).
-        out: (B, H, L, Ev), the fraction.
-        total: (B, H, L), the denominator.
+        grad: (..., Ev).
+        out: (..., Ev), the fraction; None for numerators that were not divided.
+        total: (...), the denominators.
+        room: memory.
     """
-    of_read = grad / group.take(total, grad.dtype, tokens)[..., None]
-    of_total = (of_read * group.take(out, grad.dtype, tokens)).sum(dim=-1, keepdim=True).neg_()
-    return of_read, of_total
+    of_read = room.of("gradient of what is read", *grad.shape[:-1], grad.shape[-1] + 1)
+    if out is None or total is None:
+        of_read[..., :-1], of_read[..., -1] = grad, 0.0
+        return of_read
+    numerators = torch.div(grad, total[..., None], out=of_read[..., :-1])
+    products = torch.mul(numerators, out, out=room.of("read", *out.shape))
+    torch.sum(products, dim=-1, keepdim=True, out=of_read[..., -1:]).neg_()
+    return of_read
 
 
 def result_like(q: Tensor, width: int) -> Tensor:
@@ -100,30 +103,40 @@ def result_like(q: Tensor, width: int) -> Tensor:
     return torch.empty_like(q) if width == own_width else q.new_empty(batch, length, num_heads, width).transpose(1, 2)
 
 
+def _product(a: Tensor, b: Tensor, name: str, room: Room) -> Tensor:
+    """The products a b of (B, H, M, K) and (B, H, K, N)."""
+    if max(a.shape[-1], b.shape[-1]) >= MANY_FEATURES:
+        return stacked_product(a, b)
+    out = room.of(name, *a.shape[:-1], b.shape[-1])
+    torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+    return out
+
+
 def _outer_sums(mapped: Tensor, rows: Tensor) -> Tensor:
-    """Σ_t mapped_t rows_tᵀ, (G, F, Ev), of (G, T, F) and (G, T, Ev).
+    """Σ_t mapped_t rows_tᵀ, (B, H, F, W), of (B, H, T, F) and (B, H, T, W).
 
     oneDNN wants the rows transposed, a copy that pays off for many features. The BLAS is slow to share a long sum among
     threads, so each gets tokens of its own.
     """
-    if mapped.shape[2] >= FEATURES_WORTH_A_COPY:
+    if mapped.shape[-1] >= MANY_FEATURES:
         return stacked_product(rows.mT, mapped).mT
-    threads = torch.get_num_threads()
+    heads, threads = mapped.shape[:2], torch.get_num_threads()
+    mapped, rows = mapped.flatten(0, 1), rows.flatten(0, 1)
     if mapped.shape[0] >= threads or mapped.shape[1] % threads:
-        return torch.bmm(mapped.mT, rows)
+        return torch.bmm(mapped.mT, rows).unflatten(0, heads)
     mapped, rows = (x.unflatten(1, (threads, -1)).flatten(0, 1) for x in (mapped, rows))
-    return torch.bmm(mapped.mT, rows).unflatten(0, (-1, threads)).sum(dim=1)
+    return torch.bmm(mapped.mT, rows).unflatten(0, (*heads, threads)).sum(dim=2)
 
 
 class _Keys(NamedTuple):
     """A slice of keys and values.
 
     Attributes:
-        rows: (G, T, E).
-        mapped: their features relative to the reference, (G, T, F).
-        v: (G, T, Ev).
-        hidden: bool (G, T, 1), those that don't count and are 0 here; None for none.
-        reference: the larger of the one given and their own peaks, (G, 1, 1).
+        rows: (B, H, T, E).
+        mapped: their features relative to the reference, (B, H, T, F).
+        v: (B, H, T, Ev).
+        hidden: bool (B, 1, T, 1), those that don't count and are 0 here; None for none.
+        reference: the larger of the one given and their own peaks, (B, H, 1, 1).
     """
 
     rows: Tensor
@@ -139,16 +152,19 @@ def _take_keys(
     inputs: tuple[Tensor, Tensor, Tensor | None],
     feature_map: FeatureMap,
     reference: Tensor | None,
+    room: Room,
 ) -> _Keys:
     """Map a slice of k, v with facts about them."""
     k, v, valid = inputs
     dtype = torch.promote_types(v.dtype, torch.float32)
-    hidden = None if valid is None else group.hidden(valid, tokens)
-    rows, part_v = group.take(k, dtype, tokens, hidden), group.take(v, dtype, tokens, hidden)
-    prepared = feature_map.prepare(rows)
+    hidden = None if valid is None else ~valid[group.examples, None, tokens, None]
+    rows, part_v = (x[(*group, tokens)].to(dtype) for x in (k, v))
+    if hidden is not None:
+        rows, part_v = rows.masked_fill(hidden, 0.0), part_v.masked_fill(hidden, 0.0)
+    prepared = feature_map.prepare(rows, room.of("features", *rows.shape[:-1], feature_map.count(rows.shape[-1])))
     if reference is not None and prepared.peak is not None:
         peak = prepared.peak if hidden is None else prepared.peak.masked_fill(hidden, lowest(dtype))
-        reference = torch.maximum(reference, peak.amax(dim=1, keepdim=True))
+        reference = torch.maximum(reference, peak.amax(dim=2, keepdim=True))
     mapped = feature_map.finish(prepared, reference)
     return _Keys(rows, mapped if hidden is None else mapped.masked_fill(hidden, 0.0), part_v, hidden, reference)
 
@@ -159,22 +175,22 @@ class _SumKeys(torch.autograd.Function):
         ctx: Any, k: Tensor, v: Tensor, valid: Tensor | None, feature_map: FeatureMap
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         values, features, reference = no_sums(k, v, feature_map)
+        room = Room(k, values.dtype)
         with full_precision(k.device):
-            for group in head_groups(k):
-                own_values, own_features = values[group].flatten(0, 1), features[group].flatten(0, 1)
-                before = None if reference is None else reference[group].reshape(-1, 1, 1)
+            for group in head_groups(k, features.shape[-1]):
+                own_values, own_features = values[group], features[group]
+                before = None if reference is None else reference[group][..., None, None]
                 for tokens in token_slices(k.shape[2]):
-                    keys = _take_keys(group, tokens, (k, v, valid), feature_map, before)
+                    keys = _take_keys(group, tokens, (k, v, valid), feature_map, before, room)
                     if before is not None and keys.reference is not None:
                         factor = (before - keys.reference).exp_()
-                        own_values, own_features = own_values * factor, own_features * factor[:, 0]
+                        own_values.mul_(factor)
+                        own_features.mul_(factor[..., 0])
                         before = keys.reference
-                    own_values = own_values + _outer_sums(keys.mapped, keys.v)
-                    own_features = own_features + keys.mapped.sum(dim=1)
-                group.put_all(values, own_values)
-                group.put_all(features, own_features)
+                    own_values += _outer_sums(keys.mapped, keys.v)
+                    own_features += keys.mapped.sum(dim=2)
                 if reference is not None and before is not None:
-                    group.put_all(reference, before)
+                    reference[group] = before[..., 0, 0]
         ctx.save_for_backward(k, v, valid, reference)
         ctx.feature_map = feature_map
         if reference is not None:
@@ -187,42 +203,41 @@ class _SumKeys(torch.autograd.Function):
         ctx: Any, grad_values: Tensor, grad_features: Tensor, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         k, v, valid, reference = ctx.saved_tensors
-        grad_k, grad_v = torch.empty_like(k, dtype=v.dtype), torch.empty_like(v)
+        grad_k, grad_v, room = torch.empty_like(k, dtype=v.dtype), torch.empty_like(v), Room(k, grad_values.dtype)
         with full_precision(k.device):
-            for group in head_groups(k):
-                of_values, of_features = grad_values[group].flatten(0, 1), grad_features[group].flatten(0, 1)[:, None]
-                final = None if reference is None else reference[group].reshape(-1, 1, 1)
+            for group in head_groups(k, grad_features.shape[-1]):
+                of_values, of_features = grad_values[group], grad_features[group][..., None, :]
+                final = None if reference is None else reference[group][..., None, None]
                 for tokens in token_slices(k.shape[2]):
-                    keys = _take_keys(group, tokens, (k, v, valid), ctx.feature_map, final)
-                    group.put(grad_v, stacked_product(keys.mapped, of_values), tokens)
-                    of_mapped = stacked_product(keys.v, of_values.mT).add_(of_features)
+                    keys = _take_keys(group, tokens, (k, v, valid), ctx.feature_map, final, room)
+                    grad_v[(*group, tokens)] = _product(keys.mapped, of_values, "read", room)
+                    of_mapped = _product(keys.v, of_values.mT, "gradient of features", room).add_(of_features)
                     if keys.hidden is not None:
                         of_mapped.masked_fill_(keys.hidden, 0.0)
-                    place = group.room(grad_k, tokens, keys.v.dtype)
-                    of_rows = ctx.feature_map.gradient(keys.rows, keys.mapped, of_mapped, place, keys=True)
-                    group.put(grad_k, of_rows, tokens)
+                    ctx.feature_map.write_gradient(
+                        keys.rows, keys.mapped, of_mapped, grad_k[(*group, tokens)], keys=True
+                    )
         return grad_k, grad_v, None, None
 
 
 class _ReadSums(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, values: Tensor, features: Tensor, feature_map: FeatureMap, epsilon: float | None
-    ) -> Tensor:
-        out = result_like(q, values.shape[-1])
-        total = None if epsilon is None else values.new_empty(q.shape[:3])
+    def forward(ctx: Any, q: Tensor, sums: Tensor, feature_map: FeatureMap, epsilon: float | None) -> Tensor:
+        out, room = result_like(q, sums.shape[-1] - 1), Room(q, sums.dtype)
+        total = None if epsilon is None else sums.new_empty(q.shape[:3])
         with full_precision(q.device):
-            for group in head_groups(q):
-                own_values, own_features = values[group].flatten(0, 1), features[group].flatten(0, 1)[:, None]
+            for group in head_groups(q, sums.shape[2]):
                 for tokens in token_slices(q.shape[2]):
-                    mapped = feature_map.queries(group.take(q, values.dtype, tokens))
-                    read = stacked_product(mapped, own_values)
+                    part = *group, tokens
+                    mapped = _map_queries(q[part].to(sums.dtype), feature_map, room)
+                    read = _product(mapped, sums[group], "read", room)
                     if total is not None and epsilon is not None:
-                        weight = (mapped * own_features).sum(dim=-1, keepdim=True).add_(epsilon)
-                        group.put(total, weight[..., 0], tokens)
-                        read = torch.div(read, weight, out=group.room(out, tokens, values.dtype))
-                    group.put(out, read, tokens)
-        ctx.save_for_backward(q, values, features, None if total is None else out, total)
+                        weight = read[..., -1:].add_(epsilon)
+                        total[part] = weight[..., 0]
+                        torch.div(read[..., :-1], weight, out=out[part])
+                    else:
+                        out[part] = read[..., :-1]
+        ctx.save_for_backward(q, sums, None if total is None else out, total)
         ctx.feature_map = feature_map
         return out
 
@@ -231,26 +246,23 @@ class _ReadSums(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        q, values, features, out, total = ctx.saved_tensors
-        grad_q = torch.empty_like(q, dtype=grad.dtype)
-        grad_values, grad_features = torch.empty_like(values), torch.empty_like(features)
+        q, sums, out, total = ctx.saved_tensors
+        grad_q, grad_sums, room = torch.empty_like(q, dtype=grad.dtype), torch.zeros_like(sums), Room(q, sums.dtype)
         with full_precision(q.device):
-            for group in head_groups(q):
-                own_values, own_features = values[group].flatten(0, 1), features[group].flatten(0, 1)[:, None]
-                of_values, of_features = torch.zeros_like(own_values), torch.zeros_like(own_features)
+            for group in head_groups(q, sums.shape[2]):
                 for tokens in token_slices(q.shape[2]):
-                    rows, of_total = group.take(q, values.dtype, tokens), None
-                    mapped, of_read = ctx.feature_map.queries(rows), group.take(grad, values.dtype, tokens)
-                    if out is not None and total is not None:
-                        of_read, of_total = gradients_of_division(group, tokens, of_read, out, total)
-                    of_mapped = stacked_product(of_read, own_values.mT)
-                    if of_total is not None:
-                        of_mapped.addcmul_(of_total, own_features)
-                        of_features = torch.baddbmm(of_features, of_total.mT, mapped)
-                    of_values = of_values + _outer_sums(mapped, of_read)
-                    place = group.room(grad_q, tokens, values.dtype)
-                    of_rows = ctx.feature_map.gradient(rows, mapped, of_mapped, place, keys=False)
-                    group.put(grad_q, of_rows, tokens)
-                group.put_all(grad_values, of_values)
-                group.put_all(grad_features, of_features)
-        return grad_q, grad_values, grad_features, None, None
+                    part = *group, tokens
+                    rows = q[part].to(sums.dtype)
+                    mapped = _map_queries(rows, ctx.feature_map, room)
+                    of_read = gradients_of_division(
+                        grad[part], None if out is None else out[part], None if total is None else total[part], room
+                    )
+                    grad_sums[group] += _outer_sums(mapped, of_read)
+                    of_mapped = _product(of_read, sums[group].mT, "gradient of features", room)
+                    ctx.feature_map.write_gradient(rows, mapped, of_mapped, grad_q[part], keys=False)
+        return grad_q, grad_sums, None, None
+
+
+def _map_queries(rows: Tensor, feature_map: FeatureMap, room: Room) -> Tensor:
+    """Features (B, H, T, F) of rows (B, H, T, E)."""
+    return feature_map.queries(rows, room.of("features", *rows.shape[:-1], feature_map.count(rows.shape[-1])))
