@@ -16,11 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from subquad.ops.features.maps import FeatureMap
 from subquad.ops.features.slices import Heads, Room, head_groups, token_slices
+from subquad.ops.onednn import outruns_mm
 from subquad.ops.precision import full_precision
 from subquad.ops.stacked_products import stacked_product
-
-MANY_FEATURES = 128
-"""Features from which the faster products make up for a transposed copy, and for memory that is fresh in each slice."""
 
 
 class Sums(NamedTuple):
@@ -104,8 +102,8 @@ def result_like(q: Tensor, width: int) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, name: str, room: Room) -> Tensor:
-    """The products a b of (B, H, M, K) and (B, H, K, N)."""
-    if max(a.shape[-1], b.shape[-1]) >= MANY_FEATURES:
+    """The products a b of (B, H, M, K) and (B, H, K, N); faster ones make up for memory that is fresh in each slice."""
+    if outruns_mm():
         return stacked_product(a, b)
     out = room.of(name, *a.shape[:-1], b.shape[-1])
     torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
@@ -115,10 +113,9 @@ def _product(a: Tensor, b: Tensor, name: str, room: Room) -> Tensor:
 def _outer_sums(mapped: Tensor, rows: Tensor) -> Tensor:
     """Σ_t mapped_t rows_tᵀ, (B, H, F, W), of (B, H, T, F) and (B, H, T, W).
 
-    oneDNN wants the rows transposed, a copy that pays off for many features. The BLAS is slow to share a long sum among
-    threads, so each gets tokens of its own.
+    oneDNN wants the rows transposed. The BLAS is slow to share a long sum among threads, so each gets tokens of its own.
     """
-    if mapped.shape[-1] >= MANY_FEATURES:
+    if outruns_mm():
         return stacked_product(rows.mT, mapped).mT
     heads, threads = mapped.shape[:2], torch.get_num_threads()
     mapped, rows = mapped.flatten(0, 1), rows.flatten(0, 1)
