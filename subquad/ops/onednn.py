@@ -30,6 +30,15 @@ def has_onednn() -> bool:
         return False
 
 
+def outruns_mm() -> bool:
+    """Whether large products run faster than by `mm`, by the vectors that this processor has.
+
+    The operator uses those of 512 bits wherever there are any, the BLAS behind `mm` only those of 256 on many such
+    processors. Without them both run at the same speed, and `mm` writes into memory that is there already.
+    """
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product a bᵀ + bias.
 

@@ -38,6 +38,8 @@ class StripPiece(Piece):
         predicate: what is visible inside masked strips, in absolute positions.
         invariant: whether the predicate depends on the distance of query and key alone.
         joinable: whether the predicate also hides what strips around several of these would show beyond them.
+        corner: what the rows of a masked strip see behind the columns that all of them see, from the first on; None
+            where strips differ in that.
     """
 
     numbering: Numbering
@@ -45,6 +47,7 @@ class StripPiece(Piece):
     predicate: Pattern
     invariant: bool
     joinable: bool = False
+    corner: NDArray[np.bool_] | None = None
     _shared_biases: dict[tuple[Run, torch.dtype], Bias] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -130,7 +133,7 @@ class StripPiece(Piece):
         return not (run.causal or self._has_own_mask(run)) and unfused_pays(run.rows, run.columns, like)
 
     def _has_own_mask(self, run: Run) -> bool:
-        return run.restricted or (run.masked and not self.invariant)
+        return run.restricted or (run.masked and not self.invariant and self.corner is None)
 
     def _cuts(self, work: Work, runs: list[Run]) -> Iterator[tuple[Run, Bias | None]]:
         """Runs cut so that a call's temporaries stay in the cache, each with its mask."""
@@ -144,11 +147,22 @@ class StripPiece(Piece):
                 yield cut, self._bias(cut, work) if own_mask else shared
 
     def _shared_bias(self, run: Run, work: Work) -> Bias:
-        """The one small mask of all strips of a run of distances, kept with the piece."""
+        """The one small mask of all strips of a run of distances, or of all with the same corner; kept with the piece."""
+        if self.corner is not None:
+            return self._corner_bias(self.corner, run, work.q.dtype)
         key = run._replace(number=1, step=0), work.q.dtype
         if key not in self._shared_biases:
             self._shared_biases[key] = self._bias(key[0], work)
         return self._shared_biases[key]
+
+    def _corner_bias(self, corner: NDArray[np.bool_], run: Run, dtype: torch.dtype) -> Bias:
+        """Part of the mask of the widest run."""
+        widest = max(self.runs, key=lambda run: run.clear)
+        key = widest._replace(number=1, step=0), dtype
+        if key not in self._shared_biases:
+            self._shared_biases[key] = make_bias(torch.from_numpy(corner)[None, None], dtype, widest.clear)
+        values, first = self._shared_biases[key].values, widest.clear - run.clear
+        return Bias(values[:, :, : run.rows, first : first + run.columns], None)
 
     def _bias(self, run: Run, work: Work) -> Bias:
         """The mask of the strips of a run; (n, lanes or 1, rows, columns)."""
@@ -207,7 +221,7 @@ def _backward_fused(run: Run, bias: Bias | None, work: Work, gradients: Gradient
 
 
 def _backward_unfused(run: Run, bias: Bias | None, work: Work, gradients: Gradients) -> None:
-    visible = None if bias is None else bias.values[:, 0].exp().mT.contiguous()
+    visible = None if bias is None else bias.values[:, 0].eq(0).to(bias.values.dtype).mT.contiguous()
     own, grads = stacked(run, slice(None), work, gradients)
     for sequence in range(len(work.q)):
         own_part, grads_part = indexed(own, grads, (slice(None), sequence))
