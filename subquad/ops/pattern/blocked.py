@@ -29,8 +29,8 @@ from subquad.patterns.pattern import Pattern
 from subquad.patterns.tokens import Global
 from subquad.receipt import leave_receipt
 
-CALL_FLOPS = 2**21
-"""What starting a call costs, in products of q · k of all heads: with 8 heads of 64, 4,096 pairs of each."""
+CALL_FLOPS = 2**22
+"""What starting a call costs, in products of q · k of all heads: with 8 heads of 64, 8,192 pairs of each."""
 
 
 class Part(NamedTuple):

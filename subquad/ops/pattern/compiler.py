@@ -52,7 +52,7 @@ class HeadPlan:
 
 
 def compile_pattern(pattern: Pattern, shape: Shape, *, sliced: bool) -> HeadPlan:
-    """The plan that computes least.
+    """The plan that costs least; to prepare pieces costs as much as a call.
 
     Args:
         pattern: resolved, of one head.
@@ -63,7 +63,7 @@ def compile_pattern(pattern: Pattern, shape: Shape, *, sliced: bool) -> HeadPlan
     plans = [slices, _by_terms(pattern, shape, sliced=sliced)]
     if pattern.block is not None:
         plans.append(compile_tiles(pattern, shape))
-    prices = [_price(pieces, shape, shape.call_pairs) for pieces in plans]
+    prices = [_price(pieces, shape, shape.call_pairs) + shape.call_pairs for pieces in plans]
     prices[0] = _price(slices, shape, shape.call_pairs // shape.examples)
     best = int(np.argmin(prices))
     return HeadPlan(tuple(plans[best]), dense=best == 0)
