@@ -285,7 +285,7 @@ def _join_stairs(strips: Strips) -> tuple[Strips, NDArray[np.bool_] | None]:
 
 
 def _common_corner(rows: Indices, column1: Indices, together: int) -> NDArray[np.bool_] | None:
-    """What the first rows of every `together` strips see of the columns that not all of these see; None if it varies."""
+    """What rows of every `together` strips see of the columns that not all of these see; None where it varies."""
     reach = column1 - column1[np.arange(len(rows)) // together * together]
     if (rows[:-1] != rows[0]).any() or (reach != np.resize(reach[:together], len(rows))).any():
         return None

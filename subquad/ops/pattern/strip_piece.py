@@ -147,7 +147,7 @@ class StripPiece(Piece):
                 yield cut, self._bias(cut, work, numbering) if own_mask else shared
 
     def _shared_bias(self, run: Run, work: Work, numbering: Numbering) -> Bias:
-        """The one small mask of all strips of a run of distances, or of all with the same corner; kept with the piece."""
+        """The one mask of all strips of a run of distances, or of runs with the same corner; kept with the piece."""
         if self.corner is not None:
             return self._corner_bias(self.corner, run, work.q.dtype)
         key = run._replace(number=1, step=0), work.q.dtype
