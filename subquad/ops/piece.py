@@ -124,11 +124,15 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, *, fresh: bo
     lse.copy_(total)
 
 
-def stack(x: Tensor, first: int, size: int, count: int, step: int) -> Tensor:
-    """(U, length, ...) -> (count, U, size, ...): views that may overlap, from `first` on, `step` apart."""
+def stack(x: Tensor, first: int, size: int, count: int, step: int, chosen: slice = slice(None)) -> Tensor:
+    """(U, length, ...) -> (count, U, size, ...): views that may overlap, from `first` on, `step` apart.
+
+    `chosen` are some of the sequences.
+    """
     sequence, position, *rest = x.stride()
-    shape, strides = (count, x.shape[0], size, *x.shape[2:]), (step * position, sequence, position, *rest)
-    return x.as_strided(shape, strides, x.storage_offset() + first * position)
+    start, stop, _ = chosen.indices(x.shape[0])
+    shape, strides = (count, stop - start, size, *x.shape[2:]), (step * position, sequence, position, *rest)
+    return x.as_strided(shape, strides, x.storage_offset() + start * sequence + first * position)
 
 
 def add_stack(target: Tensor, stacked: Tensor, first: int, step: int) -> None:

@@ -10,10 +10,10 @@ for delta_i = grad_i · out_i less the gradient of lse_i.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from subquad.ops.piece import Gradients, Work, merge
 
@@ -21,6 +21,8 @@ STEP_ROWS = 64
 """Rows of a block that run at a time: fewer hide less, but make products that are too small."""
 LEAST_SIZE, MOST_SIZE = 64, 512
 """Sizes of blocks that pay, as far as they were measured."""
+LOG2_E = math.log2(math.e)
+"""Makes a power of two of an exponential, which costs more."""
 LEAST_TOKENS = 2048
 """Tokens of all blocks that pay: measured, fewer cost more in calls than they save."""
 
@@ -36,9 +38,10 @@ def triangles_forward(work: Work) -> None:
     Args:
         work: N blocks: q, k, v, out (N, size, E), lse (N, size).
     """
-    for rows, columns, hidden in _steps(work.q):
+    for rows, columns in _steps(work.q.shape[1]):
         scores = torch.bmm(work.q[:, rows] * work.scale, work.k[:, columns].mT)
-        scores[:, :, rows].masked_fill_(hidden, -torch.inf)
+        own = scores[:, :, rows]
+        own.masked_fill_(torch.ones_like(own[0], dtype=torch.bool).triu_(diagonal=1), -torch.inf)
         highest = scores.amax(dim=-1)
         weights = torch.softmax(scores, dim=-1, out=scores)
         lse = highest - weights.amax(dim=-1).log()
@@ -56,10 +59,11 @@ def triangles_backward(work: Work, gradients: Gradients) -> None:
     slope = -(gradients.out * work.out).sum(dim=-1)
     if gradients.lse is not None:
         slope += gradients.lse
-    for rows, columns, hidden in _steps(work.q):
+    for rows, columns in _steps(work.q.shape[1]):
         q, grad, k, v = work.q[:, rows], gradients.out[:, rows], work.k[:, columns], work.v[:, columns]
-        weights = torch.baddbmm(work.lse[:, rows, None], q, k.mT, beta=-1, alpha=work.scale).exp_()
-        weights[:, :, rows].masked_fill_(hidden, 0.0)
+        level = work.lse[:, rows, None]
+        weights = torch.baddbmm(level, q, k.mT, beta=-LOG2_E, alpha=work.scale * LOG2_E).exp2_()
+        weights.tril_(diagonal=rows.start)
         of_scores = torch.baddbmm(slope[:, rows, None], grad, v.mT).mul_(weights)
         gradients.v[:, columns].add_(torch.bmm(weights.mT, grad))
         gradients.k[:, columns].add_(torch.bmm(of_scores.mT, q), alpha=work.scale)
@@ -68,10 +72,8 @@ def triangles_backward(work: Work, gradients: Gradients) -> None:
         torch.mul(of_q, work.scale, out=target) if work.fresh else target.add_(of_q, alpha=work.scale)
 
 
-def _steps(q: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, the columns up to the last of them, and what is hidden of the columns that are the rows themselves."""
-    size = q.shape[1]
+def _steps(size: int) -> Iterator[tuple[slice, slice]]:
+    """Rows, and the columns up to the last of them."""
     for start in range(0, size, STEP_ROWS):
         stop = min(start + STEP_ROWS, size)
-        hidden = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu_(diagonal=1)
-        yield slice(start, stop), slice(0, stop), hidden
+        yield slice(start, stop), slice(0, stop)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from subquad.ops.onednn import add_product_, logistic_product, product, product_over_rows, suits
+from subquad.ops.onednn import add_product_, logistic_product, outruns_mm, product, product_over_rows, suits
 from subquad.ops.piece import Gradients, Work
 
 LEAST_PAIRS = 2**17
@@ -29,7 +29,7 @@ TILE_PAIRS = 2**18
 
 def unfused_pays(rows: int, columns: int, like: Tensor) -> bool:
     """Whether rectangles of this size run faster here; `like` has the dtype and the device."""
-    return rows * columns >= LEAST_PAIRS and suits(like, like)
+    return rows * columns >= LEAST_PAIRS and outruns_mm() and suits(like, like)
 
 
 def add_unfused(work: Work, gradients: Gradients, visible: Tensor | None) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from subquad.ops import onednn
-from subquad.ops.onednn import add_product_, has_onednn, logistic_product, product, product_over_rows
+from subquad.ops.onednn import add_product_, has_onednn, logistic_product, outruns_mm, product, product_over_rows
 
 
 @pytest.fixture(params=[False, True], ids=["mm", "oneDNN"], autouse=True)
@@ -53,3 +53,11 @@ def test_the_logistic_function_follows_the_product(rows: int) -> None:
     a, b, bias = torch.randn(rows, 64), torch.randn(64, 64), torch.randn(64)
     expected = (a.double() @ b.double().T + bias.double()).sigmoid().float()
     torch.testing.assert_close(logistic_product(a, b, bias), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("vectors", "outruns"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_it_outruns_mm_where_there_are_wide_vectors(
+    monkeypatch: pytest.MonkeyPatch, vectors: str, outruns: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    assert outruns_mm.__wrapped__() is outruns  # not what is remembered of this processor

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from subquad.ops.large_pages import empty_like, zeros_like
 from subquad.ops.pattern.compiler import compile_pattern
 from subquad.ops.pattern.example_facts import ExampleFacts
 from subquad.ops.pattern.request import Facts, Request
@@ -28,8 +29,8 @@ from subquad.patterns.pattern import Pattern
 from subquad.patterns.tokens import Global
 from subquad.receipt import leave_receipt
 
-CALL_FLOPS = 2**21
-"""What starting a call costs, in products of q · k of all heads: with 8 heads of 64, 4,096 pairs of each."""
+CALL_FLOPS = 2**22
+"""What starting a call costs, in products of q · k of all heads: with 8 heads of 64, 8,192 pairs of each."""
 
 
 class Part(NamedTuple):
@@ -206,7 +207,7 @@ class _BlockedAttention(torch.autograd.Function):
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        grads = _room(q, ctx.examples), torch.zeros_like(k), torch.zeros_like(v)
+        grads = _room(q, ctx.examples), zeros_like(k), zeros_like(v)
         upstream = torch.zeros_like(out) if grad_out is None else grad_out
         upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
         for index, example in enumerate(ctx.examples):
@@ -225,7 +226,7 @@ class _BlockedAttention(torch.autograd.Function):
 def _room(q: Tensor, examples: list[Example]) -> Tensor:
     """Where one row for each query will stand; zeros where some may stay unwritten."""
     complete = examples and all(example.complete for example in examples)
-    return torch.empty_like(q) if complete else torch.zeros_like(q)
+    return empty_like(q) if complete else zeros_like(q)
 
 
 def _widened(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, example: Example, scale: float) -> Work:

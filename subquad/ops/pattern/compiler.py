@@ -52,7 +52,7 @@ class HeadPlan:
 
 
 def compile_pattern(pattern: Pattern, shape: Shape, *, sliced: bool) -> HeadPlan:
-    """The plan that computes least.
+    """The plan that costs least; to prepare pieces costs as much as a call.
 
     Args:
         pattern: resolved, of one head.
@@ -63,7 +63,7 @@ def compile_pattern(pattern: Pattern, shape: Shape, *, sliced: bool) -> HeadPlan
     plans = [slices, _by_terms(pattern, shape, sliced=sliced)]
     if pattern.block is not None:
         plans.append(compile_tiles(pattern, shape))
-    prices = [_price(pieces, shape, shape.call_pairs) for pieces in plans]
+    prices = [_price(pieces, shape, shape.call_pairs) + shape.call_pairs for pieces in plans]
     prices[0] = _price(slices, shape, shape.call_pairs // shape.examples)
     best = int(np.argmin(prices))
     return HeadPlan(tuple(plans[best]), dense=best == 0)
@@ -245,7 +245,8 @@ def _listed(numbering: Numbering, row0: Indices, row1: Indices, rest: Pattern, o
     first, last = needed.argmax(axis=1), len(column0) - 1 - needed[:, ::-1].argmax(axis=1)
     masked = _full_until(classes, last) - _full_until(classes, first - 1) < last - first + 1
     strips = make_strips(row0[kept], row1[kept], column0[first[kept]], column1[last[kept]], masked=masked[kept])
-    return [StripPiece(numbering, _join_stairs(_join_equal(strips)), rest, invariant=False)]
+    strips, corner = _join_stairs(_join_equal(strips))
+    return [StripPiece(numbering, strips, rest, invariant=False, corner=corner)]
 
 
 def _full_until(classes: Classes, last: Indices) -> Indices:
@@ -264,18 +265,28 @@ def _join_equal(strips: Strips) -> Strips:
     return replace(strips[opens], row1=strips.row1[closes])
 
 
-def _join_stairs(strips: Strips) -> Strips:
+def _join_stairs(strips: Strips) -> tuple[Strips, NDArray[np.bool_] | None]:
     """Neighbours without mask that reach ever further, some at a time as one strip with a mask.
 
-    Tall strips run faster, by more than their hidden corner costs; what all of them see needs no mask.
+    Tall strips run faster, by more than their hidden corner costs; what all of them see needs no mask. Also returns
+    what is visible in the corner, where it is the same in all strips.
     """
     rows = strips.row1 - strips.row0
     stairs = not strips.masked.any() and (np.diff(strips.column0) == 0).all() and (np.diff(strips.column1) > 0).all()
     together = STAIR_ROWS // int(rows.max(initial=1))
     if len(rows) < 2 or not stairs or together < 2 or (strips.row0[1:] != strips.row1[:-1]).any():
-        return strips
+        return strips, None
     first = np.arange(0, len(rows), together)
     last = np.minimum(first + together, len(rows)) - 1
     joined = replace(strips[last], row0=strips.row0[first])
     masked = joined.row1 - joined.row0 > rows[last]
-    return replace(joined, masked=masked, clear=strips.column1[first] - strips.column0[first])
+    corner = _common_corner(rows, strips.column1, together)
+    return replace(joined, masked=masked, clear=strips.column1[first] - strips.column0[first]), corner
+
+
+def _common_corner(rows: Indices, column1: Indices, together: int) -> NDArray[np.bool_] | None:
+    """What rows of every `together` strips see of the columns that not all of these see; None where it varies."""
+    reach = column1 - column1[np.arange(len(rows)) // together * together]
+    if (rows[:-1] != rows[0]).any() or (reach != np.resize(reach[:together], len(rows))).any():
+        return None
+    return np.arange(reach.max()) < np.repeat(reach[:together], rows[0])[:, None]

@@ -38,6 +38,8 @@ class StripPiece(Piece):
         predicate: what is visible inside masked strips, in absolute positions.
         invariant: whether the predicate depends on the distance of query and key alone.
         joinable: whether the predicate also hides what strips around several of these would show beyond them.
+        corner: what the rows of a masked strip see behind the columns that all of them see, from the first on; None
+            where strips differ in that.
     """
 
     numbering: Numbering
@@ -45,6 +47,7 @@ class StripPiece(Piece):
     predicate: Pattern
     invariant: bool
     joinable: bool = False
+    corner: NDArray[np.bool_] | None = None
     _shared_biases: dict[tuple[Run, torch.dtype], Bias] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -101,7 +104,7 @@ class StripPiece(Piece):
     def forward(self, work: Work) -> None:
         """One call of the fused operator for each cut of a run."""
         for unit in units(self.numbering, work, None):
-            for run, bias in self._cuts(work, self._runs(work)):
+            for run, bias in self._cuts(work, self._runs(work), unit.numbering):
                 _forward_run(run, bias, unit.work)
 
     def backward(self, work: Work, gradients: Gradients) -> None:
@@ -109,7 +112,7 @@ class StripPiece(Piece):
         for unit in units(self.numbering, work, gradients):
             assert unit.gradients is not None
             runs = [tall for run in self._runs(work) for tall in self._joined(run, unit.work.q)]
-            for run, bias in self._cuts(work, runs):
+            for run, bias in self._cuts(work, runs, unit.numbering):
                 by_products = self._pays_unfused(run, unit.work.q)
                 backward_run = _backward_unfused if by_products else _backward_fused
                 backward_run(run, bias, unit.work, unit.gradients)
@@ -130,29 +133,39 @@ class StripPiece(Piece):
         return not (run.causal or self._has_own_mask(run)) and unfused_pays(run.rows, run.columns, like)
 
     def _has_own_mask(self, run: Run) -> bool:
-        return run.restricted or (run.masked and not self.invariant)
+        return run.restricted or (run.masked and not self.invariant and self.corner is None)
 
-    def _cuts(self, work: Work, runs: list[Run]) -> Iterator[tuple[Run, Bias | None]]:
+    def _cuts(self, work: Work, runs: list[Run], numbering: Numbering) -> Iterator[tuple[Run, Bias | None]]:
         """Runs cut so that a call's temporaries stay in the cache, each with its mask."""
         for run in runs:
             own_mask = self._has_own_mask(run)
             elements = (run.rows + 2 * run.columns) * work.q.shape[-1]
-            elements += run.rows * run.columns * self.numbering.lanes if own_mask else 0
-            shared = self._shared_bias(run, work) if run.masked and not own_mask else None
+            elements += run.rows * run.columns * numbering.lanes if own_mask else 0
+            shared = self._shared_bias(run, work, numbering) if run.masked and not own_mask else None
             for part in share_out(run.number, CALL_BYTES // (elements * work.q.element_size())):
                 cut = run.cut(part)
-                yield cut, self._bias(cut, work) if own_mask else shared
+                yield cut, self._bias(cut, work, numbering) if own_mask else shared
 
-    def _shared_bias(self, run: Run, work: Work) -> Bias:
-        """The one small mask of all strips of a run of distances, kept with the piece."""
+    def _shared_bias(self, run: Run, work: Work, numbering: Numbering) -> Bias:
+        """The one mask of all strips of a run of distances, or of runs with the same corner; kept with the piece."""
+        if self.corner is not None:
+            return self._corner_bias(self.corner, run, work.q.dtype)
         key = run._replace(number=1, step=0), work.q.dtype
         if key not in self._shared_biases:
-            self._shared_biases[key] = self._bias(key[0], work)
+            self._shared_biases[key] = self._bias(key[0], work, numbering)
         return self._shared_biases[key]
 
-    def _bias(self, run: Run, work: Work) -> Bias:
+    def _corner_bias(self, corner: NDArray[np.bool_], run: Run, dtype: torch.dtype) -> Bias:
+        """Part of the mask of the widest run."""
+        widest = max(self.runs, key=lambda run: run.clear)
+        key = widest._replace(number=1, step=0), dtype
+        if key not in self._shared_biases:
+            self._shared_biases[key] = make_bias(torch.from_numpy(corner)[None, None], dtype, widest.clear)
+        values, first = self._shared_biases[key].values, widest.clear - run.clear
+        return Bias(values[:, :, : run.rows, first : first + run.columns], None)
+
+    def _bias(self, run: Run, work: Work, numbering: Numbering) -> Bias:
         """The mask of the strips of a run; (n, lanes or 1, rows, columns)."""
-        numbering = self.numbering
         lanes = numbering.lanes if not self.invariant or run.restricted else 1
         clear = 0 if run.restricted else run.clear
         strip = run.step * torch.arange(run.number)[:, None, None, None]
@@ -207,7 +220,7 @@ def _backward_fused(run: Run, bias: Bias | None, work: Work, gradients: Gradient
 
 
 def _backward_unfused(run: Run, bias: Bias | None, work: Work, gradients: Gradients) -> None:
-    visible = None if bias is None else bias.values[:, 0].exp().mT.contiguous()
+    visible = None if bias is None else bias.values[:, 0].eq(0).to(bias.values.dtype).mT.contiguous()
     own, grads = stacked(run, slice(None), work, gradients)
     for sequence in range(len(work.q)):
         own_part, grads_part = indexed(own, grads, (slice(None), sequence))

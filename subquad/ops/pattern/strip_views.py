@@ -13,13 +13,15 @@ from subquad.ops.piece import Gradients, Work, stack
 
 
 class Unit(NamedTuple):
-    """Sequences of equal length, numbered as a piece wants them: heads, or the lanes of one head.
+    """Sequences of equal length, numbered as a piece wants them: one lane of all heads, or all lanes of one head.
 
     Attributes:
+        numbering: of its lanes.
         work: q, out (U, rows, E), lse (U, rows), k, v (U, columns, E).
         gradients: likewise; None in the forward pass.
     """
 
+    numbering: Numbering
     work: Work
     gradients: Gradients | None
 
@@ -28,11 +30,12 @@ def units(numbering: Numbering, work: Work, gradients: Gradients | None) -> Iter
     """The tensors in the numbering of a piece; what was copied is written back when the next unit is asked for."""
     if numbering.queries is not None or numbering.keys is not None:
         yield from _listed_unit(numbering, work, gradients)
-    elif numbering.lanes == 1:
-        yield Unit(*_renumber(numbering, work, gradients, _every))
+    elif numbering.lanes <= len(work.q):
+        for lane in numbering.each_lane():
+            yield Unit(lane, *_renumber(lane, work, gradients, _every))
     else:
         for head in range(len(work.q)):
-            yield Unit(*_renumber(numbering, *indexed(work, gradients, head), _lanes))
+            yield Unit(numbering, *_renumber(numbering, *indexed(work, gradients, head), _lanes))
 
 
 View = Callable[[Tensor, int, int, Numbering], Tensor]
@@ -77,7 +80,7 @@ def _listed_unit(numbering: Numbering, work: Work, gradients: Gradients | None) 
         if grads is not None:
             lse = None if grads.lse is None else grads.lse.index_select(1, queries)
             grads = grads._replace(out=grads.out.index_select(1, queries), lse=lse, q=torch.zeros_like(own.q))
-    yield Unit(own, grads)
+    yield Unit(numbering, own, grads)
     if queries is not None and gradients is None:
         work.out.index_copy_(1, queries, own.out)
         work.lse.index_copy_(1, queries, own.lse)
@@ -93,10 +96,10 @@ def stacked(run: Run, part: slice, work: Work, gradients: Gradients | None) -> t
     """Views of the strips of a run, (number, U, rows or columns, ...); those of keys may overlap."""
 
     def rows(x: Tensor) -> Tensor:
-        return stack(x[part], run.row, run.rows, run.number, run.step)
+        return stack(x, run.row, run.rows, run.number, run.step, part)
 
     def columns(x: Tensor) -> Tensor:
-        return stack(x[part], run.column, run.columns, run.number, run.step)
+        return stack(x, run.column, run.columns, run.number, run.step, part)
 
     return _mapped(rows, columns, work, gradients)
 

@@ -7,7 +7,8 @@ Equal strips at equal distances are one batch for the fused operator, as overlap
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +70,11 @@ class Numbering:
     def key(self, column: Indices) -> Indices:
         """The key in a column of lane 0."""
         return self.first_key + self.step * column if self.keys is None else self.keys[column]
+
+    def each_lane(self) -> Iterator[Numbering]:
+        """The numbering of every lane alone."""
+        for lane in range(self.lanes):
+            yield replace(self, lanes=1, first_query=self.first_query + lane, first_key=self.first_key + lane)
 
 
 class Run(NamedTuple):

@@ -32,7 +32,7 @@ class TileGroup:
     Attributes:
         row0: (N,), first query of each.
         rows: queries of each.
-        tiles: (N, C), the tiles of keys, those at equal distance in the same column where it goes.
+        tiles: (N, C), the tiles of keys.
         masked: whether not everything is visible.
     """
 
@@ -44,12 +44,10 @@ class TileGroup:
     @cached_property
     def row_step(self) -> int | None:
         """The distance of neighbours, where all are equally far apart."""
-        return _step(self.row0)
-
-    @cached_property
-    def tile_steps(self) -> tuple[int | None, ...]:
-        """The same for each column of tiles."""
-        return tuple(_step(column) for column in self.tiles.T)
+        if len(self.row0) < 2:
+            return 0
+        step = int(self.row0[1] - self.row0[0])
+        return step if (np.diff(self.row0) == step).all() else None
 
 
 class Room:
@@ -65,7 +63,9 @@ class Room:
         if self._memory.numel() < elements or self._memory.dtype != tiles.dtype:
             self._memory = tiles.new_empty(elements)
         gathered = self._memory[:elements].view(sequences, chosen.size, size, width)
-        torch.index_select(tiles, 1, torch.from_numpy(chosen.ravel()), out=gathered)
+        index = torch.from_numpy(chosen.ravel())
+        for of_sequence, target in zip(tiles, gathered, strict=True):
+            torch.index_select(of_sequence, 0, index, out=target)
         return gathered.unflatten(1, chosen.shape).flatten(2, 3).transpose(0, 1)
 
 
@@ -216,41 +216,14 @@ def _groups(row0: Indices, row1: Indices, classes: Classes, *, ragged: bool) -> 
     ):
         if count:
             chosen = np.flatnonzero((row1 - row0 == rows) & (counts == count) & (masked == is_masked))
-            found.append(TileGroup(row0[chosen], rows, _aligned(classes[chosen] != Tile.EMPTY, chosen), is_masked))
+            tiles = np.nonzero(classes[chosen] != Tile.EMPTY)[1].reshape(len(chosen), count)
+            found.append(TileGroup(row0[chosen], rows, tiles, is_masked))
     return tuple(found)
-
-
-def _aligned(needed: NDArray[np.bool_], rows: Indices) -> Indices:
-    """The needed tiles of each row, (N, C): first those that all rows need, then whole diagonals, then the others.
-
-    So ordered, most columns of the result are constant or go up by one from row to row, and their gradients can be
-    added up without an index.
-    """
-    everywhere = needed.all(axis=0)
-    parts = [np.broadcast_to(np.flatnonzero(everywhere), (len(rows), int(everywhere.sum())))]
-    rest = needed & ~everywhere
-    tiles = np.arange(needed.shape[1])
-    first = np.flatnonzero(rest[0]) - rows[0]
-    for diagonal in first:
-        column = rows + diagonal
-        if ((column >= 0) & (column < len(tiles))).all() and rest[np.arange(len(rows)), column].all():
-            parts.append(column[:, None])
-            rest[np.arange(len(rows)), column] = False
-    left = int(rest[0].sum())
-    parts.append(np.nonzero(rest)[1].reshape(len(rows), left))
-    return np.concatenate(parts, axis=1)
 
 
 def _rows(group: TileGroup) -> Tensor:
     """Index of all queries of a group, int64 (N * rows,)."""
     return (torch.from_numpy(group.row0)[:, None] + torch.arange(group.rows)).flatten()
-
-
-def _step(positions: Indices) -> int | None:
-    if len(positions) < 2:
-        return 0
-    step = int(positions[1] - positions[0])
-    return step if (np.diff(positions) == step).all() else None
 
 
 def _take_rows(x: Tensor, group: TileGroup) -> Tensor:
@@ -287,12 +260,6 @@ def _untile(x: Tensor, tiled: Tensor) -> None:
 
 def _scatter(tiles: Tensor, group: TileGroup, gathered: Tensor) -> None:
     """Add (N, G, C * size, E) to the tiles (G, tiles, size, E) that it was gathered from."""
-    columns = gathered.unflatten(2, (group.tiles.shape[1], -1))
-    for column, (tile, step) in enumerate(zip(group.tiles.T, group.tile_steps, strict=True)):
-        part = columns[:, :, column]
-        if step == 0:
-            tiles[:, int(tile[0])] += part.sum(dim=0)
-        elif step is not None and step > 0:
-            tiles[:, int(tile[0]) : int(tile[-1]) + 1 : step] += part.transpose(0, 1)
-        else:
-            tiles.index_add_(1, torch.from_numpy(tile), part.transpose(0, 1))
+    index = torch.from_numpy(group.tiles.ravel())
+    for sequence, of_sequence in enumerate(tiles):
+        of_sequence.index_add_(0, index, gathered[:, sequence].reshape(-1, *of_sequence.shape[1:]))

@@ -123,6 +123,16 @@ def test_gradients_by_products_are_those_of_the_definition(
     assert_backends_agree(*triple(length), LONG[name], mask=mask)
 
 
+@pytest.mark.parametrize("query_offset", [0, 100])
+@pytest.mark.parametrize("by_products", [False, True])
+def test_stairs_equal_the_definition_whether_or_not_they_share_a_mask(
+    monkeypatch: pytest.MonkeyPatch, query_offset: int, by_products: bool
+) -> None:
+    monkeypatch.setattr("subquad.ops.pattern.strip_piece.unfused_pays", lambda rows, columns, like: by_products)
+    q, k, v = heads(2200), heads(2200 + query_offset), heads(2200 + query_offset)
+    assert_backends_agree(q, k, v, LONG["fixed"], query_offset=query_offset)
+
+
 def test_wide_windows_in_float32_equal_the_definition() -> None:
     q, k, v = triple(2100, dtype=torch.float32, width=16)
     expected = pattern_attention(q.double(), k.double(), v.double(), Window(256, 256), backend="dense")
