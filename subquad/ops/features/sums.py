@@ -113,7 +113,7 @@ def _product(a: Tensor, b: Tensor, name: str, room: Room) -> Tensor:
 def _outer_sums(mapped: Tensor, rows: Tensor) -> Tensor:
     """Σ_t mapped_t rows_tᵀ, (B, H, F, W), of (B, H, T, F) and (B, H, T, W).
 
-    oneDNN wants the rows transposed. The BLAS is slow to share a long sum among threads, so each gets tokens of its own.
+    oneDNN wants the rows transposed. The BLAS is slow to share a long sum among threads: each gets tokens of its own.
     """
     if outruns_mm():
         return stacked_product(rows.mT, mapped).mT

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import subquad
 from subquad.benchmark.memory import saved_bytes
+from subquad.ops import onednn
+from subquad.ops.features import sums
 from subquad.ops.features.attention import linear_attention, linear_attention_by_pairs
 from subquad.ops.features.causal import Settings, causal_sums, segments
 from subquad.ops.features.maps import FeatureMap, PositiveRandom, Ready
@@ -182,12 +184,16 @@ def test_autocast_does_not_narrow_the_sums(causal: bool) -> None:
         assert torch.equal(linear_attention(q, k, v, causal=causal), expected)
 
 
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("outruns", [False, True], ids=["bmm", "oneDNN"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_long_sums_of_wide_features_equal_the_definition(width: int, dtype: torch.dtype) -> None:
+def test_long_sums_of_wide_features_equal_the_definition(
+    monkeypatch: pytest.MonkeyPatch, outruns: bool, dtype: torch.dtype
+) -> None:
     """Several slices, each large enough for oneDNN, or for a share of its tokens on every thread."""
+    for module in (onednn, sums):
+        monkeypatch.setattr(module, "outruns_mm", lambda: outruns)
     length = SLICE_TOKENS + 100
-    q, k = (torch.rand(1, 1, length, width, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    q, k = (torch.rand(1, 1, length, 64, dtype=torch.float64, requires_grad=True) for _ in range(2))
     v = torch.randn(1, 1, length, 64, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn_like(v)
     expected = linear_attention_by_pairs(q, k, v, causal=False)
