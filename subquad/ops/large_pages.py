@@ -25,7 +25,7 @@ Advise = Callable[[ctypes.c_void_p, ctypes.c_size_t, int], int]
 def empty_like(x: Tensor) -> Tensor:
     """`torch.empty_like`."""
     made = torch.empty_like(x)
-    if made.device.type == "cpu" and made.nbytes >= LEAST_BYTES:
+    if type(made) is Tensor and made.device.type == "cpu" and made.nbytes >= LEAST_BYTES:  # no stand-in of a compiler
         _ask_for_large_pages(made)
     return made
 
