@@ -48,7 +48,6 @@ class Settings(NamedTuple):
     chunk: int
 
 
-@torch.compiler.disable()
 def causal_sums(
     q: Tensor, k: Tensor, v: Tensor, before: Sums | None, settings: Settings, valid: Tensor | None = None
 ) -> tuple[Tensor, Sums]:

@@ -48,7 +48,6 @@ def no_sums(k: Tensor, v: Tensor, feature_map: FeatureMap) -> Sums:
     return Sums(k.new_zeros(*shape, v.shape[-1], dtype=dtype), k.new_zeros(shape, dtype=dtype), reference)
 
 
-@torch.compiler.disable()
 def sum_keys(k: Tensor, v: Tensor, feature_map: FeatureMap, valid: Tensor | None = None) -> Sums:
     """Sums over all keys.
 
@@ -61,7 +60,6 @@ def sum_keys(k: Tensor, v: Tensor, feature_map: FeatureMap, valid: Tensor | None
     return Sums(*_SumKeys.apply(k, v, valid, feature_map))  # pyright: ignore[reportGeneralTypeIssues] - apply has no types
 
 
-@torch.compiler.disable()
 def read_sums(q: Tensor, sums: Sums, feature_map: FeatureMap, *, epsilon: float | None) -> Tensor:
     """What queries read from sums over all keys.
 
