@@ -224,5 +224,5 @@ def _attend_back(
     feature_map.write_gradient(part.k_rows, part.k, of_k, place_k, keys=True)
     place_v.copy_(of_v)
     if kept.valid is not None:
-        place_k.masked_fill_(~place.of(kept.valid[:, None])[..., None], 0.0)
+        place_k.masked_fill_(place.hidden(kept.valid), 0.0)
     return of_sums[0]

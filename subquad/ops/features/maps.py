@@ -56,7 +56,7 @@ class FeatureMap(ABC):
 
     @abstractmethod
     def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
-        """Gradient of x from the features and their gradient, whose memory it may use.
+        """Gradient of x from the features and their gradient; it may use the memory of both.
 
         Args:
             x: (..., E).

@@ -49,6 +49,11 @@ class Place(NamedTuple):
         """This part of x (B, H, L, ...), a view (N, B', H', C, ...)."""
         return self.group.chunks(x, self.tokens, self.chunks)
 
+    def hidden(self, valid: Tensor) -> Tensor:
+        """Which keys don't count, bool (N, B', 1, C, 1), from those that do, (B, L)."""
+        hidden = self.group.hidden(valid, self.tokens)
+        return hidden.unflatten(2, (self.chunks, -1)).movedim(2, 0)
+
 
 class Factors(NamedTuple):
     """What brings sums from the reference of their key to that of a row; all at most 1.
@@ -110,7 +115,7 @@ class Segment(NamedTuple):
         return self.below(self.product("weights", self.q, self.k.mT))
 
     def read(self, x: Tensor) -> Tensor:
-        """X (N, B, H, C, ·) as it is read from, or with gradients goes to, the sums before the chunk."""
+        """Rows x (N, B, H, C, ·) as they are read from, or as gradients go to, the sums before the chunk."""
         return x if self.factors is None else x * self.factors.read
 
     def written(self) -> Tensor:
@@ -161,7 +166,7 @@ def make_segment(place: Place, inputs: Inputs, feature_map: FeatureMap, before: 
     """The segment of this place; `before` is the reference that is carried in, (B, H)."""
     dtype = torch.promote_types(inputs.v.dtype, torch.float32)
     q_rows, k_rows, v_rows = (place.of(x).to(dtype) for x in inputs[:3])
-    hidden = None if inputs.valid is None else ~place.of(inputs.valid[:, None])[..., None]
+    hidden = None if inputs.valid is None else place.hidden(inputs.valid)
     shape = *q_rows.shape[:-1], feature_map.count(q_rows.shape[-1])
     prepared, references = feature_map.prepare(k_rows, room.of("k", *shape)), None
     if before is not None and prepared.peak is not None:
@@ -181,13 +186,13 @@ def make_segment(place: Place, inputs: Inputs, feature_map: FeatureMap, before: 
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Out = a b, all (N, B, H, ·, ·), out contiguous. Returns out."""
+    """Write the products a b to out, all (N, B, H, ·, ·) and out contiguous; returns it."""
     torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out=out.view(-1, *out.shape[-2:]))
     return out
 
 
 def multiply_add(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Out += a b, all (N, B, H, ·, ·), out contiguous. Returns out."""
+    """Add the products a b to out, all (N, B, H, ·, ·) and out contiguous; returns it."""
     target = out.view(-1, *out.shape[-2:])
     torch.baddbmm(target, a.flatten(0, 2), b.flatten(0, 2), out=target)
     return out

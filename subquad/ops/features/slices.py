@@ -44,8 +44,12 @@ class Heads(NamedTuple):
     examples: slice
     heads: slice
 
+    def hidden(self, valid: Tensor, tokens: slice) -> Tensor:
+        """Which keys don't count, bool (B', 1, T, 1), from those that do, (B, S)."""
+        return ~valid[self.examples, None, tokens, None]
+
     def chunks(self, x: Tensor, tokens: slice, count: int) -> Tensor:
-        """X (B, H, L, ...) as a view (N, B', H', C, ...) of N = `count` chunks of C tokens."""
+        """A view (N, B', H', C, ...) of x (B, H, L, ...): N = `count` chunks of C tokens."""
         part = x[(*self, tokens)]
         return part.unflatten(2, (count, part.shape[2] // count)).movedim(2, 0)
 

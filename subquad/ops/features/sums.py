@@ -154,7 +154,7 @@ def _take_keys(
     """Map a slice of k, v with facts about them."""
     k, v, valid = inputs
     dtype = torch.promote_types(v.dtype, torch.float32)
-    hidden = None if valid is None else ~valid[group.examples, None, tokens, None]
+    hidden = None if valid is None else group.hidden(valid, tokens)
     rows, part_v = (x[(*group, tokens)].to(dtype) for x in (k, v))
     if hidden is not None:
         rows, part_v = rows.masked_fill(hidden, 0.0), part_v.masked_fill(hidden, 0.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 import subquad
 from subquad.benchmark.memory import saved_bytes
 from subquad.ops import onednn
-from subquad.ops.features import sums
+from subquad.ops.features import slices, sums
 from subquad.ops.features.attention import linear_attention, linear_attention_by_pairs
 from subquad.ops.features.causal import Settings, causal_sums, segments
 from subquad.ops.features.maps import FeatureMap, PositiveRandom, Ready
@@ -91,12 +91,17 @@ def test_sums_of_exponentials_equal_the_definition(length: int, causal: bool, sc
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_many_heads_in_slices_of_tokens_equal_the_definition(causal: bool) -> None:
-    """Longer than a slice and than a segment, and with the strides of split heads."""
+def test_heads_in_slices_of_tokens_equal_the_definition(
+    monkeypatch: pytest.MonkeyPatch, causal: bool, padded: bool
+) -> None:
+    """Head by head, longer than a slice and than a segment, and with the strides of split heads."""
+    monkeypatch.setattr(slices, "SLICE_NUMBERS", 1)
+    valid = torch.rand(2, 2500) < 0.7 if padded else None
     q, k, v = (torch.rand(2, 2500, 3, 4, dtype=torch.float64).transpose(1, 2).requires_grad_() for _ in range(3))
-    out = linear_attention(q, k, v, causal=causal)
-    expected = linear_attention_by_pairs(q, k, v, causal=causal)
+    out = linear_attention(q, k, v, causal=causal, valid=valid)
+    expected = linear_attention_by_pairs(q, k, v, causal=causal, valid=valid)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     assert out.stride() == q.stride()
     weights = torch.randn_like(out)
