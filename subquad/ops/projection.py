@@ -1,4 +1,4 @@
-"""The product of a linear layer, by oneDNN where it is large enough."""
+"""The product of a linear layer, by oneDNN where that is faster and the product large enough."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops.onednn import product, suits
+from subquad.ops.onednn import outruns_mm, product, suits
 from subquad.ops.precision import autocast_dtype
 
 SMALLEST_PROJECTION = 2**25
@@ -35,7 +35,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Large, and of plain float32 tensors that neither autocast narrows nor a compiler looks into."""
     if torch.compiler.is_compiling() or x.numel() * weight.shape[0] < SMALLEST_PROJECTION:
         return False
-    return suits(x, weight) and autocast_dtype(x) == x.dtype
+    return outruns_mm() and suits(x, weight) and autocast_dtype(x) == x.dtype
 
 
 class _Projection(torch.autograd.Function):

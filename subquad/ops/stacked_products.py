@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from subquad.ops.onednn import SMALLEST_PRODUCT, add_product_, product, suits
+from subquad.ops.onednn import SMALLEST_PRODUCT, add_product_, outruns_mm, product, suits
 
 SMALLEST_OF_SEVERAL = 2 * SMALLEST_PRODUCT
 """Multiplications of each of several products below which a batched one is faster, which nothing puts together."""
@@ -48,7 +48,10 @@ def add_stacked_product_(target: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _large(a: Tensor, b: Tensor, stacks: tuple[int, ...]) -> bool:
-    smallest = SMALLEST_PRODUCT if math.prod(stacks) == 1 else SMALLEST_OF_SEVERAL
+    several = math.prod(stacks) > 1
+    if several and not outruns_mm():
+        return False
+    smallest = SMALLEST_OF_SEVERAL if several else SMALLEST_PRODUCT
     return a.shape[-2] * a.shape[-1] * b.shape[-1] >= smallest and suits(a, b)
 
 

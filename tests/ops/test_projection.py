@@ -5,11 +5,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.ops import onednn, projection
 from subquad.ops.projection import SMALLEST_PROJECTION, project
 from subquad.projection import Projection
 
 ROWS, WIDTH, OUT = 2 * 512, 192, 256
 """Of a projection large enough for oneDNN."""
+
+
+@pytest.fixture(autouse=True)
+def outruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor where oneDNN is faster, on every one."""
+    for module in (onednn, projection):
+        monkeypatch.setattr(module, "outruns_mm", lambda: True)
 
 
 def _drawn(out: int = OUT) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,3 +78,9 @@ def test_the_layer_is_a_linear_layer_of_torch_with_its_names() -> None:
     layer.load_state_dict(plain.state_dict())
     x = torch.randn(2, 4)
     assert torch.equal(layer(x), plain(x))
+
+
+def test_where_mm_is_as_fast_torch_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "outruns_mm", lambda: False)
+    x, weight, bias = _drawn()
+    assert not _runs_on_onednn(project(x, weight, bias))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from subquad.ops import onednn, stacked_products
 from subquad.ops.stacked_products import SMALLEST_OF_SEVERAL, add_stacked_product_, stacked_product
 
 
@@ -14,9 +15,17 @@ from subquad.ops.stacked_products import SMALLEST_OF_SEVERAL, add_stacked_produc
     [((1, 1), (1, 1)), ((1, 1), (2, 3)), ((2, 1), (2, 3)), ((2, 3), (2, 3)), ((1,), (1,)), ((3,), (3,))],
 )
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("outruns", [False, True], ids=["mm", "oneDNN"])
 def test_stacks_equal_plain_products(
-    size: int, stacks: tuple[int, ...], others: tuple[int, ...], transposed: bool
+    monkeypatch: pytest.MonkeyPatch,
+    outruns: bool,
+    size: int,
+    stacks: tuple[int, ...],
+    others: tuple[int, ...],
+    transposed: bool,
 ) -> None:
+    for module in (onednn, stacked_products):
+        monkeypatch.setattr(module, "outruns_mm", lambda: outruns)
     assert (size**3 >= SMALLEST_OF_SEVERAL) == (size == 200)
     a, b = torch.randn(*stacks, size, size), torch.randn(*others, size, size)
     a, b = (a.mT, b.mT) if transposed else (a, b)
