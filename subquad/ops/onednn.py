@@ -20,17 +20,14 @@ SUMMED = 2**18
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-@cache
 def has_onednn() -> bool:
-    """Whether this build of torch offers the operator for dense float32 matrices."""
-    try:
-        one = torch.ones(1, 1)
-        return bool(torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "") == 1)
-    except (AttributeError, RuntimeError):
-        return False
+    """Whether this build of torch offers the operator for dense float32 matrices.
+
+    Never while a compiler traces: it chooses its products itself, and can't trace the question.
+    """
+    return not torch.compiler.is_compiling() and _offered()
 
 
-@cache
 def outruns_mm() -> bool:
     """Whether large products run faster than by `mm`, by the vectors that this processor has.
 
@@ -108,3 +105,12 @@ def _large(a: Tensor, b: Tensor) -> bool:
 def _whole(b: Tensor) -> Tensor:
     """A copy of a matrix cut from wider rows or columns, for which the operator has only slow reference code."""
     return b if b.is_contiguous() or b.mT.is_contiguous() else b.contiguous()
+
+
+@cache
+def _offered() -> bool:
+    try:
+        one = torch.ones(1, 1)
+        return bool(torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "") == 1)
+    except (AttributeError, RuntimeError):
+        return False

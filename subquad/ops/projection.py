@@ -32,10 +32,9 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Large, and of plain float32 tensors that neither autocast narrows nor a compiler looks into."""
-    if torch.compiler.is_compiling() or x.numel() * weight.shape[0] < SMALLEST_PROJECTION:
-        return False
-    return outruns_mm() and suits(x, weight) and autocast_dtype(x) == x.dtype
+    """Large, and of plain float32 tensors that autocast doesn't narrow."""
+    large = x.numel() * weight.shape[0] >= SMALLEST_PROJECTION
+    return large and outruns_mm() and suits(x, weight) and autocast_dtype(x) == x.dtype
 
 
 class _Projection(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """A compiled mechanism is the same function."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,14 @@ def results(mixer, x):
     y = mixer(x).y
     gradients = torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()], allow_unused=True)
     return [y, *(gradient for gradient in gradients if gradient is not None)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing of earlier code: the compiler has been seen to run a remembered graph on inputs of other shapes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
 
 
 @pytest.mark.compiler

@@ -60,4 +60,10 @@ def test_it_outruns_mm_where_there_are_wide_vectors(
     monkeypatch: pytest.MonkeyPatch, vectors: str, outruns: bool
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
-    assert outruns_mm.__wrapped__() is outruns  # not what is remembered of this processor
+    assert outruns_mm() is outruns
+
+
+def test_a_compiler_chooses_its_products_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not has_onednn()
+    assert not outruns_mm()
