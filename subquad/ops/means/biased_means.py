@@ -10,6 +10,7 @@ sees: where a row of the product of both stabilised factors would be lost, that 
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,8 @@ from subquad.ops.means.far_means import Far
 from subquad.ops.means.gated import Kept, Upstream
 from subquad.ops.means.position_bias import PositionBias
 from subquad.ops.means.running_means import NOTHING, running_gradients, running_means
-from subquad.ops.means.strip_geometry import Reach, strips
-from subquad.ops.means.strip_means import Tokens, add_strip_gradients_, pair_gradients, strip_means
+from subquad.ops.means.strip_geometry import Reach, Strips, strips
+from subquad.ops.means.strip_means import Summed, Tokens, add_strip_gradients_, pair_gradients, strip_means
 from subquad.ops.means.weighted_columns import Columns, Group, column_groups
 from subquad.ops.precision import full_precision
 from subquad.ops.recomputed import recomputed
@@ -36,7 +37,7 @@ def biased_means_by_pairs(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | 
     logits = k[:, :, None].expand(-1, -1, length, -1, -1)
     if bias is not None:
         inside = _at_most(distance, reach.left) & _at_most(-distance, reach.right)
-        scores = bias.scores(slice(0, length), slice(0, total), offset)
+        scores = bias.scores(Strips(range(1), slice(0, length), slice(0, total), offset, reach))[:, :, 0]
         logits = logits + torch.where(inside, scores, 0.0)[..., None]
     if reach.causal:
         logits = logits.masked_fill((distance < 0)[..., None], -torch.inf)
@@ -74,13 +75,11 @@ class _Parts(NamedTuple):
 
     Attributes:
         far: the far means of strips.
-        groups: of strips whose columns are weighted together.
-        tops: the largest score of each row of a strip, or None where the strip was summed pair by pair.
+        groups: of strips whose columns are weighted together, and how they were summed.
     """
 
     far: Far
-    groups: list[Group]
-    tops: list[Tensor | None]
+    groups: list[tuple[Group, list[Summed]]]
 
 
 class _BiasedMeans(Function):
@@ -124,17 +123,15 @@ def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length
     if bias is None:
         start = k.shape[2] - length
         return Kept(*(x[:, :, start:] for x in running_means(k, v))), None
-    tokens, all_strips = Tokens(k, v, bias), strips(length, k.shape[2], reach)
-    tops: list[Tensor | None] = []
+    tokens, singles = Tokens(k, v, bias), strips(length, k.shape[2], reach)
     result = Kept(k.new_empty((*k.shape[:2], length, k.shape[3])), v.new_empty((*v.shape[:2], length, v.shape[3])))
-    far, groups = Far.of(k, v, all_strips), column_groups(k, all_strips)
-    for group in groups:
+    parts = _Parts(Far.of(k, v, singles), [])
+    for group in column_groups(k, singles):
         columns = Columns.weigh(k, v, group)
-        for i in group.strips:
-            own = result.of(all_strips[i].queries)
-            tops.append(strip_means(tokens, all_strips[i], columns, far.seen(i), own))
+        summed = [strip_means(tokens, several, columns, parts.far, result) for several in group.strips]
+        parts.groups.append((group, list(chain.from_iterable(summed))))
         del columns  # its memory goes to the next group, fresh memory takes longer
-    return result, _Parts(far, groups, tops)
+    return result, parts
 
 
 def _gradients(
@@ -145,32 +142,30 @@ def _gradients(
     With the logarithm total_i of all weights of a query, that of a pair is exp(k_j + w_ij - total_i), whatever part of
     the sums it was in.
     """
+    of_q = torch.empty_like(upstream.kept.mean)
     if bias is None or parts is None:
-        of_q, wanted = upstream.through_gate()
+        wanted = upstream.through_gate(of_q)
         return of_q, *running_gradients(k, v, upstream.kept.level, wanted.grad, wanted.of_weights)
-    tokens, all_strips = Tokens(k, v, bias), strips(upstream.grad.shape[2], k.shape[2], reach)
-    of_q, of_k, of_v = torch.empty_like(upstream.q), torch.zeros_like(k), torch.zeros_like(v)
-    of_bias = tuple(map(torch.zeros_like, bias.tensors))
-    far, of_far, of_weighted = parts.far, [], v.new_empty(0)
-    for group in parts.groups:
+    tokens, of_bias = Tokens(k, v, bias), tuple(map(torch.zeros_like, bias.tensors))
+    of_k, of_v = torch.zeros_like(k), torch.zeros_like(v)
+    far, of_weighted = (parts.far, parts.far.zeros()), v.new_empty(0)
+    for group, summed in parts.groups:
         columns = Columns.weigh(k, v, group)
         of_weighted = _zeros(columns.weighted.shape, of_weighted)
-        queries = slice(all_strips[group.strips[0]].queries.start, all_strips[group.strips[-1]].queries.stop)
-        of_q[:, :, queries], of_means = upstream.of(queries).through_gate()
-        for i in group.strips:
-            strip, seen = all_strips[i], far.seen(i)
-            wanted = of_means.of(slice(strip.queries.start - queries.start, strip.queries.stop - queries.start))
-            if (top := parts.tops[i]) is not None:
-                of_scores, found = add_strip_gradients_(of_weighted, tokens, strip, columns, seen, wanted, top)
+        of_means = upstream.of(group.queries).through_gate(of_q[:, :, group.queries])
+        for several, top in summed:
+            first, last = several.queries.start - group.queries.start, several.queries.stop - group.queries.start
+            wanted = of_means.of(slice(first, last))
+            if top is not None:
+                of_scores = add_strip_gradients_(of_weighted, tokens, several, columns, far, wanted, top)
             else:
-                more_k, more_v, of_scores, found = pair_gradients(tokens, strip, seen, wanted)
-                of_k[:, :, strip.columns] += more_k
-                of_v[:, :, strip.columns] += more_v
-            of_far.append(found)
-            bias.add_gradients(of_bias, of_scores, strip.queries, strip.columns, strip.offset)
+                more_k, more_v, of_scores = pair_gradients(tokens, several, far, wanted)
+                of_k[:, :, several.columns] += more_k
+                of_v[:, :, several.columns] += more_v
+            bias.add_gradients(of_bias, of_scores, several)
         columns.add_gradients_((of_k, of_v), of_weighted)
         del columns, of_means
-    far.add_gradients_((of_k, of_v), k, v, of_far)
+    parts.far.add_gradients_((of_k, of_v), k, v, far[1])
     return of_q, of_k, of_v, *of_bias
 
 

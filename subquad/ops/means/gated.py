@@ -63,13 +63,13 @@ class Upstream(NamedTuple):
         real = None if self.real is None else self.real[:, :, queries]
         return Upstream(self.q[:, :, queries], self.grad[:, :, queries], self.kept.of(queries), real)
 
-    def through_gate(self) -> tuple[Tensor, Wanted]:
-        """The gradient of q, and those of the means without those of queries that have no key."""
+    def through_gate(self, of_q: Tensor) -> Wanted:
+        """Write the gradient of q; those of the means, without those of queries that have no key, are the result."""
         gate = self.q.to(self.kept.mean.dtype).sigmoid()
         grad = self.grad * gate
         of_gate = grad * self.kept.mean
-        of_q = torch.addcmul(of_gate, of_gate, gate, value=-1)
+        torch.addcmul(of_gate, of_gate, gate, value=-1, out=of_q)
         of_weights = of_gate.sum_to_size(self.kept.level.shape)
         if self.real is not None:
             grad, of_weights = (x.masked_fill(~self.real, 0.0) for x in (grad, of_weights))
-        return of_q, Wanted(self.kept, grad, of_weights)
+        return Wanted(self.kept, grad, of_weights)

@@ -13,11 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.ops.means.strip_geometry import Strips
 from subquad.ops.stacked_products import add_stacked_product_, stacked_product
 
 
 class PositionBias(Protocol):
-    """A bias; i counts the queries of a call and j its columns, which queries are the last of."""
+    """A bias; i counts the queries of a call and j its columns, which queries are the last of.
+
+    Numbers that are the same for several strips stand there once: ⟨N⟩ is N or 1.
+    """
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -28,16 +32,14 @@ class PositionBias(Protocol):
         """The same made of other tensors."""
         ...
 
-    def scores(self, queries: slice, columns: slice, offset: int, *, columns_first: bool = False) -> Tensor:
-        """(B or 1, G or 1, R, S) for these queries and columns; query i is column `offset` + i.
+    def scores(self, strips: Strips, *, columns_first: bool = False) -> Tensor:
+        """(B or 1, G or 1, ⟨N⟩, R, W) for the pairs of these strips.
 
         With `columns_first` the numbers of a column lie beside each other in memory, not those of a query.
         """
         ...
 
-    def add_gradients(
-        self, gradients: tuple[Tensor, ...], of_scores: Tensor, queries: slice, columns: slice, offset: int
-    ) -> None:
+    def add_gradients(self, gradients: tuple[Tensor, ...], of_scores: Tensor, strips: Strips) -> None:
         """Add to the gradients of the tensors what those of `scores` bring."""
         ...
 
@@ -63,20 +65,20 @@ class FactorisedBias:
         """Of other factors."""
         return FactorisedBias(*tensors)
 
-    def scores(self, queries: slice, columns: slice, offset: int, *, columns_first: bool = False) -> Tensor:
-        """(B or 1, 1, R, S)."""
-        of_rows, of_columns = self.rows[:, None, queries], self.columns[:, None, columns]
+    def scores(self, strips: Strips, *, columns_first: bool = False) -> Tensor:
+        """(B or 1, 1, N, R, W)."""
+        of_rows, of_columns = strips.of_queries(self.rows[:, None]), strips.of_columns(self.columns[:, None])
         if columns_first:
             return stacked_product(of_columns, of_rows.mT).mT
         return stacked_product(of_rows, of_columns.mT)
 
-    def add_gradients(
-        self, gradients: tuple[Tensor, ...], of_scores: Tensor, queries: slice, columns: slice, offset: int
-    ) -> None:
-        """Two products."""
-        of_rows, of_columns = gradients
-        add_stacked_product_(of_rows[:, None, queries], of_scores, self.columns[:, None, columns])
-        add_stacked_product_(of_columns[:, None, columns], of_scores.mT, self.rows[:, None, queries])
+    def add_gradients(self, gradients: tuple[Tensor, ...], of_scores: Tensor, strips: Strips) -> None:
+        """Two products, the second strip by strip: strips share columns."""
+        of_rows, of_columns = (x[:, None] for x in gradients)
+        add_stacked_product_(strips.of_queries(of_rows), of_scores, strips.of_columns(self.columns[:, None]))
+        for i, strip in enumerate(strips.singles()):
+            rows = self.rows[:, None, strip.queries]
+            add_stacked_product_(of_columns[:, :, strip.columns], of_scores[:, :, i].mT, rows)
 
 
 @dataclass(frozen=True)
@@ -103,24 +105,24 @@ class KernelBias:
         (kernels,) = tensors
         return KernelBias(kernels, self.left, self.width)
 
-    def scores(self, queries: slice, columns: slice, offset: int, *, columns_first: bool = False) -> Tensor:
-        """(1, G, R, S)."""
-        padded, places = F.pad(self.kernels, (0, 1))[None], self._places(queries, columns, offset)
+    def scores(self, strips: Strips, *, columns_first: bool = False) -> Tensor:
+        """(1, G, ⟨N⟩, R, W)."""
+        padded, places = F.pad(self.kernels, (0, 1))[None], self._places(strips)
         return padded[:, :, places.mT].mT if columns_first else padded[:, :, places]
 
-    def add_gradients(
-        self, gradients: tuple[Tensor, ...], of_scores: Tensor, queries: slice, columns: slice, offset: int
-    ) -> None:
+    def add_gradients(self, gradients: tuple[Tensor, ...], of_scores: Tensor, strips: Strips) -> None:
         """Sums over all pairs of one distance."""
-        places = self._places(queries, columns, offset).flatten().expand(self.kernels.shape[0], -1)
+        places = self._places(strips).flatten().expand(self.kernels.shape[0], -1)
         padded = F.pad(torch.zeros_like(self.kernels), (0, 1))
         gradients[0].add_(padded.scatter_add_(1, places, of_scores[0].flatten(1))[:, :-1])
 
-    def _places(self, queries: slice, columns: slice, offset: int) -> Tensor:
-        """Which number of the kernel a pair takes, int64 (R, S); the last one more for a pair beyond it."""
+    def _places(self, strips: Strips) -> Tensor:
+        """Which number of the kernel a pair takes, int64 (⟨N⟩, R, W); the last one more for a pair beyond it."""
         device, size = self.kernels.device, self.kernels.shape[1]
-        i = torch.arange(queries.start, queries.stop, device=device)[:, None] + offset
-        j = torch.arange(columns.start, columns.stop, device=device)
+        strips = strips.single(0) if self.width is None else strips
+        start = strips.rows * torch.arange(len(strips.numbers), device=device)[:, None, None]
+        i = start + torch.arange(strips.rows, device=device)[:, None] + strips.queries.start + strips.offset
+        j = start + torch.arange(strips.width, device=device) + strips.columns.start
         if self.width is None:
             place = j - i + self.left
             return place.masked_fill((place < 0) | (place >= size), size)

@@ -1,8 +1,9 @@
-"""Strips of queries, and the columns of each that a bias reaches."""
+"""Strips of queries, and the columns of each that a bias reaches; those of one size are handled together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -29,28 +30,63 @@ class Reach(NamedTuple):
     causal: bool
 
 
-class Strip(NamedTuple):
-    """A rectangle of pairs.
+class Strips(NamedTuple):
+    """Rectangles of one size, R queries by W columns, each R queries and R columns further than the one before.
 
     Attributes:
-        queries: which.
+        numbers: which of all strips these are, N of them.
+        queries: those of all of them.
         columns: those that one of the queries sees with a bias, and some more before them.
         offset: query i is column `offset` + i.
         reach: of the bias.
+        before: whether there are columns before those of each strip, which its queries see without a bias.
+        behind: the same behind.
     """
 
+    numbers: range
     queries: slice
     columns: slice
     offset: int
     reach: Reach
+    before: bool = False
+    behind: bool = False
+
+    @property
+    def rows(self) -> int:
+        """R, queries of a strip."""
+        return (self.queries.stop - self.queries.start) // len(self.numbers)
+
+    @property
+    def width(self) -> int:
+        """W, columns of a strip."""
+        return self.columns.stop - self.columns.start - (len(self.numbers) - 1) * self.rows
 
     @property
     def pairs(self) -> int:
-        """All of the rectangle."""
-        return (self.queries.stop - self.queries.start) * (self.columns.stop - self.columns.start)
+        """All of the rectangles."""
+        return len(self.numbers) * self.rows * self.width
+
+    def single(self, i: int) -> Strips:
+        """The strip with this place among them."""
+        first_query, first_column = (x.start + i * self.rows for x in (self.queries, self.columns))
+        queries = slice(first_query, first_query + self.rows)
+        columns = slice(first_column, first_column + self.width)
+        return self._replace(numbers=self.numbers[i : i + 1], queries=queries, columns=columns)
+
+    def singles(self) -> Iterator[Strips]:
+        """One after the other."""
+        return map(self.single, range(len(self.numbers)))
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """The part (B, G, N, R, ·) of x (B, G, L, ·)."""
+        return x[:, :, self.queries].unflatten(2, (len(self.numbers), self.rows))
+
+    def of_columns(self, x: Tensor) -> Tensor:
+        """The part (B, G, N, W, ·) of x (B, G, S, ·), columns of two strips twice; not to be written to."""
+        return x[:, :, self.columns].unfold(2, self.width, self.rows).mT
 
     def limit_(self, scores: Tensor) -> Tensor:
-        """Scores (·, ·, R, W) without those beyond the reach, which are set to 0; in place."""
+        """Scores (·, ·, ·, R, W) without those beyond the reach, which are set to 0; in place."""
         own = self.offset + self.queries.start - self.columns.start
         columns_first = scores.mT.is_contiguous()  # triangles of matrices that don't lie row by row take a slow way
         if (left := self.reach.left) is not None:
@@ -60,37 +96,64 @@ class Strip(NamedTuple):
         return scores
 
     def hide_(self, scores: Tensor) -> Tensor:
-        """Scores (·, ·, R, W) with -inf for unseen pairs; in place. The last R columns are then the queries."""
+        """Scores (·, ·, ·, R, W) with -inf for unseen pairs; in place. The last R columns are then the queries."""
         if self.reach.causal:
-            rows = scores.shape[2]
-            later = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
-            scores[..., scores.shape[3] - rows :].masked_fill_(later, -torch.inf)
+            later = torch.ones(self.rows, self.rows, dtype=torch.bool, device=scores.device).triu_(1)
+            scores[..., self.width - self.rows :].masked_fill_(later, -torch.inf)
         return scores
 
+    def goes_on_with(self, strip: Strips) -> bool:
+        """Whether the next strip is one more of these."""
+        same = (self.rows, self.width, self.before, self.behind) == (
+            strip.rows,
+            strip.width,
+            strip.before,
+            strip.behind,
+        )
+        return same and strip.columns.stop == self.columns.stop + self.rows
 
-def strips(length: int, total: int, reach: Reach) -> list[Strip]:
-    """The strips of `length` queries, the last of `total` columns."""
-    left, right, _ = reach
+
+def strips(length: int, total: int, reach: Reach) -> list[Strips]:
+    """The strips of `length` queries, the last of `total` columns, one by one."""
+    left, right, causal = reach
     reached = total if left is None or right is None else left + right + 1
     size, offset = min(LONGEST, max(SHORTEST, 1 << (reached - 1).bit_length())), total - length
-    found: list[Strip] = []
+    found: list[Strips] = []
     begin = 0
-    for first in range(0, length, size):
+    for number, first in enumerate(range(0, length, size)):
         last = min(first + size, length)
         end = total if right is None else min(total, offset + last + right)
         width = end if left is None else end - (offset + first - left)
         begin = max(begin, end + -width // WHOLE * WHOLE)
-        found.append(Strip(slice(first, last), slice(begin, end), offset, reach))
+        queries, columns = slice(first, last), slice(begin, end)
+        found.append(
+            Strips(range(number, number + 1), queries, columns, offset, reach, begin > 0, not causal and end < total)
+        )
     return found
 
 
-def blocks_before(all_strips: Sequence[Strip]) -> list[slice]:
+def together(singles: Sequence[Strips]) -> list[Strips]:
+    """Neighbours of one size as one."""
+    found: list[Strips] = []
+    for strip in singles:
+        if found and found[-1].goes_on_with(strip):
+            last = found[-1]
+            numbers = range(last.numbers.start, strip.numbers.stop)
+            queries = slice(last.queries.start, strip.queries.stop)
+            columns = slice(last.columns.start, strip.columns.stop)
+            found[-1] = last._replace(numbers=numbers, queries=queries, columns=columns)
+        else:
+            found.append(strip)
+    return found
+
+
+def blocks_before(singles: Sequence[Strips]) -> list[slice]:
     """For each strip the columns before its own that weren't before those of the last strip."""
-    begins = [strip.columns.start for strip in all_strips]
-    return [slice(start, stop) for start, stop in zip([0, *begins[:-1]], begins, strict=True)]
+    begins = [0, *(strip.columns.start for strip in singles)]
+    return [slice(start, stop) for start, stop in pairwise(begins)]
 
 
-def blocks_behind(all_strips: Sequence[Strip], total: int) -> list[slice]:
-    """The same behind, from the last strip to the first; `total` counts all columns."""
-    ends = [strip.columns.stop for strip in reversed(all_strips)]
-    return [slice(start, stop) for start, stop in zip(ends, [total, *ends[:-1]], strict=True)]
+def blocks_behind(singles: Sequence[Strips], total: int) -> list[slice]:
+    """For each strip the columns behind its own that aren't behind those of the next strip; `total` counts all."""
+    ends = [*(strip.columns.stop for strip in singles), total]
+    return [slice(start, stop) for start, stop in pairwise(ends)]

@@ -1,4 +1,4 @@
-"""Means for a strip of queries, over columns in reach of the bias and, as one column each, those on either side.
+"""Means for strips of queries, over columns in reach of the bias and, as one column each, those on either side.
 
     Σ_j exp(k_j + w_ij) v_j = exp(top_i + peak) Σ_j exp(w_ij - top_i) exp(k_j - peak) v_j
 
@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.ops.means.far_means import Far
 from subquad.ops.means.gated import Kept, Wanted
 from subquad.ops.means.pair_means import gradients_by_pairs, means_by_pairs
 from subquad.ops.means.position_bias import PositionBias
 from subquad.ops.means.running_means import NOTHING, Means
-from subquad.ops.means.strip_geometry import Strip
+from subquad.ops.means.strip_geometry import Strips
 from subquad.ops.means.weighted_columns import Columns
 from subquad.ops.stacked_products import add_stacked_product_, stacked_product
 
@@ -38,106 +39,151 @@ class Tokens(NamedTuple):
     bias: PositionBias
 
 
-def strip_means(tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Means], result: Kept) -> Tensor | None:
-    """Write the means for the queries of a strip.
+class Summed(NamedTuple):
+    """Strips whose means are known.
+
+    Attributes:
+        strips: which.
+        top: the largest score of each row, (·, ·, ⟨N⟩, R, 1); None where the means were summed pair by pair.
+    """
+
+    strips: Strips
+    top: Tensor | None
+
+
+def strip_means(tokens: Tokens, strips: Strips, columns: Columns, far: Far, result: Kept) -> list[Summed]:
+    """Write the means for the queries of some strips.
 
     Args:
         tokens: of the call.
-        strip: the pairs.
-        columns: the weighted columns, of this strip and others.
-        far: means over columns that no bias of the strip reaches, seen by all of its queries.
-        result: of the strip's queries alone; its levels are those of products, or the logarithms of weights.
+        strips: the pairs.
+        columns: the weighted columns, of these strips and others.
+        far: means over columns that no bias of a strip reaches, seen by all of its queries.
+        result: of all queries; levels are one over the sums that products gave, or the logarithms of weights.
 
     Returns:
-        The largest score of each row, (·, ·, R, 1), or None where the means were summed pair by pair.
+        All of the strips, one by one if the products don't do for one of them.
     """
-    scores, width = strip.hide_(_scores(tokens.bias, strip)), tokens.v.shape[3]
-    top = _top(scores, far)
-    sums = stacked_product(scores.sub_(top).exp_(), columns.of(strip, columns.weighted))
-    for mean in far:
-        sums.addcmul_((-top).exp_(), columns.far(mean))
-    weights = sums[..., width:]
-    if _too_small(weights, tokens.k, strip):
-        scores = strip.hide_(_scores(tokens.bias, strip))
-        by_pairs = means_by_pairs(_with_far(scores, far), *_joined(tokens, strip, far))
-        result.level.copy_(by_pairs.total)
-        result.mean.copy_(by_pairs.mean)
-        return None
-    weights.clamp_min_(torch.finfo(weights.dtype).tiny)
-    torch.reciprocal(weights, out=result.level)
-    torch.div(sums[..., :width], weights, out=result.mean)
-    return top
+    scores, seen = strips.hide_(_scores(tokens.bias, strips)), far.seen(strips)
+    top = _top(scores, seen)
+    rows, width = _for_each(scores.sub_(top).exp_(), strips), tokens.v.shape[3]
+    of_far, far_columns = _for_each((-top).exp_(), strips), [columns.far(mean)[:, :, :, None] for mean in seen]
+    for i, strip in enumerate(strips.singles()):
+        sums = stacked_product(rows[:, :, i], columns.of(strip, columns.weighted))
+        for column in far_columns:
+            sums.addcmul_(of_far[:, :, i], column[:, :, i])
+        if _too_small(sums[..., width:], tokens.k, strip):
+            return _separately(tokens, strips, columns, far, result)
+        own = result.of(strip.queries)
+        torch.reciprocal(sums[..., width:], out=own.level)
+        torch.mul(sums[..., :width], own.level, out=own.mean)
+    return [Summed(strips, top)]
+
+
+def _separately(tokens: Tokens, strips: Strips, columns: Columns, far: Far, result: Kept) -> list[Summed]:
+    """Each strip for itself; a single one pair by pair."""
+    if len(strips.numbers) > 1:
+        return [one for strip in strips.singles() for one in strip_means(tokens, strip, columns, far, result)]
+    scores, seen = strips.hide_(_scores(tokens.bias, strips)), far.seen(strips)
+    own, by_pairs = result.of(strips.queries), means_by_pairs(*_joined(tokens, strips, scores, seen))
+    own.level.copy_(by_pairs.total)
+    own.mean.copy_(by_pairs.mean)
+    return [Summed(strips, None)]
 
 
 def add_strip_gradients_(
-    sums: Tensor, tokens: Tokens, strip: Strip, columns: Columns, far: Sequence[Means], wanted: Wanted, top: Tensor
-) -> tuple[Tensor, list[Means]]:
-    """Gradients of a strip whose means products gave: of its scores, limited as they are, and of the far means.
+    sums: Tensor, tokens: Tokens, strips: Strips, columns: Columns, far: tuple[Far, Far], wanted: Wanted, top: Tensor
+) -> Tensor:
+    """The gradients of scores, limited as they are, of strips whose means products gave.
 
     Both products with the weights want them column by column, and get them so instead of copied.
 
     Args:
-        sums: (B, G, W, ·), to which the gradients of the weighted columns of all strips are added.
+        sums: (B, G, W, ·), to which the gradients of the weighted columns are added.
         tokens: of the call.
-        strip: the pairs.
+        strips: the pairs.
         columns: the weighted columns.
-        far: as in `strip_means`.
-        wanted: of the strip's queries.
-        top: the result of `strip_means`.
+        far: the far means, and their gradients, which are written to.
+        wanted: of the strips' queries.
+        top: of the scores.
+
+    Returns:
+        (·, ·, ⟨N⟩, R, W).
     """
-    width = tokens.v.shape[3]
-    of_sums = sums.new_empty((*wanted.grad.shape[:3], sums.shape[3]))
-    torch.mul(wanted.grad, wanted.kept.level, out=of_sums[..., :width])
-    torch.mul(wanted.of_weights, wanted.kept.level.neg(), out=of_sums[..., width:])
-    of_far: list[Means] = []
-    for mean in far:
-        of_column = (-top).exp_().mT @ of_sums
-        of_values, of_weights = of_column.split((width, of_column.shape[3] - width), dim=3)
-        weight = (mean.total - columns.peak).exp_()
-        of_total = (of_values * mean.mean).sum_to_size(weight.shape).add_(of_weights).mul_(weight)
-        of_far.append(Means(of_total, of_values * weight))
-    rows = strip.hide_(_scores(tokens.bias, strip, columns_first=True)).sub_(top).exp_()
-    add_stacked_product_(columns.of(strip, sums), rows.mT, of_sums)
-    of_rows = stacked_product(columns.of(strip, columns.weighted), of_sums.mT).mT
-    return strip.limit_(of_rows.sum_to_size(rows.shape).mul_(rows)), of_far
+    of_sums = _gradients_of_sums(wanted, tokens.v.shape[3]).unflatten(2, (len(strips.numbers), strips.rows))
+    seen, of_seen = (x.seen(strips) for x in far)
+    if seen:
+        of_far = ((-top).exp_().mT @ of_sums).squeeze(3)
+        for mean, of_mean in zip(seen, of_seen, strict=True):
+            _write_far_gradients(of_mean, mean, columns.peak, of_far)
+    rows, found = strips.hide_(_scores(tokens.bias, strips, columns_first=True)).sub_(top).exp_(), []
+    weights = _for_each(rows.mT, strips)
+    for i, strip in enumerate(strips.singles()):
+        add_stacked_product_(columns.of(strip, sums), weights[:, :, i], of_sums[:, :, i])
+        of_weights = stacked_product(columns.of(strip, columns.weighted), of_sums[:, :, i].mT)
+        found.append(of_weights.sum_to_size(rows[:, :, 0].mT.shape))
+    of_rows = torch.stack(found, dim=2).sum_to_size(rows.mT.shape).mT
+    return strips.limit_(of_rows.mul_(rows))
 
 
 def pair_gradients(
-    tokens: Tokens, strip: Strip, far: Sequence[Means], wanted: Wanted
-) -> tuple[Tensor, Tensor, Tensor, list[Means]]:
-    """Gradients of a strip pair by pair: of its k and v, its scores, and the far means."""
-    scores = _with_far(strip.hide_(_scores(tokens.bias, strip)), far)
-    joined = _joined(tokens, strip, far)
-    of_k, of_v, of_scores = gradients_by_pairs(scores, *joined, Means(*wanted.kept), wanted.grad)
-    own = strip.columns.stop - strip.columns.start
-    of_far = [Means(of_k[:, :, i : i + 1], of_v[:, :, i : i + 1]) for i in range(own, own + len(far))]
-    return of_k[:, :, :own], of_v[:, :, :own], strip.limit_(of_scores[..., :own].contiguous()), of_far
+    tokens: Tokens, strip: Strips, far: tuple[Far, Far], wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a single strip pair by pair: of its k and v, and its scores; other arguments as above."""
+    seen, of_seen = (x.seen(strip) for x in far)
+    joined = _joined(tokens, strip, strip.hide_(_scores(tokens.bias, strip)), seen)
+    of_k, of_v, of_scores = gradients_by_pairs(*joined, Means(*wanted.kept), wanted.grad)
+    for i, of_mean in enumerate(of_seen, start=strip.width):
+        of_mean.total.copy_(of_k[:, :, i : i + 1])
+        of_mean.mean.copy_(of_v[:, :, i : i + 1])
+    own = slice(strip.width)
+    return of_k[:, :, own], of_v[:, :, own], strip.limit_(of_scores[:, :, None, :, own].contiguous())
 
 
-def _scores(bias: PositionBias, strip: Strip, *, columns_first: bool = False) -> Tensor:
-    return strip.limit_(bias.scores(strip.queries, strip.columns, strip.offset, columns_first=columns_first))
+def _scores(bias: PositionBias, strips: Strips, *, columns_first: bool = False) -> Tensor:
+    return strips.limit_(bias.scores(strips, columns_first=columns_first))
+
+
+def _for_each(x: Tensor, strips: Strips) -> Tensor:
+    """(·, ·, ⟨N⟩, ·, ·) -> (·, ·, N, ·, ·)."""
+    return x.expand(-1, -1, len(strips.numbers), -1, -1)
+
+
+def _gradients_of_sums(wanted: Wanted, width: int) -> Tensor:
+    """Of the products before one is divided by the other, (B, G, L, E + (E or 1))."""
+    level = wanted.kept.level
+    of_sums = level.new_empty((*level.shape[:3], width + level.shape[3]))
+    torch.mul(wanted.grad, level, out=of_sums[..., :width])
+    torch.mul(wanted.of_weights, level, out=of_sums[..., width:]).neg_()
+    return of_sums
+
+
+def _write_far_gradients(of_mean: Means, mean: Means, peak: Tensor, of_columns: Tensor) -> None:
+    """Gradients of far means from those of the columns that stand for them, (B, G, N, ·)."""
+    of_values, of_weights = of_columns.split((mean.mean.shape[3], mean.total.shape[3]), dim=3)
+    weight = (mean.total - peak).exp_()
+    of_mean.total.copy_((of_values * mean.mean).sum_to_size(weight.shape).add_(of_weights).mul_(weight))
+    torch.mul(of_values, weight, out=of_mean.mean)
 
 
 def _top(scores: Tensor, far: Sequence[Means]) -> Tensor:
     """The largest score of each row; far columns have a bias of 0."""
-    top = scores.amax(dim=3, keepdim=True)
+    top = scores.amax(dim=-1, keepdim=True)
     return top.clamp_min_(0.0) if far else top
 
 
-def _too_small(weights: Tensor, k: Tensor, strip: Strip) -> bool:
-    """Whether a query that has a key itself would lose digits."""
+def _too_small(weights: Tensor, k: Tensor, strip: Strips) -> bool:
+    """Whether a query that has a key itself would lose digits. Those of others are raised to what can be divided by."""
     smallest = torch.finfo(weights.dtype).tiny ** 0.5
     if not weights.numel() or not bool(weights.amin() < smallest):
         return False
     real = k[:, :, strip.offset + strip.queries.start : strip.offset + strip.queries.stop] > NOTHING / 2
-    return bool((weights.masked_fill(~real, 1.0) < smallest).any())
+    weights.masked_fill_(~real, 1.0)
+    return bool((weights < smallest).any())
 
 
-def _with_far(scores: Tensor, far: Sequence[Means]) -> Tensor:
-    return F.pad(scores, (0, len(far)))
-
-
-def _joined(tokens: Tokens, strip: Strip, far: Sequence[Means]) -> tuple[Tensor, Tensor]:
-    """K and v of a strip, the far means behind them."""
+def _joined(tokens: Tokens, strip: Strips, scores: Tensor, far: Sequence[Means]) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (·, ·, R, W), k and v of a single strip, the far means behind them."""
     k, v = tokens.k[:, :, strip.columns], tokens.v[:, :, strip.columns]
-    return torch.cat((k, *(mean.total for mean in far)), dim=2), torch.cat((v, *(mean.mean for mean in far)), dim=2)
+    k, v = torch.cat((k, *(mean.total for mean in far)), dim=2), torch.cat((v, *(mean.mean for mean in far)), dim=2)
+    return F.pad(scores[:, :, 0], (0, len(far))), k, v

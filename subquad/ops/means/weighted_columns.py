@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from subquad.ops.means.running_means import Means
-from subquad.ops.means.strip_geometry import Strip
+from subquad.ops.means.strip_geometry import Strips, together
 
 FARTHEST = 30.0
 """How far above the peak a k may be: its weight, e^30, is still far from the largest number."""
@@ -23,12 +22,14 @@ class Group(NamedTuple):
     """Strips whose columns are weighted together.
 
     Attributes:
-        strips: their numbers.
-        columns: those of all of them.
+        strips: neighbours of one size as one.
+        queries: those of all of them.
+        columns: likewise.
         peak: (B, G, 1, E or 1), what the columns are weighted relative to.
     """
 
-    strips: range
+    strips: list[Strips]
+    queries: slice
     columns: slice
     peak: Tensor
 
@@ -49,19 +50,19 @@ class Columns(NamedTuple):
     @classmethod
     def weigh(cls, k: Tensor, v: Tensor, group: Group) -> Columns:
         """Those of k (B, G, S, E or 1) and v (B, G, S, E)."""
-        _, columns, peak = group
+        columns, peak = group.columns, group.peak
         weighted = v.new_empty((*v.shape[:2], columns.stop - columns.start, v.shape[3] + k.shape[3]))
         weights = (k[:, :, columns] - peak).exp_()  # exponentials of rows that don't lie together are slow
         torch.mul(v[:, :, columns], weights, out=weighted[..., : v.shape[3]])
         weighted[..., v.shape[3] :] = weights
         return cls(columns, peak, weighted)
 
-    def of(self, strip: Strip, x: Tensor) -> Tensor:
-        """The part of x (B, G, W, ·) that belongs to a strip."""
+    def of(self, strip: Strips, x: Tensor) -> Tensor:
+        """The part of x (B, G, W, ·) that belongs to a single strip."""
         return x[:, :, strip.columns.start - self.all.start : strip.columns.stop - self.all.start]
 
     def far(self, mean: Means) -> Tensor:
-        """A mean of other columns as one more, (B, G, 1, E + (E or 1))."""
+        """Means of other columns as one more each, (B, G, N, E + (E or 1))."""
         weight = (mean.total - self.peak).exp_()
         return torch.cat((weight * mean.mean, weight), dim=3)
 
@@ -75,38 +76,37 @@ class Columns(NamedTuple):
         of_k.addcmul_(of_weighted[..., width:], weights)
 
 
-def column_groups(k: Tensor, strips: Sequence[Strip]) -> list[Group]:
+def column_groups(k: Tensor, singles: Sequence[Strips]) -> list[Group]:
     """All strips, as many together as their peaks allow.
 
     Args:
         k: (B, G, S, E or 1).
-        strips: in order.
+        singles: in order.
     """
-    peaks = _peaks(k, strips)
+    peaks = _peaks(k, singles)
     found: list[Group] = []
     first = 0
-    while first < len(strips):
-        last = first + 1
-        while last < len(strips) and _go_together(strips, peaks, first, last):
-            last += 1
-        columns = slice(strips[first].columns.start, strips[last - 1].columns.stop)
-        found.append(Group(range(first, last), columns, peaks[first]))
-        first = last
+    while first < len(singles):
+        widest = SHARED * singles[first].width
+        fitting = [strip for strip in singles[first:] if strip.columns.stop - singles[first].columns.start <= widest]
+        rise = peaks[:, :, first : first + len(fitting)] - peaks[:, :, first, None]
+        higher = (rise > FARTHEST).any(dim=3).any(dim=1).any(dim=0).tolist()
+        strips = fitting[: higher.index(True)] if True in higher else fitting
+        queries = slice(strips[0].queries.start, strips[-1].queries.stop)
+        columns = slice(strips[0].columns.start, strips[-1].columns.stop)
+        found.append(Group(together(strips), queries, columns, peaks[:, :, first, None]))
+        first += len(strips)
     return found
 
 
-def _go_together(strips: Sequence[Strip], peaks: Sequence[Tensor], first: int, last: int) -> bool:
-    """Whether columns of a strip are weighted with those of an earlier one."""
-    widest = SHARED * (strips[first].columns.stop - strips[first].columns.start)
-    if strips[last].columns.stop - strips[first].columns.start > widest:
-        return False
-    return not bool((peaks[last] - peaks[first] > FARTHEST).any())
-
-
-def _peaks(k: Tensor, strips: Sequence[Strip]) -> list[Tensor]:
-    """The largest k that a query of each strip sees in each channel, (B, G, 1, E or 1); causal ones never fall."""
-    if not strips[0].reach.causal:
-        return [k.amax(dim=2, keepdim=True)] * len(strips)
-    ends = [strip.columns.stop for strip in strips]
-    blocks = zip([0, *ends[:-1]], ends, strict=True)
-    return list(accumulate((k[:, :, slice(*block)].amax(dim=2, keepdim=True) for block in blocks), torch.maximum))
+def _peaks(k: Tensor, singles: Sequence[Strips]) -> Tensor:
+    """The largest k that a query of each strip sees in each channel, (B, G, N, E or 1); causal ones never fall."""
+    if not singles[0].reach.causal:
+        return k.amax(dim=2, keepdim=True).expand(-1, -1, len(singles), -1)
+    begin, size = singles[0].columns.stop, singles[0].rows
+    whole = (k.shape[2] - begin) // size
+    end = begin + whole * size
+    highest = [k[:, :, :begin].amax(dim=2, keepdim=True), k[:, :, begin:end].unflatten(2, (whole, size)).amax(dim=3)]
+    if end < k.shape[2]:
+        highest.append(k[:, :, end:].amax(dim=2, keepdim=True))
+    return torch.cat(highest, dim=2).cummax(dim=2).values

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from subquad.ops.means import pair_means, running_means, strip_geometry
 from subquad.ops.means.biased_means import biased_means, biased_means_by_pairs
+from subquad.ops.means.far_means import Far
 from subquad.ops.means.gated import Kept
 from subquad.ops.means.position_bias import FactorisedBias, KernelBias, PositionBias
-from subquad.ops.means.strip_geometry import Reach, strips
+from subquad.ops.means.strip_geometry import Reach, strips, together
 from subquad.ops.means.strip_means import Tokens, strip_means
 from subquad.ops.means.weighted_columns import Columns, column_groups
 
-LENGTHS = st.sampled_from([1, 2, 5, 8, 17])
+LENGTHS = st.sampled_from([1, 2, 5, 8, 17, 40])
 
 
 def leaf(*shape: int, scale: float = 1.0) -> Tensor:
@@ -33,6 +34,7 @@ def assert_equal_to_the_definition(
         patch.object(running_means, "CHUNK", chunk),
         patch.object(strip_geometry, "SHORTEST", 2),
         patch.object(strip_geometry, "LONGEST", 8),
+        patch.object(strip_geometry, "WHOLE", 2),
         patch.object(pair_means, "PAIRS", 2**8),
     ):
         y, expected = biased_means(*qkv, bias, reach), biased_means_by_pairs(*qkv, bias, reach)
@@ -94,12 +96,28 @@ def test_running_means_equal_the_definition(length: int, chunk: int, scale: floa
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("reach", [Reach(3, 0, True), Reach(2, 1, False), Reach(0, 0, False)])
+def test_strips_of_one_size_are_handled_together(reach: Reach) -> None:
+    with patch.object(strip_geometry, "SHORTEST", 4), patch.object(strip_geometry, "WHOLE", 2):
+        singles = strips(38, 38, reach)
+    several = together(singles)
+    assert sum(len(some.numbers) for some in several) == len(singles) > len(several)
+    assert [strip for some in several for strip in some.singles()] == singles
+    x = torch.randn(1, 1, 38, 2)
+    for some in several:
+        assert some.pairs == sum(strip.pairs for strip in some.singles())
+        for i, strip in enumerate(some.singles()):
+            assert torch.equal(some.of_queries(x)[:, :, i], x[:, :, strip.queries])
+            assert torch.equal(some.of_columns(x)[:, :, i], x[:, :, strip.columns])
+
+
 def takes_products(tokens: Tokens, reach: Reach) -> bool:
     (strip,) = strips(20, 20, reach)
     (group,) = column_groups(tokens.k, [strip])
     columns = Columns.weigh(tokens.k, tokens.v, group)
-    result = Kept(torch.empty_like(tokens.k[:, :, :20]), torch.empty_like(tokens.v[:, :, :20]))
-    return strip_means(tokens, strip, columns, [], result) is not None
+    result = Kept(torch.empty_like(tokens.k), torch.empty_like(tokens.v))
+    (summed,) = strip_means(tokens, strip, columns, Far(None, None), result)
+    return summed.top is not None
 
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])
@@ -126,11 +144,11 @@ def test_neighbouring_strips_share_weights_while_keys_do_not_rise_far() -> None:
     """Strips of 8 queries, 8 columns wide for the first and 16 for the others."""
     k = torch.randn(1, 1, 64, 3)
     with patch.object(strip_geometry, "SHORTEST", 8), patch.object(strip_geometry, "LONGEST", 8):
-        all_strips = strips(64, 64, Reach(4, 0, True))
-    ordinary = [group.strips for group in column_groups(k, all_strips)]
+        singles = strips(64, 64, Reach(4, 0, True))
+    ordinary = [group.queries for group in column_groups(k, singles)]
     k[:, :, 20, 1] = 50
-    apart = [group.strips for group in column_groups(k, all_strips)]
-    assert (ordinary, apart) == ([range(4), range(4, 8)], [range(2), range(2, 8)])
+    apart = [group.queries for group in column_groups(k, singles)]
+    assert (ordinary, apart) == ([slice(0, 32), slice(32, 64)], [slice(0, 16), slice(16, 64)])
 
 
 @pytest.mark.parametrize("left", [None, 3])
