@@ -50,7 +50,7 @@ class Mask:
             ValueError: a length that is negative or exceeds `length`.
         """
         counts = torch.as_tensor(lengths)
-        if counts.ndim != 1 or counts.is_floating_point() or counts.dtype == torch.bool:
+        if counts.ndim != 1 or not holds_integers(counts):
             raise ValueError(
                 f"lengths must be one-dimensional integers, got shape {tuple(counts.shape)}, {counts.dtype}"
             )
@@ -71,7 +71,7 @@ class Mask:
                 raise ValueError(f"{where} must have shape (B, L) = {expected}, got {tuple(tensor.shape)}")
             if tensor.device != x.device:
                 raise ValueError(f"{where} is on {tensor.device} but the input is on {x.device}; move it there")
-        if self.segments is not None and bool((self.segments.diff(dim=1) < 0).any()):
+        if self.segments is not None and not in_order(self.segments):
             raise ValueError(f"{owner}: {name}.segments must not decrease along a sequence; number documents in order")
 
     def zero_invalid(self, x: Tensor) -> Tensor:
@@ -86,13 +86,22 @@ class Mask:
 def _check_field(field: str, given: object) -> None:
     if not isinstance(given, Tensor):
         raise ValueError(f"Mask: {field} must be a tensor (B, L), got {type(given).__name__}; write torch.tensor(...)")
-    integer = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
-    if field == "segments" and not integer:
+    if field == "segments" and not holds_integers(given):
         raise ValueError(f"Mask: segments must hold integers, got {given.dtype}")
     if field != "segments" and given.dtype != torch.bool:
         raise ValueError(f"Mask: {field} must be bool (True = keep), got {given.dtype}; write ({field} != 0)")
     if given.ndim != 2:
         raise ValueError(f"Mask: {field} must have shape (B, L), got {tuple(given.shape)}")
+
+
+def holds_integers(tensor: Tensor) -> bool:
+    """Whether a tensor's dtype is an integer one; bool isn't."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def in_order(segments: Tensor) -> bool:
+    """Whether integers (B, L) never decrease along L; differences of unsigned ones would never be negative."""
+    return bool((segments[:, 1:] >= segments[:, :-1]).all())
 
 
 def token_positions(

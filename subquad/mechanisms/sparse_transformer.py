@@ -79,8 +79,8 @@ class SparseTransformerConfig(MixerConfig):
     """c, columns of a block that every block sees; for kind="fixed". The paper finds 1 too few."""
     combine: Literal["merged", "local", "summary", "heads"] = "merged"
     """Both sets in one softmax, one of them alone, or the local one for the first half of the heads, else the other."""
-    summary_per_head: bool = False
-    """Head h takes the h-th c columns, counted from the end of the block and round again; for kind="fixed"."""
+    summary_sets: int = 1
+    """n, head h takes the (h mod n)-th c columns, counted from the end of the block; for kind="fixed"."""
     local_inclusive: bool = False
     """The causal window holds l + 1 keys, as in the paper, not l; for kind="strided"."""
 
@@ -98,6 +98,11 @@ class SparseTransformerConfig(MixerConfig):
             raise ValueError(
                 f"sparse_transformer: {self.summary} summary columns don't fit into a block of {self.stride} tokens; "
                 "lower summary or raise stride"
+            )
+        if self.summary_sets < 1 or (self.kind == "fixed" and self.summary_sets * self.summary > self.stride):
+            raise ValueError(
+                f"sparse_transformer: summary_sets must lie in 1..{self.stride // self.summary}, as many sets of "
+                f"{self.summary} columns as fit into a block of {self.stride} tokens; got {self.summary_sets}"
             )
 
     @property
@@ -126,8 +131,7 @@ class SparseTransformerConfig(MixerConfig):
 
     def columns(self, head: int) -> Columns:
         """The summary of the fixed form."""
-        turn = head % (self.stride // self.summary) if self.summary_per_head else 0
-        return Columns(self.stride, self.summary, turn * self.summary)
+        return Columns(self.stride, self.summary, head % self.summary_sets * self.summary)
 
     def pattern(self, dims: Dims) -> Pattern:
         """Who sees whom, head by head where they differ."""

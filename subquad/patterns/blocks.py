@@ -16,8 +16,8 @@ from subquad.patterns.pattern import Pattern
 from subquad.patterns.terms import Classes, Indices, Term, Tile, check_integer, classify
 
 MOST_BLOCKS = 2**13
-"""Rows and columns of the largest table of drawn blocks."""
-CHUNK_PAIRS = 2**22
+"""Blocks that a sequence has at most where some are drawn: each draw looks at every pair of them."""
+CHUNK_PAIRS = 2**20
 """Pairs that are looked at one by one at a time."""
 
 
@@ -102,10 +102,8 @@ class Random(Pattern):
     count: int
     seed: int
     exclude: Pattern | None = None
-    table: Tensor | None = field(default=None, compare=False, repr=False)
-    """bool (blocks, blocks), once resolved."""
-    drawn_before: NDArray[np.int32] | None = field(default=None, compare=False, repr=False)
-    """(blocks + 1, blocks + 1), once resolved: how many blocks are drawn in earlier rows and columns."""
+    drawn: Tensor | None = field(default=None, compare=False, repr=False)
+    """int64 (blocks, at most count), once resolved: those of each query block in order, filled up with `blocks`."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -120,26 +118,31 @@ class Random(Pattern):
             raise ValueError("Random: exclude must be the same for all heads; give each head a Random of its own")
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
-        """By the table."""
-        if self.table is None:
+        """By what is drawn for the query's block."""
+        if self.drawn is None:
             raise ValueError("Random: resolve(length) must come before visible(i, j)")
-        last = self.table.shape[0] - 1
+        blocks, most = self.drawn.shape
         row, column = i // self.size, j // self.size
-        return self.table[row.clamp(0, last), column.clamp(0, last)] & (row <= last) & (column <= last)
+        own, found = row.clamp(max=blocks - 1), torch.zeros_like(row == column)
+        for place in range(most):
+            found = found | (self.drawn[own, place] == column)
+        return found & (row < blocks) & (column < blocks)
 
     def tiles(self, i0: Indices, i1: Indices, j0: Indices, j1: Indices) -> Classes:
-        """By the number of drawn blocks under the rectangle."""
-        if self.drawn_before is None:
+        """By the number of drawn blocks under the rectangle, one row of blocks after the other."""
+        if self.drawn is None:
             raise ValueError("Random: resolve(length) must come before tiles(...)")
-        blocks = len(self.drawn_before) - 1
-        (top, left), (bottom, right) = (
-            [np.clip(position // self.size + extra, 0, blocks) for position in corner]
-            for corner, extra in (((i0, j0), 0), ((i1, j1), 1))
-        )
-        before = self.drawn_before
-        drawn = before[bottom, right] - before[top, right] - before[bottom, left] + before[top, left]
-        covered = (i1 // self.size - i0 // self.size + 1) * (j1 // self.size - j0 // self.size + 1)
-        return classify(drawn > 0, drawn == covered)
+        blocks = len(self.drawn)
+        top, bottom, left, right = (position // self.size for position in (i0, i1, j0, j1))
+        places = (torch.arange(blocks)[:, None] * (blocks + 1) + self.drawn.cpu()).flatten().numpy()
+        found = np.zeros(np.broadcast_shapes(i0.shape, i1.shape, j0.shape, j1.shape), dtype=np.int64)
+        for step in range(int((bottom - top).max(initial=-1)) + 1):
+            row = top + step
+            first = np.minimum(row, blocks) * (blocks + 1)
+            within = np.searchsorted(places, first + np.minimum(right, blocks - 1), side="right")
+            found += (row <= bottom) * (within - np.searchsorted(places, first + np.minimum(left, blocks)))
+        covered = (bottom - top + 1) * (right - left + 1)
+        return classify(found > 0, found == covered)
 
     def terms(self) -> list[Term]:
         """Nothing for no blocks."""
@@ -149,7 +152,7 @@ class Random(Pattern):
         """With the blocks drawn.
 
         Raises:
-            ValueError: more blocks than a table is made for.
+            ValueError: more blocks than can be drawn among.
         """
         blocks = -(-length // self.size)
         if blocks > MOST_BLOCKS:
@@ -157,17 +160,12 @@ class Random(Pattern):
                 f"Random: size must cut {length} tokens into at most {MOST_BLOCKS} blocks, got {self.size}, which "
                 f"makes {blocks}; take blocks of {-(-length // MOST_BLOCKS)} or more"
             )
-        legal = np.ones((blocks, blocks), dtype=bool)
-        if self.exclude is not None:
-            legal = ~_wholly_visible(self.exclude, self.size, length)
-        table = _draw(legal, self.count, self.seed)
-        drawn_before = np.zeros((blocks + 1, blocks + 1), dtype=np.int32)
-        drawn_before[1:, 1:] = table.cumsum(axis=0, dtype=np.int32).cumsum(axis=1)
-        return replace(self, table=torch.from_numpy(table), drawn_before=drawn_before)
+        excluded = None if self.exclude is None else _wholly_visible(self.exclude, self.size, length)
+        return replace(self, drawn=torch.from_numpy(_draw(excluded, blocks, self.count, self.seed)))
 
     def to(self, device: torch.device) -> Pattern:
-        """With the table there."""
-        return self if self.table is None else replace(self, table=self.table.to(device))
+        """With what is drawn there."""
+        return self if self.drawn is None else replace(self, drawn=self.drawn.to(device))
 
     @property
     def block(self) -> int | None:
@@ -180,25 +178,27 @@ def _check_size(owner: str, size: int) -> None:
 
 
 @lru_cache(maxsize=2)
-def _wholly_visible(pattern: Pattern, size: int, length: int) -> NDArray[np.bool_]:
-    """Which blocks of pairs a pattern makes visible as a whole, exactly: bool (blocks, blocks), not to be written to.
+def _wholly_visible(pattern: Pattern, size: int, length: int) -> NDArray[np.uint8]:
+    """Which blocks of pairs a pattern makes visible as a whole, exactly: (blocks, blocks / 8), a bit for each.
 
-    Kept, since the heads of a layer exclude the same.
+    Kept, since the heads of a layer exclude the same; not to be written to.
     """
     resolved = pattern.resolve(length)
     first = np.arange(0, length, size)
     last = np.minimum(first + size, length) - 1
-    whole = np.zeros((len(first), len(first)), dtype=bool)
+    packed = np.zeros((len(first), -(-len(first) // 8)), dtype=np.uint8)
     for rows in _chunks(len(first), len(first)):
         classes = resolved.tiles(first[rows, None], last[rows, None], first[None], last[None])
-        whole[rows] = classes == Tile.FULL
-        row, column = np.nonzero(np.broadcast_to(classes, whole[rows].shape) == Tile.PARTIAL)
+        classes = np.broadcast_to(classes, (rows.stop - rows.start, len(first)))
+        whole = classes == Tile.FULL
+        row, column = np.nonzero(classes == Tile.PARTIAL)
         for part in _chunks(len(row), size**2):
             i, j = _tokens(row[part] + rows.start, size, length), _tokens(column[part], size, length)
             visible = resolved.visible(i[:, :, None], j[:, None]).expand(-1, size, size)
-            whole[row[part] + rows.start, column[part]] = visible.flatten(1).all(dim=1).numpy()
-    whole.flags.writeable = False
-    return whole
+            whole[row[part], column[part]] = visible.flatten(1).all(dim=1).numpy()
+        packed[rows] = np.packbits(whole, axis=1)
+    packed.flags.writeable = False
+    return packed
 
 
 def _tokens(block: Indices, size: int, length: int) -> Tensor:
@@ -211,18 +211,25 @@ def _chunks(rows: int, width: int) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _draw(legal: NDArray[np.bool_], count: int, seed: int) -> NDArray[np.bool_]:
-    """`count` of the legal columns of each row, every choice equally likely.
+def _draw(excluded: NDArray[np.uint8] | None, blocks: int, count: int, seed: int) -> NDArray[np.int64]:
+    """`count` of the columns of each row that aren't excluded, every choice equally likely; result as `Random.drawn`.
 
     Each pair of blocks gets a random rank, and the lowest legal ones of a row are drawn. The raw stream of the bit
     generator is stable between versions of numpy, its derived distributions are not.
     """
-    if count >= legal.shape[1]:
-        return legal.copy()
-    drawn = np.zeros_like(legal)
+    drawn = np.full((blocks, min(count, blocks)), blocks, dtype=np.int64)
     source = np.random.PCG64(seed)
-    for rows in _chunks(*legal.shape) if count else ():
-        ranks = source.random_raw(legal[rows].size).reshape(legal[rows].shape) >> np.uint64(1)
-        ranks[~legal[rows]] = np.uint64(2**63)
-        np.put_along_axis(drawn[rows], np.argpartition(ranks, count - 1, axis=1)[:, :count], True, axis=1)
-    return drawn & legal
+    for rows in _chunks(blocks, blocks) if count else ():
+        legal = np.ones((rows.stop - rows.start, blocks), dtype=bool)
+        if excluded is not None:
+            legal = np.unpackbits(excluded[rows], axis=1, count=blocks) == 0
+        if count < blocks:
+            ranks = source.random_raw(legal.size).reshape(legal.shape) >> np.uint64(1)
+            ranks[~legal] = np.uint64(2**63)
+            lowest = np.zeros_like(legal)
+            np.put_along_axis(lowest, np.argpartition(ranks, count - 1, axis=1)[:, :count], True, axis=1)
+            legal &= lowest
+        row, column = np.nonzero(legal)
+        begins = np.searchsorted(row, np.arange(len(legal)))
+        drawn[row + rows.start, np.arange(len(row)) - begins[row]] = column
+    return drawn

@@ -120,8 +120,10 @@ class Pattern(ABC):
         """Give some heads patterns of their own; the others keep this one.
 
         Raises:
-            ValueError: a negative head, or something that is no pattern.
+            ValueError: no mapping, a negative head, or something that is no pattern.
         """
+        if not isinstance(patterns, Mapping):
+            raise ValueError(f"heads: expected a dictionary from heads to patterns, got {type(patterns).__name__}")
         for head, pattern in patterns.items():
             check_integer("heads", "a head", head, least=0, remedy="heads are counted from 0")
             if not isinstance(pattern, Pattern):
@@ -143,8 +145,9 @@ class Pattern(ABC):
         """The definition: bool (L, L), or (H, L, L) after `.heads`.
 
         Raises:
-            ValueError: more than `LARGEST_DENSE` pairs.
+            ValueError: a negative length, or more than `LARGEST_DENSE` pairs.
         """
+        check_integer("dense", "length", length, least=0, remedy="it is the number of tokens")
         if max(1, self.num_heads) * length**2 > LARGEST_DENSE:
             raise ValueError(
                 f"dense: {max(1, self.num_heads)} x {length} x {length} pairs are too many to write out (at most "

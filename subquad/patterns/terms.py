@@ -6,9 +6,9 @@ Positions are integers counted from 0; i is a query, j a key. Bounds speak of th
 from __future__ import annotations
 
 import math
-import operator
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
+from numbers import Integral
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,10 +64,10 @@ def check_integer(owner: str, name: str, value: object, *, least: int, remedy: s
     Raises:
         ValueError: ending with the remedy.
     """
-    if not is_integer(value) or operator.index(value) < least:  # pyright: ignore[reportArgumentType] - it is one
+    if not is_integer(value) or value < least:
         raise ValueError(f"{owner}: {name} must be an integer of at least {least}, got {value!r}; {remedy}")
 
 
-def is_integer(value: object) -> bool:
-    """Whether a value counts something; True and False don't."""
-    return hasattr(value, "__index__") and not isinstance(value, bool | np.bool_)
+def is_integer(value: object) -> TypeGuard[Integral]:
+    """Whether a value counts something; True and False don't, and a tensor is no value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -28,7 +28,7 @@ CONFIGS = [
         for boundary, start in (("zero_key", "token"), ("mask", "mean"), ("ring", "padded_mean"))
     ),
     *(
-        mixer_config("sparse_transformer", kind=kind, stride=7, summary=3, combine=combine, summary_per_head=True)
+        mixer_config("sparse_transformer", kind=kind, stride=7, summary=3, combine=combine, summary_sets=2)
         for kind, combine in product(("strided", "fixed"), ("merged", "local", "summary", "heads"))
     ),
     *(mixer_config("routing", clusters=2, window=window, shared=shared) for window, shared in ((5, True), (5, None))),

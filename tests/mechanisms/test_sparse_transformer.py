@@ -31,12 +31,13 @@ from subquad.mechanisms.sparse_transformer import SparseTransformer, SparseTrans
 @st.composite
 def option_sets(draw: st.DrawFn) -> dict[str, Any]:
     stride = draw(st.integers(1, 9))
+    summary = draw(st.integers(1, stride))
     return {
         "kind": draw(st.sampled_from(["strided", "fixed"])),
         "stride": stride,
-        "summary": draw(st.integers(1, stride)),
+        "summary": summary,
         "combine": draw(st.sampled_from(["merged", "local", "summary", "heads"])),
-        "summary_per_head": draw(st.booleans()),
+        "summary_sets": draw(st.integers(1, stride // summary)),
         "local_inclusive": draw(st.booleans()),
     }
 
@@ -57,8 +58,7 @@ def sees(config: SparseTransformerConfig, dims: Dims, head: int, i: int, j: int)
     else:
         near = i // stride == j // stride
         from_the_end = stride - 1 - j % stride
-        turn = head % (stride // summary) if config.summary_per_head else 0
-        far = from_the_end // summary == turn if config.summary_per_head else from_the_end < summary
+        far = from_the_end // summary == head % config.summary_sets
     if config.combine == "heads":
         seen = near if head < dims.num_heads // 2 else far
     else:
@@ -167,8 +167,9 @@ def test_a_later_token_changes_nothing_before_it(options: dict[str, Any], length
 
 def test_heads_take_the_columns_of_a_block_in_turn_from_its_end() -> None:
     options: dict[str, Any] = {"kind": "fixed", "stride": 6, "summary": 2, "combine": "summary"}
-    pattern = pattern_of(6, causal=False, num_heads=5, summary_per_head=True, **options)
-    assert [row[0].nonzero()[:, 0].tolist() for row in pattern] == [[4, 5], [2, 3], [0, 1], [4, 5], [2, 3]]
+    three, two = (pattern_of(6, causal=False, num_heads=5, summary_sets=sets, **options) for sets in (3, 2))
+    assert [row[0].nonzero()[:, 0].tolist() for row in three] == [[4, 5], [2, 3], [0, 1], [4, 5], [2, 3]]
+    assert [row[0].nonzero()[:, 0].tolist() for row in two] == [[4, 5], [2, 3], [4, 5], [2, 3]]  # as the first
 
 
 def test_the_middle_one_of_an_odd_number_of_heads_sees_the_summary() -> None:
@@ -205,6 +206,10 @@ def test_sets_that_hold_every_key_are_dense_attention(causal: bool, options: dic
         (
             {"kind": "fixed", "stride": 4, "summary": 5},
             "5 summary columns don't fit into a block of 4 tokens; lower summary or raise stride",
+        ),
+        (
+            {"kind": "fixed", "stride": 8, "summary": 2, "summary_sets": 5},
+            r"summary_sets must lie in 1\.\.4, as many sets of 2 columns as fit into a block of 8 tokens; got 5",
         ),
         (
             {"combine": "heads"},

@@ -101,8 +101,8 @@ def documents(ids: list[int]) -> Case:
 def random_blocks(size: int, count: int, seed: int, exclude: Pattern | None, length: int) -> Case:
     """What was drawn is looked up; that it is drawn as it should be has tests of its own."""
     pattern = Random(size, count, seed, exclude)
-    table: Any = getattr(pattern.resolve(length), "table").tolist()  # noqa: B009 - a field of Random alone
-    return Case(pattern, lambda i, j: i // size < len(table) and table[i // size][j // size])
+    drawn: Any = getattr(pattern.resolve(length), "drawn").tolist()  # noqa: B009 - a field of Random alone
+    return Case(pattern, lambda i, j: i // size < len(drawn) > j // size and j // size in drawn[i // size])
 
 
 def leaves(length: int) -> st.SearchStrategy[Case]:

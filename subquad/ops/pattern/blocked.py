@@ -25,6 +25,7 @@ from subquad.ops.pattern.sliced import attend_sliced
 from subquad.ops.pattern.strips import Shape
 from subquad.ops.piece import Gradients, Piece, Work
 from subquad.patterns.bands import Causal
+from subquad.patterns.expression import write_pattern
 from subquad.patterns.pattern import Pattern
 from subquad.patterns.tokens import Global
 from subquad.receipt import leave_receipt
@@ -127,6 +128,8 @@ def _plan_examples(q: Tensor, k: Tensor, request: Request) -> list[Example]:
         columns, restricting = _seen_columns(facts), ExampleFacts.of(facts)
         of_pattern = restricting if columns is None else restricting.without_keys(columns)
         plan = plan_pattern(request.pattern, num_heads, shape, sliced=of_pattern.anything)
+        if not plan.parts and length == key_length:
+            _leave_word_of_nothing(request.pattern, length)
         parts = [(part, of_pattern) for part in plan.parts]
         if columns is not None:
             pieces = _column_pieces(columns, shape, causal=request.pattern.causal)
@@ -166,6 +169,15 @@ def _equal_heads(pattern: Pattern, num_heads: int) -> list[tuple[int, int]]:
     of_heads = [pattern.of_head(head) for head in range(num_heads)]
     borders = [0, *(head for head in range(1, num_heads) if of_heads[head] != of_heads[head - 1]), num_heads]
     return list(itertools.pairwise(borders))
+
+
+def _leave_word_of_nothing(pattern: Pattern, length: int) -> None:
+    leave_receipt(
+        "pattern_attention",
+        asked=write_pattern(pattern),
+        ran="no attention: the result is 0",
+        reason=f"none of {length} queries sees a key in it at this length",
+    )
 
 
 def _seen_columns(facts: Facts) -> Tensor | None:

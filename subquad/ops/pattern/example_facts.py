@@ -87,7 +87,7 @@ class ExampleFacts:
             query_segments, key_segments = self.query_segments.numpy(), self.key_segments.numpy()
             low, high = (query_segments[position] for position in (query0, query1))
             first, last = (key_segments[position] for position in (key0, key1))
-            if (np.diff(key_segments) >= 0).all():
+            if (key_segments[1:] >= key_segments[:-1]).all():
                 kept &= (low <= last) & (first <= high)
                 whole &= (low == high) & (first == last) & (low == first)
             else:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.mask import Mask
+from subquad.mask import Mask, holds_integers
+from subquad.patterns.expression import write_pattern
 from subquad.patterns.pattern import Pattern
+from subquad.patterns.terms import check_integer
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,16 @@ def check_request(
         raise ValueError(f"pattern_attention: pattern must come from subquad.patterns, got {type(pattern).__name__}")
     if pattern.num_heads > q.shape[1]:
         raise ValueError(
-            f"pattern_attention: the pattern speaks of head {pattern.num_heads - 1}, q has {q.shape[1]} heads"
+            f"pattern_attention: the pattern speaks of head {pattern.num_heads - 1}, q has {q.shape[1]} heads, counted "
+            "from 0; give .heads only those"
         )
     if not any(pattern.of_head(head).terms() for head in range(max(1, pattern.num_heads))):
-        raise ValueError(f"pattern_attention: no query sees any key in {pattern}; the result would be 0 everywhere")
-    facts = _facts(q, k, mask or Mask(), key_valid, key_segments)
-    return Request(pattern, facts, _offsets(q, query_offset), 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        raise ValueError(
+            f"pattern_attention: no query sees any key in {write_pattern(pattern)}; the result would be 0 everywhere; "
+            "join it with a pattern that isn't empty"
+        )
+    facts = _facts(q, k, mask, key_valid, key_segments)
+    return Request(pattern, facts, _offsets(q, query_offset), _scale(q, scale))
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -142,7 +148,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
         if tensor.dtype != q.dtype or not tensor.is_floating_point():
             raise ValueError(
-                f"pattern_attention: q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+                "pattern_attention: q, k and v must have one floating-point dtype, got "
+                f"{q.dtype}, {k.dtype}, {v.dtype}; convert them with .to(dtype)"
             )
         if tensor.device != q.device:
             raise ValueError(f"pattern_attention: q is on {q.device} but {name} is on {tensor.device}; move it there")
@@ -153,18 +160,40 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _facts(q: Tensor, k: Tensor, mask: Mask, key_valid: Tensor | None, key_segments: Tensor | None) -> Facts:
-    owner, (batch, _, length, _), key_length = "pattern_attention", q.shape, k.shape[2]
+def _scale(q: Tensor, scale: float | None) -> float:
+    if isinstance(scale, Tensor):
+        raise ValueError(
+            "pattern_attention: scale must be a number, got a tensor; multiply q by it, which has a gradient"
+        )
+    return 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else scale
+
+
+def _check_keys(q: Tensor, key_length: int, name: str, fact: object) -> None:
+    owner, expected = "pattern_attention", (q.shape[0], key_length)
+    if not isinstance(fact, Tensor):
+        raise ValueError(f"{owner}: {name} must be a tensor (B, S) = {expected}, got {type(fact).__name__}")
+    if tuple(fact.shape) != expected:
+        raise ValueError(f"{owner}: {name} must have shape (B, S) = {expected}, got {tuple(fact.shape)}")
+    if fact.device != q.device:
+        raise ValueError(f"{owner}: {name} is on {fact.device} but q is on {q.device}; move it there")
+
+
+def _facts(q: Tensor, k: Tensor, mask: Mask | None, key_valid: Tensor | None, key_segments: Tensor | None) -> Facts:
+    owner, length, key_length = "pattern_attention", q.shape[2], k.shape[2]
+    mask = Mask() if mask is None else mask
+    if not isinstance(mask, Mask):
+        raise ValueError(f"{owner}: mask must be a subquad.Mask, got {type(mask).__name__}; write Mask(valid=...)")
     mask.check(owner, q[:, 0])
-    for name, fact in (("key_valid", key_valid), ("key_segments", key_segments)):
-        if fact is None:
-            continue
-        if tuple(fact.shape) != (batch, key_length):
-            raise ValueError(f"{owner}: {name} must have shape (B, S) = {(batch, key_length)}, got {tuple(fact.shape)}")
-        if fact.device != q.device:
-            raise ValueError(f"{owner}: {name} is on {fact.device} but q is on {q.device}; move it there")
-    if key_valid is not None and key_valid.dtype != torch.bool:
-        raise ValueError(f"{owner}: key_valid must be bool (True = keep), got {key_valid.dtype}; write (tensor != 0)")
+    if key_valid is not None:
+        _check_keys(q, key_length, "key_valid", key_valid)
+        if key_valid.dtype != torch.bool:
+            raise ValueError(
+                f"{owner}: key_valid must be bool (True = keep), got {key_valid.dtype}; write (tensor != 0)"
+            )
+    if key_segments is not None:
+        _check_keys(q, key_length, "key_segments", key_segments)
+        if not holds_integers(key_segments):
+            raise ValueError(f"{owner}: key_segments must hold integers, got {key_segments.dtype}")
     same = length == key_length
     if mask.global_tokens is not None and not same:
         raise ValueError(f"{owner}: mask.global_tokens needs as many keys as queries, got {key_length} and {length}")
@@ -186,16 +215,15 @@ def _facts(q: Tensor, k: Tensor, mask: Mask, key_valid: Tensor | None, key_segme
 
 
 def _offsets(q: Tensor, query_offset: int | Tensor) -> tuple[int, ...]:
-    if isinstance(query_offset, Tensor):
-        if query_offset.shape != q.shape[:1] or query_offset.is_floating_point():
-            raise ValueError(
-                f"pattern_attention: query_offset must be an int or int64 (B,) = ({q.shape[0]},), got "
-                f"{query_offset.dtype} {tuple(query_offset.shape)}"
-            )
-        offsets = tuple(query_offset.tolist()) or (0,)
-        offsets = offsets[:1] if len(set(offsets)) == 1 else offsets
-    else:
-        offsets = (query_offset,)
-    if min(offsets) < 0:
-        raise ValueError(f"pattern_attention: query_offset is the position of the first query, got {min(offsets)}")
-    return offsets
+    remedy = "it is the position of the first query"
+    if not isinstance(query_offset, Tensor):
+        check_integer("pattern_attention", "query_offset", query_offset, least=0, remedy=remedy)
+        return (query_offset,)
+    if query_offset.shape != q.shape[:1] or not holds_integers(query_offset):
+        raise ValueError(
+            f"pattern_attention: query_offset must be an int or int64 (B,) = ({q.shape[0]},), got "
+            f"{query_offset.dtype} {tuple(query_offset.shape)}"
+        )
+    offsets = tuple(query_offset.tolist()) or (0,)
+    check_integer("pattern_attention", "query_offset", min(offsets), least=0, remedy=remedy)
+    return offsets[:1] if len(set(offsets)) == 1 else offsets

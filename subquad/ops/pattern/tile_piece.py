@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +20,12 @@ from subquad.ops.fused import fused_backward, fused_forward, lse_backward
 from subquad.ops.pattern.strip_piece import StripPiece
 from subquad.ops.pattern.strips import Numbering, Shape, make_strips
 from subquad.ops.piece import CALL_BYTES, Bias, Gradients, Piece, Work, make_bias, merge, share_out, stack
-from subquad.patterns.pattern import Classes, Indices, Pattern, Tile
+from subquad.patterns.pattern import Indices, Pattern, Tile
 
 TILE = 64
 """Tokens of a tile where the pattern has no blocks of its own."""
+CLASSES = 2**18
+"""Pairs of tiles that are classified at a time."""
 
 
 @dataclass(frozen=True)
@@ -181,17 +184,13 @@ def compile_tiles(pattern: Pattern, shape: Shape) -> list[Piece]:
     size = _tile_size(pattern)
     starts = np.arange(-(shape.offset % size), shape.queries, size)
     row0, row1 = np.maximum(starts, 0), np.minimum(starts + size, shape.queries)
-    j0 = np.arange(0, shape.keys, size)
-    j1 = np.minimum(j0 + size, shape.keys) - 1
-    classes = pattern.tiles((row0 + shape.offset)[:, None], (row1 + shape.offset - 1)[:, None], j0, j1)
-    classes = np.broadcast_to(classes, (len(row0), len(j0)))
-    counts = (classes != Tile.EMPTY).sum(axis=1)
-    crowded = counts > len(j0) // 2
-    zeros, whole = np.zeros_like(row0[crowded]), (classes[crowded] == Tile.FULL).all(axis=1)
-    strips = make_strips(row0[crowded], row1[crowded], zeros, zeros + shape.keys, masked=~whole)
+    needed = _needed(pattern, row0 + shape.offset, row1 + shape.offset, shape.keys, size)
+    zeros = np.zeros_like(row0[needed.crowded])
+    strips = make_strips(
+        row0[needed.crowded], row1[needed.crowded], zeros, zeros + shape.keys, masked=needed.masked[needed.crowded]
+    )
     in_strips = StripPiece(Numbering(shape.queries, shape.keys), strips, pattern, invariant=False)
-    groups = _groups(row0[~crowded], row1[~crowded], classes[~crowded], ragged=shape.keys % size != 0)
-    pieces: list[Piece] = [in_strips, TilePiece(size, groups, pattern)]
+    pieces: list[Piece] = [in_strips, TilePiece(size, _groups(row0, row1, needed), pattern)]
     return [piece for piece in pieces if not piece.empty]
 
 
@@ -205,19 +204,49 @@ def _tile_size(pattern: Pattern) -> int:
     return size
 
 
-def _groups(row0: Indices, row1: Indices, classes: Classes, *, ragged: bool) -> tuple[TileGroup, ...]:
-    counts = (classes != Tile.EMPTY).sum(axis=1)
-    masked = (classes == Tile.PARTIAL).any(axis=1)
-    if ragged:
-        masked |= classes[:, -1] != Tile.EMPTY
+class _Needed(NamedTuple):
+    """The tiles of keys that tiles of queries need.
+
+    Attributes:
+        counts: int (N,), how many; 0 for a crowded one.
+        tiles: those of all, one after the other.
+        masked: bool (N,), whether not everything in them is visible.
+        crowded: bool (N,), those that need more than half of all, which aren't listed.
+    """
+
+    counts: Indices
+    tiles: Indices
+    masked: NDArray[np.bool_]
+    crowded: NDArray[np.bool_]
+
+
+def _needed(pattern: Pattern, i0: Indices, i1: Indices, keys: int, size: int) -> _Needed:
+    """What queries i0 to i1, ends left out, need of `keys` keys, in memory linear in both."""
+    j0 = np.arange(0, keys, size)
+    j1 = np.minimum(j0 + size, keys) - 1
+    step = max(1, CLASSES // max(1, len(j0)))
     found = []
-    for rows, count, is_masked in sorted(
-        set(zip((row1 - row0).tolist(), counts.tolist(), masked.tolist(), strict=True))
-    ):
-        if count:
-            chosen = np.flatnonzero((row1 - row0 == rows) & (counts == count) & (masked == is_masked))
-            tiles = np.nonzero(classes[chosen] != Tile.EMPTY)[1].reshape(len(chosen), count)
-            found.append(TileGroup(row0[chosen], rows, tiles, is_masked))
+    for start in range(0, len(i0), step):
+        rows = slice(start, start + step)
+        classes = np.broadcast_to(pattern.tiles(i0[rows, None], i1[rows, None] - 1, j0, j1), (len(i0[rows]), len(j0)))
+        seen = classes != Tile.EMPTY
+        crowded = seen.sum(axis=1) > len(j0) // 2
+        masked = np.where(crowded, (classes != Tile.FULL).any(axis=1), (classes == Tile.PARTIAL).any(axis=1))
+        if keys % size:
+            masked |= seen[:, -1] & ~crowded
+        seen = seen & ~crowded[:, None]
+        found.append(_Needed(seen.sum(axis=1), np.nonzero(seen)[1], masked, crowded))
+    return _Needed(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+
+
+def _groups(row0: Indices, row1: Indices, needed: _Needed) -> tuple[TileGroup, ...]:
+    first = np.cumsum(needed.counts) - needed.counts
+    kinds = np.stack((row1 - row0, needed.counts, needed.masked), axis=1)
+    found = []
+    for rows, count, is_masked in np.unique(kinds[needed.counts > 0], axis=0).tolist():
+        chosen = np.flatnonzero((kinds == (rows, count, is_masked)).all(axis=1))
+        tiles = needed.tiles[first[chosen, None] + np.arange(count)]
+        found.append(TileGroup(row0[chosen], rows, tiles, bool(is_masked)))
     return tuple(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from torch import Tensor
 from subquad import Mask, receipts
 from subquad.ops import pattern_attention, pattern_attention_with_lse
 from subquad.ops.fused import fused_backward, fused_forward
+from subquad.ops.pattern import tile_piece
+from subquad.ops.pattern.blocked import plan_pattern
+from subquad.ops.pattern.strips import Shape
 from subquad.patterns import (
     Block,
     BlockWindow,
@@ -28,6 +32,7 @@ from subquad.patterns import (
     Sink,
     Strided,
     Window,
+    blocks,
 )
 
 BORDERS = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 400]
@@ -260,21 +265,37 @@ def test_parts_of_a_softmax_merge_by_their_log_sum_exps() -> None:
     torch.testing.assert_close(torch.lerp(one, other, weight), pattern_attention(q, k, v, near | far))
 
 
+SORTED = Mask(segments=torch.arange(20, dtype=torch.uint8)[None] // 10)
+UNSORTED = Mask(segments=SORTED.segments.flip(1))  # pyright: ignore[reportOptionalMemberAccess]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"pattern": Ngram(1)}, "no query sees any key"),
         ({"pattern": Causal() & ~Causal()}, "no query sees any key"),
         ({"pattern": Global(20)}, "index 20 lies past the end"),
-        ({"pattern": Window(1, 1).heads({2: Causal()})}, r"speaks of head 2, q has 2 heads"),
+        ({"pattern": Window(1, 1).heads({2: Causal()})}, r"speaks of head 2, q has 2 heads, counted from 0; give"),
         ({"pattern": "causal"}, "must come from subquad.patterns, got str"),
         ({"k": torch.zeros(1, 2, 20, 4)}, "one floating-point dtype"),
         ({"v": torch.zeros(1, 2, 19, 4, dtype=torch.float64)}, r"expected q \(B, H, L, E\)"),
         ({"q": torch.zeros(2, 20, 4, dtype=torch.float64)}, r"must be \(batch, heads, length, width\)"),
         ({"key_valid": torch.ones(1, 19, dtype=torch.bool)}, r"key_valid must have shape \(B, S\) = \(1, 20\)"),
         ({"key_valid": torch.ones(1, 20)}, "key_valid must be bool"),
-        ({"query_offset": -1}, "query_offset is the position of the first query, got -1"),
+        (
+            {"query_offset": -1},
+            "query_offset must be an integer of at least 0, got -1; it is the position of the first",
+        ),
+        ({"query_offset": 1.5}, "query_offset must be an integer of at least 0, got 1.5"),
+        ({"query_offset": True}, "query_offset must be an integer of at least 0, got True"),
+        ({"query_offset": torch.tensor([-3])}, "query_offset must be an integer of at least 0, got -3"),
+        ({"query_offset": torch.ones(1, dtype=torch.bool)}, r"int64 \(B,\) = \(1,\), got torch.bool"),
+        ({"mask": torch.ones(1, 20, dtype=torch.bool)}, r"must be a subquad.Mask, got Tensor; write Mask\(valid=...\)"),
+        ({"key_valid": [True] * 20}, r"key_valid must be a tensor \(B, S\) = \(1, 20\), got list"),
+        ({"scale": torch.ones(())}, "scale must be a number, got a tensor; multiply q by it"),
+        ({"mask": UNSORTED}, "segments must not decrease along a sequence"),
         ({"query_offset": torch.zeros(2, dtype=torch.int64)}, r"int64 \(B,\) = \(1,\)"),
+        ({"key_segments": torch.zeros(1, 20), "mask": SORTED}, "key_segments must hold integers, got torch.float32"),
         ({"key_segments": torch.zeros(1, 20, dtype=torch.int64)}, "compared with mask.segments, which are missing"),
         ({"backend": "fast"}, "unknown backend 'fast'; known: blocked, dense, flex"),
     ],
@@ -306,3 +327,35 @@ def test_torch_still_has_the_private_fused_operator() -> None:
     assert lse.shape == q.shape[:3]
     gradients = fused_backward(torch.ones_like(out), q, k, v, out, lse, 0.5, causal=True)
     assert [gradient.shape for gradient in gradients] == [q.shape] * 3
+
+
+def kept_and_peak_bytes(pattern: Pattern, length: int) -> tuple[int, int]:
+    """Of compiling a pattern for two heads."""
+    plan_pattern.cache_clear()
+    tracemalloc.start()
+    plan = plan_pattern(pattern, 2, Shape(length, length, 0, 8192), sliced=False)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert plan.parts
+    return kept, peak
+
+
+@pytest.mark.parametrize("name", [*LONG, "random by head"])
+def test_what_a_plan_takes_grows_as_the_length(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """In chunks so small that their workspace, which has a bound, is lost beside it."""
+    monkeypatch.setattr(tile_piece, "CLASSES", 2**12)
+    monkeypatch.setattr(blocks, "CHUNK_PAIRS", 2**12)
+    near = Window(64, 64) | Sink(128)
+    by_head = (near | Random(64, 3, 0, near)).heads({1: near | Random(64, 3, 1, near)})
+    pattern = by_head if name == "random by head" else LONG[name]
+    (kept, peak), (twice_kept, twice_peak) = (kept_and_peak_bytes(pattern, length) for length in (8192, 16384))
+    assert twice_kept < 2.5 * kept + 2**16
+    assert twice_peak < 2.5 * peak + 2**16
+
+
+def test_a_pattern_that_is_empty_at_this_length_says_so() -> None:
+    q, k, v = triple(20)
+    with receipts() as collected:
+        out = pattern_attention(q, k, v, Columns(30, 1))
+    assert not out.any()
+    assert [(one.asked, one.ran) for one in collected.entries] == [("Columns(30, 1)", "no attention: the result is 0")]
