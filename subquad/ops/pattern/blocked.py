@@ -103,7 +103,8 @@ def _saves_nothing(q: Tensor, k: Tensor, request: Request) -> bool:
     if 0 in (*q.shape, key_length):
         return False
     shape = replace(_shape(q, k, request.offset(0)), examples=len(q))
-    if not plan_pattern(request.pattern, num_heads, shape, sliced=request.facts.anything).dense:
+    plan = plan_pattern(request.pattern, num_heads, shape, sliced=request.facts.anything)
+    if not plan.dense or not plan.parts:
         return False
     leave_receipt(
         "pattern_attention",
