@@ -85,7 +85,8 @@ def _in_slices(pattern: Pattern, shape: Shape) -> list[Piece]:
         column1 = np.clip(row1 + shape.offset - low, 0, shape.keys)
     numbering = Numbering(shape.queries, shape.keys)
     piece = StripPiece(numbering, make_strips(row0, row1, column0, column1), pattern, invariant=False)
-    return [piece.without_hidden(pattern, shape.offset)]
+    seen = piece.without_hidden(pattern, shape.offset)
+    return [] if seen.empty else [seen]
 
 
 def _by_terms(pattern: Pattern, shape: Shape, *, sliced: bool) -> list[Piece]:
