@@ -30,6 +30,8 @@ BLOCK = 128
 """Tokens of a block, for queries and keys alike: FlexAttention's own default."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What FlexAttention computes in."""
+LEAST_WIDTH = 16
+"""Of a head, for FlexAttention's kernels on GPUs."""
 MOST_PATTERNS = 64
 """Patterns whose kernels and tiles are kept."""
 MOST_KERNELS = 1024
@@ -69,7 +71,7 @@ def check_supported(q: Tensor, k: Tensor, v: Tensor, *, with_lse: bool) -> None:
     """Refuse what FlexAttention can't do.
 
     Raises:
-        ValueError: another dtype, or on the CPU gradients or the log-sum-exp.
+        ValueError: another dtype, narrow heads on a GPU, or on the CPU gradients or the log-sum-exp.
     """
     if q.dtype not in DTYPES:
         known = ", ".join(str(dtype) for dtype in DTYPES)
@@ -77,6 +79,11 @@ def check_supported(q: Tensor, k: Tensor, v: Tensor, *, with_lse: bool) -> None:
             f'backend="flex" computes in {known}, got {q.dtype}; use backend="blocked" on the CPU, "dense" elsewhere'
         )
     if q.device.type != "cpu":
+        if q.shape[-1] < LEAST_WIDTH:
+            raise ValueError(
+                f'backend="flex" needs heads at least {LEAST_WIDTH} wide on {q.device.type}, got {q.shape[-1]}; take '
+                'fewer heads, or use backend="dense"'
+            )
         return
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
         raise ValueError(
