@@ -12,8 +12,8 @@ Cost O(L (C + w) D); with C = L / w clusters, and w = √L, O(L √L D). A query
 centroids move: by moving averages of the counts and sums of the vectors nearest to each, queries and keys alike. They
 are buffers, saved with the model. A step that the backward pass runs again repeats its choices and moves them once: any
 step of a model; by itself inside `torch.utils.checkpoint`, this layer repeats its latest step alone. The auxiliary loss
-draws vectors to their centroids: β mean |x - μ_c(x)|². State, of the causal form: the last w - 1 keys and values of each
-cluster.
+draws vectors to their centroids: β mean |x - μ_c(x)|². State, of the causal form: the last w - 1 keys and values of
+each cluster.
 
 Departures: the official code takes the top w tokens of a causal sequence too, which tells a token which later ones will
 come; the causal form above knows of earlier tokens only. Averages start from one token at each centroid. Relative
@@ -25,7 +25,7 @@ are constants to the gradient. Padding is taken out first and takes no position.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -136,18 +136,6 @@ class RoutingState(State):
     values: Tensor
 
 
-class _Move(NamedTuple):
-    """The latest change of the centroids.
-
-    Attributes:
-        buffer: (H, C, E), the centroids, changed in place.
-        before: (H, C, E), as they were.
-    """
-
-    buffer: Tensor
-    before: Tensor
-
-
 class Routing(HeadMixer):
     """Attention inside clusters."""
 
@@ -166,7 +154,7 @@ class Routing(HeadMixer):
         self.register_buffer("means", means)
         self.register_buffer("counts", torch.ones_like(means[..., 0]))
         self.register_buffer("sums", means.clone())
-        self._latest: _Move | None = None
+        self._latest: tuple[Tensor, Tensor] | None = None  # the buffer of means moved last, and what it held before
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> RoutingState:
         """Nothing seen yet."""
@@ -229,10 +217,8 @@ class Routing(HeadMixer):
 
     def _means_found(self) -> Tensor:
         """The centroids as this call found them, also where it is run again and they were not put back since."""
-        latest = self._latest
-        if latest is None or latest.buffer is not self.means or not self.training or not is_recomputing():
-            return self.means
-        return latest.before
+        buffer, before = self._latest or (None, self.means)
+        return before if buffer is self.means and self.training and is_recomputing() else self.means
 
     @property
     def _scale(self) -> float:
@@ -288,7 +274,7 @@ class Routing(HeadMixer):
         """The auxiliary loss by the centroids as they are; then move them, unless the step is only computed again."""
         losses = [commitment(x, means, label, lengths) for x, label in zip(sets, labels, strict=True)]
         if not is_recomputing():
-            self._latest = _Move(self.means, self.means.clone())
+            self._latest = self.means, self.means.clone()
             centroids = Centroids(self.means, self.counts, self.sums)
             after = moved(centroids, [x.detach() for x in sets], labels, lengths, self.config.decay)
             for buffer, value in zip(centroids, after, strict=True):
