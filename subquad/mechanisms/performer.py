@@ -132,10 +132,11 @@ class Performer(FeatureSumMixer):
         self.chunk = config.chunk
         self.register_buffer("directions", self._draw(0).to(self.project_query.weight.dtype))
         self.register_buffer("training_calls", torch.zeros((), dtype=torch.int64))
+        self._counted: Tensor | None = None  # `training_calls` as the latest call left it
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Draw anew where that is due, then attend."""
-        if self.config.redraw and self.training and state is None and not is_recomputing():
+        if self.config.redraw and self.training and state is None and not self._is_counted():
             self._count_call()
         return super().attend(heads, state)
 
@@ -152,12 +153,18 @@ class Performer(FeatureSumMixer):
         """Makes 0 of 0 / 0 in a row without keys, with finite gradients, and changes nothing else."""
         return math.sqrt(torch.finfo(dtype).tiny)
 
+    def _is_counted(self) -> bool:
+        """Whether this call is run again and finds the buffers as the latest one left them, not as it found them."""
+        return is_recomputing() and self.training_calls is self._counted
+
     def _count_call(self) -> None:
         """New directions after every `redraw` calls; out of place, since an earlier graph may still need the old."""
         draw, calls_since = divmod(int(self.training_calls), self.config.redraw)
         if draw and not calls_since:
             self.directions = self._draw(draw).to(self.directions)
         self.training_calls = self.training_calls + 1
+        if not is_recomputing():
+            self._counted = self.training_calls
 
     def _draw(self, draw: int) -> Tensor:
         """The directions of this draw, float64 (m, E): a function of (seed, layer, draw)."""

@@ -10,9 +10,10 @@ Roy et al. 2020, "Efficient Content-Based Sparse Attention with Routing Transfor
 
 Cost O(L (C + w) D); with C = L / w clusters, and w = √L, O(L √L D). A query in no cluster gives 0. In training the
 centroids move: by moving averages of the counts and sums of the vectors nearest to each, queries and keys alike. They
-are buffers, saved with the model. A checkpointed step repeats its choices and moves them once, where its backward pass
-precedes the next step. The auxiliary loss draws vectors to their centroids: β mean |x - μ_c(x)|². State, of the causal
-form: the last w - 1 keys and values of each cluster.
+are buffers, saved with the model. A step that the backward pass runs again repeats its choices and moves them once: any
+step of a model; by itself inside `torch.utils.checkpoint`, this layer repeats its latest step alone. The auxiliary loss
+draws vectors to their centroids: β mean |x - μ_c(x)|². State, of the causal form: the last w - 1 keys and values of
+each cluster.
 
 Departures: the official code takes the top w tokens of a causal sequence too, which tells a token which later ones will
 come; the causal form above knows of earlier tokens only. Averages start from one token at each centroid. Relative
@@ -153,7 +154,7 @@ class Routing(HeadMixer):
         self.register_buffer("means", means)
         self.register_buffer("counts", torch.ones_like(means[..., 0]))
         self.register_buffer("sums", means.clone())
-        self._means_before: Tensor | None = None  # of the last step of training, which a recomputation repeats
+        self._latest: tuple[Tensor, Tensor] | None = None  # the buffer of means moved last, and what it held before
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> RoutingState:
         """Nothing seen yet."""
@@ -203,8 +204,7 @@ class Routing(HeadMixer):
             v, valid = take(v, order), take(valid, order)
             q, k = (take(q, order),) * 2 if k is q else (take(q, order), take(k, order))
         sets, lengths = [q] if k is q else [q, k], token_counts(q, valid)
-        repeated = self._means_before if self.training and is_recomputing() else None
-        means, after = self.means if repeated is None else repeated, None
+        means, after = self._means_found(), None
         with full_precision(q.device):
             if before is not None:
                 out, labels, after = self._continue(q, v, means, valid, before)
@@ -214,6 +214,11 @@ class Routing(HeadMixer):
                 out, labels = self._attend_members(sets, v, means, lengths)
             loss = self._learn(sets, labels, means, lengths) if self.training else None
         return (out if order is None else put_back(out, order)), after, loss
+
+    def _means_found(self) -> Tensor:
+        """The centroids as this call found them, also where it is run again and they were not put back since."""
+        buffer, before = self._latest or (None, self.means)
+        return before if buffer is self.means and self.training and is_recomputing() else self.means
 
     @property
     def _scale(self) -> float:
@@ -269,7 +274,7 @@ class Routing(HeadMixer):
         """The auxiliary loss by the centroids as they are; then move them, unless the step is only computed again."""
         losses = [commitment(x, means, label, lengths) for x, label in zip(sets, labels, strict=True)]
         if not is_recomputing():
-            self._means_before = self.means.clone()
+            self._latest = self.means, self.means.clone()
             centroids = Centroids(self.means, self.counts, self.sums)
             after = moved(centroids, [x.detach() for x in sets], labels, lengths, self.config.decay)
             for buffer, value in zip(centroids, after, strict=True):

@@ -6,6 +6,7 @@ In a decoder a third mixer stands between the two, whose context is the encoder'
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from subquad.build import build_from_config
 from subquad.interface import ChannelMixer, Dims, FeedforwardConfig, Mixed, MixerConfig
 from subquad.mask import Mask
+from subquad.models.call_buffers import CallBuffers
 from subquad.state import State
 
 
@@ -87,6 +89,7 @@ class Block(GradientCheckpointingLayer):
         states: LayerStates | None = None,
         context: Tensor | None = None,
         context_facts: ContextFacts = NO_CONTEXT,
+        buffers: CallBuffers | None = None,
     ) -> BlockOutput:
         """X (B, L, D) through all mixers.
 
@@ -96,7 +99,23 @@ class Block(GradientCheckpointingLayer):
             states: what `init_states` or an earlier call returned; not modified.
             context: (B, S, D), for the cross mixer.
             context_facts: what goes with the context.
+            buffers: of this call, where it may be run again.
         """
+        with nullcontext() if buffers is None else buffers.run():
+            return self._mix(x, mask, states, context, context_facts)
+
+    def call_buffers(self) -> CallBuffers | None:
+        """What a call takes along that is checkpointed, so that it can be run again after others; else None."""
+        return CallBuffers((self,)) if self.gradient_checkpointing and self.training else None
+
+    def _mix(
+        self,
+        x: Tensor,
+        mask: Mask | None,
+        states: LayerStates | None,
+        context: Tensor | None,
+        context_facts: ContextFacts,
+    ) -> BlockOutput:
         own = None if states is None else states.own
         mixed = self._sublayer(x, lambda stream: self.mixer(stream, mask=mask, state=own), self.mixer_norm)
         x, new_own, aux_loss = mixed

@@ -6,11 +6,11 @@ everything else has run. All that decides the result beside the input is therefo
     random numbers   the generators of the CPU and of the input's device start where they started
     buffers          a call that changes buffers (features drawn anew, running centroids) finds what it found
     choices          indices that torch computes from real numbers (argmax, topk, sort: buckets, experts, kept keys)
-                     are those of the first run, since rounding may turn a tie
+                     are those of the first run, since rounding may turn a tie; so is what goes through `chosen`
     autocast         as it was, without its cache: a weight narrowed without a graph must not serve a run with one
 
-Indices are kept in the narrowest integers that hold them. What a call decides by comparing real numbers is compared
-again, what it keeps outside of buffers is its own affair, and its receipts are left once.
+Indices are kept in the narrowest integers that hold them. A comparison of real numbers is made again, unless its result
+goes through `chosen`; what a call keeps outside of buffers is its own affair, and its receipts are left once.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from subquad.models.call_buffers import CallBuffers
+from subquad.ops.choice import chosen
 from subquad.receipt import muted_receipts
 
 _CHOOSING = ("argmax", "argmin", "argsort", "multinomial")
@@ -56,30 +58,22 @@ class Replay:
     """
 
     def __init__(self, modules: Sequence[nn.Module], x: Tensor) -> None:
-        self._modules = modules
+        self._buffers = CallBuffers(modules)
         self._device_type = x.device.type
         self._devices, device_states = get_device_states(x)
         self._generators = [torch.get_rng_state(), *device_states]
         self._autocast = _autocast_now(self._device_type)
-        self._changed: list[tuple[nn.Module, str]] = []
-        self._found: list[Tensor] = []
         self._choices: list[Tensor] = []
 
     @contextmanager
     def record(self) -> Iterator[None]:
         """Run the call for the first time inside this block."""
-        before = _buffers(self._modules)
-        copies = [(buffer.clone(), buffer._version) for _, _, buffer in before]
-        with self._autocast(), _Recording(self._choices):
+        with self._autocast(), self._buffers.record(), _Recording(self._choices):
             yield
-        for (module, name, buffer), (copy, version) in zip(before, copies, strict=True):
-            if module._buffers[name] is not buffer or buffer._version != version:
-                self._changed.append((module, name))
-                self._found.append(copy)
 
     def tensors(self) -> list[Tensor]:
         """All tensors that are kept, for `save_for_backward`."""
-        return [*self._generators, *self._found, *self._choices]
+        return [*self._generators, *self._buffers.found(), *self._choices]
 
     @contextmanager
     def again(self, kept: Sequence[Tensor]) -> Iterator[None]:
@@ -88,18 +82,19 @@ class Replay:
         Args:
             kept: what `tensors` returned.
         """
-        first, second = len(self._generators), len(self._generators) + len(self._found)
+        first, second = len(self._generators), len(self._generators) + len(self._buffers.found())
         generators, found, choices = kept[:first], kept[first:second], kept[second:]
         with (
             torch.random.fork_rng(self._devices, device_type=self._forked_type),
-            _swapped(self._changed, found),
+            self._buffers.again(found),
             self._autocast(),
             muted_receipts(),
-            _Replaying(choices),
+            _Replaying(choices) as replaying,
         ):
             torch.set_rng_state(generators[0])
             set_device_states(self._devices, list(generators[1:]), device_type=self._device_type)
             yield
+        replaying.check_complete()
 
     @property
     def _forked_type(self) -> str:
@@ -114,24 +109,6 @@ def _autocast_now(device_type: str) -> Callable[[], AbstractContextManager[objec
     return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
-def _buffers(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
-    owners = [owner for module in modules for owner in module.modules()]
-    return [(owner, name, buffer) for owner in owners for name, buffer in owner._buffers.items() if buffer is not None]
-
-
-@contextmanager
-def _swapped(changed: Sequence[tuple[nn.Module, str]], found: Sequence[Tensor]) -> Iterator[None]:
-    """A block in which these buffers are copies of what the first run found."""
-    now = [module._buffers[name] for module, name in changed]
-    try:
-        for (module, name), buffer in zip(changed, found, strict=True):
-            module._buffers[name] = buffer.clone()
-        yield
-    finally:
-        for (module, name), buffer in zip(changed, now, strict=True):
-            module._buffers[name] = buffer
-
-
 class _Recording(TorchFunctionMode):
     """Keeps every choice."""
 
@@ -144,7 +121,10 @@ class _Recording(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        indices = _chosen(func, result, args, kwargs)
+        if func is chosen:
+            self._choices.append(result)
+            return result
+        indices = _indices(func, result, args, kwargs)
         if indices is not None:
             self._choices.append(_narrowed(indices, _source(args, kwargs)))
         return result
@@ -163,12 +143,11 @@ class _Replaying(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if _chosen(func, result, args, kwargs) is None:
+        if func is chosen:
+            return self._next(func)
+        if _indices(func, result, args, kwargs) is None:
             return result
-        if self._given == len(self._choices):
-            raise RuntimeError(f"the recompute chooses by {func.__name__} where the forward pass didn't")
-        indices = self._choices[self._given].long()
-        self._given += 1
+        indices = self._next(func).long()
         given = (indices,) if func in _INDEX_FUNCTIONS else (_taken(func, indices, args, kwargs), indices)
         if kwargs.get("out") is None:
             return indices if func in _INDEX_FUNCTIONS else type(result)(given)
@@ -176,12 +155,23 @@ class _Replaying(TorchFunctionMode):
             out.copy_(right)
         return result
 
+    def check_complete(self) -> None:
+        """Refuse a run that made fewer choices."""
+        if self._given < len(self._choices):
+            raise RuntimeError(f"the recompute makes {self._given} choices, the forward pass made {len(self._choices)}")
+
+    def _next(self, func: Callable[..., Any]) -> Tensor:
+        if self._given == len(self._choices):
+            raise RuntimeError(f"the recompute chooses by {func.__name__} where the forward pass didn't")
+        self._given += 1
+        return self._choices[self._given - 1]
+
 
 def _source(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["input"]
 
 
-def _chosen(func: Callable[..., Any], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _indices(func: Callable[..., Any], result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The indices that a function of torch has computed from real numbers; None where it does nothing of the kind."""
     if func in _INDEX_FUNCTIONS:
         indices = result

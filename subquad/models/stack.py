@@ -54,7 +54,9 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, given: StackInputs) -> StackOut
     """The stream x (B, L, D) through all blocks."""
     collected, aux_loss, states = [x], None, []
     for block, of_block in given.of_layers(blocks):
-        x, block_loss, new_states = block(x, given.mask, of_block, given.context, given.context_facts)
+        x, block_loss, new_states = block(
+            x, given.mask, of_block, given.context, given.context_facts, block.call_buffers()
+        )
         aux_loss = add_losses(aux_loss, block_loss)
         if given.collect:
             collected.append(x)

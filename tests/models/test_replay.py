@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from subquad import receipts
 from subquad.models.replay import Replay
+from subquad.ops.choice import chosen
+from subquad.ops.topk import attention as topk
 from subquad.receipt import leave_receipt
 
 CHOICES: dict[str, Callable[[Tensor], Any]] = {
@@ -96,6 +98,51 @@ def test_another_number_of_choices_is_an_error() -> None:
         pass
     with pytest.raises(RuntimeError, match="the recompute chooses by argmax where"), replay.again(replay.tensors()):
         torch.ones(2).argmax()
+
+
+def test_fewer_choices_are_an_error() -> None:
+    replay = Replay((), torch.ones(2))
+    with replay.record():
+        torch.ones(2).argmax()
+    with pytest.raises(RuntimeError, match="makes 0 choices, the forward pass made 1"), replay.again(replay.tensors()):
+        pass
+
+
+def test_comparisons_are_those_of_the_first_run_where_they_are_declared_choices() -> None:
+    x, replay = torch.tensor([1.0, 2.0, 2.0]), Replay((), torch.ones(2))
+    with replay.record():
+        first = chosen((x >= x.max()).nonzero()[:, 0].int())
+    x[2] -= 1e-6
+    with replay.again(replay.tensors()):
+        again = chosen((x >= x.max()).nonzero()[:, 0].int())
+    assert torch.equal(again, first)
+    assert again.dtype == first.dtype
+    assert chosen(x) is x
+
+
+@pytest.mark.parametrize("noise", [1e-7, 1e-5])
+def test_top_scores_keep_the_ties_of_the_first_run_in_values_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, noise: float
+) -> None:
+    monkeypatch.setattr(topk, "SLICE_PAIRS", 64)  # several parts, and several slices of queries apart
+    q, k, v = torch.randn(3, 2, 4, 16, 8)
+    for copy in range(6, 10):
+        k[:, :, copy] = k[:, :, 5]
+    replay = Replay((), q)
+    with torch.no_grad(), replay.record():
+        expected = topk.topk_attention(q, k, v, top_k=3)
+    noisy = [(x + noise * torch.randn_like(x)).requires_grad_() for x in (q, k, v)]
+    with replay.again(replay.tensors()):
+        found = topk.topk_attention(*noisy, top_k=3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=100 * noise)
+    exact = [x.clone().requires_grad_() for x in (q, k, v)]
+    pairs = zip(
+        torch.autograd.grad(found.sum(), noisy),
+        torch.autograd.grad(topk.topk_attention_by_pairs(*exact, top_k=3).sum(), exact),
+        strict=True,
+    )
+    for gradient, definition in pairs:
+        torch.testing.assert_close(gradient, definition, rtol=0, atol=100 * noise + 1e-5)
 
 
 def test_random_numbers_are_those_of_the_first_run_and_go_on_as_they_would() -> None:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from subquad.ops.choice import chosen
+
 SMOOTHING = 1e-5
 """ε, the value of the official Routing Transformer."""
 SLICE_ELEMENTS = 2**20
@@ -95,7 +97,7 @@ def members(x: Tensor, means: Tensor, count: int) -> tuple[Tensor, Tensor]:
             products = centroids[start : start + size] @ vectors.T
             parts.append(products.topk(count, dim=-1, sorted=False).indices)
             largest, own = products.max(dim=0)
-            label = torch.where(largest > best, own + start, label)
+            label = torch.where(chosen(largest > best), own + start, label)
             best = torch.maximum(best, largest)
         found.append(torch.cat(parts))
         labels.append(label)

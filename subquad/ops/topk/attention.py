@@ -7,24 +7,26 @@ is a constant to the gradient, which flows through the kept scores and their val
 
 All scores have to be computed, but a slice of queries at a time, and only what was kept lives on: four bytes of index
 and a weight for each. A query with a tie keeps more than has room there; such queries are computed apart, and again in
-the backward pass, as all are when every key is kept.
+the backward pass from the indices alone, as all are when every key is kept, without indices.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from subquad.ops.choice import chosen
 from subquad.ops.onednn import product
 from subquad.ops.precision import full_precision
 from subquad.ops.softmax import softmax_attention
 from subquad.ops.topk.key_ranges import KeyRanges, hide_, key_ranges
 from subquad.ops.topk.largest import largest
+from subquad.ops.topk.rows_apart import Part, add_gradients_apart, kept_places, rows_apart, scores_apart, weights_apart
 from subquad.ops.topk.sparse_rows import (
     pairs_by_key,
     rows_by_key,
@@ -125,24 +127,6 @@ def kept_slots(top_k: int, key_length: int) -> int:
     return top_k if top_k < key_length else 0
 
 
-class _Part(NamedTuple):
-    """Some heads that see the same ranges of keys, G of all B * H.
-
-    Attributes:
-        heads: which ones.
-        ranges: what their queries see.
-        q: (G, L, E), scaled, float32 or wider as the others, contiguous.
-        k: (G, W, E), of the valid keys.
-        v: (G, W, Ev).
-    """
-
-    heads: slice
-    ranges: KeyRanges
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-
 class _TopkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, top_k: int, ranges: list[KeyRanges]) -> Tensor:
@@ -152,30 +136,36 @@ class _TopkAttention(torch.autograd.Function):
         indices = torch.zeros(shape, dtype=torch.int32, device=q.device)
         apart = torch.full(shape[:2], shape[2] == 0, device=q.device)
         out = torch.zeros(*shape[:2], v.shape[3], dtype=q.dtype, device=q.device)
+        places: list[Tensor] = []
         with full_precision(q.device):
             for part in _parts(q, k, v, ranges):
-                chosen, columns, tied = weights[part.heads], indices[part.heads], apart[part.heads]
+                values, columns, tied = weights[part.heads], indices[part.heads], apart[part.heads]
                 if shape[2]:
-                    _choose(part, top_k, chosen, columns, tied)
-                    softmax_(chosen).masked_fill_(tied[..., None], 0.0)
-                    out[part.heads] = weighted_rows(part.v, columns, chosen).to(q.dtype)
-                for head, rows in _rows_apart(part, tied):
-                    out[part.heads][head, rows] = (_weights_apart(part, head, rows, top_k) @ part.v[head]).to(q.dtype)
-        ctx.save_for_backward(q, k, v, weights, indices, apart)
-        ctx.top_k, ctx.ranges = top_k, ranges
+                    _choose(part, top_k, values, columns, tied)
+                    softmax_(values).masked_fill_(tied[..., None], 0.0)
+                    out[part.heads] = weighted_rows(part.v, columns, values).to(q.dtype)
+                for head, rows in rows_apart(part, tied, SLICE_PAIRS):
+                    scores, kept = scores_apart(part, head, rows), None
+                    if shape[2]:
+                        kept = kept_places(scores, top_k)
+                        places.append(kept)
+                    out[part.heads][head, rows] = (weights_apart(scores, kept) @ part.v[head]).to(q.dtype)
+        ctx.save_for_backward(q, k, v, weights, indices, apart, *places)
+        ctx.ranges = ranges
         return out.unflatten(0, (batch, num_heads))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
-        q, k, v, weights, indices, apart = ctx.saved_tensors
+        q, k, v, weights, indices, apart, *places = ctx.saved_tensors
+        remaining = iter(places)
         grads = [torch.zeros_like(tensor).flatten(0, 1) for tensor in (q, k, v)]
         with full_precision(q.device):
             for part in _parts(q, k, v, ctx.ranges):
                 upstream = grad.flatten(0, 1)[part.heads].to(weights.dtype).contiguous()
                 found = _gradients(part, upstream, weights[part.heads], indices[part.heads])
-                for head, rows in _rows_apart(part, apart[part.heads]):
-                    _add_gradients_apart(part, head, rows, ctx.top_k, upstream, found)
+                for head, rows in rows_apart(part, apart[part.heads], SLICE_PAIRS):
+                    add_gradients_apart(part, head, rows, next(remaining, None), upstream, found)
                 grads[0][part.heads] = (found[0] / math.sqrt(q.shape[3])).to(q.dtype)
                 columns = slice(None) if part.ranges.columns is None else part.ranges.columns
                 grads[1][part.heads, columns], grads[2][part.heads, columns] = (
@@ -185,7 +175,7 @@ class _TopkAttention(torch.autograd.Function):
         return *(tensor.unflatten(0, q.shape[:2]) for tensor in grads), None, None
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, ranges: list[KeyRanges]) -> Iterator[_Part]:
+def _parts(q: Tensor, k: Tensor, v: Tensor, ranges: list[KeyRanges]) -> Iterator[Part]:
     """Heads in groups whose scores fit into a slice, or one by one; without those that have no key."""
     wide, scale = torch.promote_types(q.dtype, torch.float32), 1 / math.sqrt(q.shape[3])
     flat_q, flat_k, flat_v = (tensor.flatten(0, 1) for tensor in (q, k, v))
@@ -198,10 +188,10 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, ranges: list[KeyRanges]) -> Iterator
             if seen.columns is not None:
                 keys = (tensor[:, seen.columns] for tensor in keys)
             part_k, part_v = (tensor.to(wide).contiguous() for tensor in keys)
-            yield _Part(heads, seen, (flat_q[heads].to(wide) * scale).contiguous(), part_k, part_v)
+            yield Part(heads, seen, (flat_q[heads].to(wide) * scale).contiguous(), part_k, part_v)
 
 
-def _choose(part: _Part, top_k: int, values: Tensor, indices: Tensor, tied: Tensor) -> None:
+def _choose(part: Part, top_k: int, values: Tensor, indices: Tensor, tied: Tensor) -> None:
     """Write the largest scores of every query (G, L, top_k), their keys, and where the next one equals the last."""
     (groups, length, _), ranges = part.q.shape, part.ranges
     size = max(1, min(length, SLICE_ROWS, SLICE_PAIRS // (groups * ranges.width)))
@@ -216,7 +206,7 @@ def _choose(part: _Part, top_k: int, values: Tensor, indices: Tensor, tied: Tens
         kept = min(top_k, last - first)
         values[:, rows, :kept], indices[:, rows, :kept] = found[..., :kept], columns[..., :kept] + first
         if found.shape[2] > top_k:
-            tied[:, rows] = (found[..., -1] == found[..., -2]) & (found[..., -1] > -torch.inf)
+            tied[:, rows] = chosen((found[..., -1] == found[..., -2]) & (found[..., -1] > -torch.inf))
 
 
 def visible_scores(q: Tensor, k: Tensor, ranges: KeyRanges) -> Tensor:
@@ -226,7 +216,7 @@ def visible_scores(q: Tensor, k: Tensor, ranges: KeyRanges) -> Tensor:
     return scores
 
 
-def _gradients(part: _Part, grad: Tensor, weights: Tensor, indices: Tensor) -> list[Tensor]:
+def _gradients(part: Part, grad: Tensor, weights: Tensor, indices: Tensor) -> list[Tensor]:
     """Gradients of q, k and v from the kept scores."""
     if not weights.shape[2]:
         return [torch.zeros_like(tensor) for tensor in (part.q, part.k, part.v)]
@@ -237,34 +227,6 @@ def _gradients(part: _Part, grad: Tensor, weights: Tensor, indices: Tensor) -> l
         rows_by_key(part.q, pairs, grad_scores),
         rows_by_key(grad, pairs, weights),
     ]
-
-
-def _rows_apart(part: _Part, apart: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The queries marked in `apart`, bool (G, L), as heads and places, few enough at a time for a slice."""
-    if not bool(apart.any()):
-        return
-    for head, marked in enumerate(apart):
-        for rows in marked.nonzero()[:, 0].split(max(1, SLICE_PAIRS // part.ranges.width)):
-            yield head, rows
-
-
-def _weights_apart(part: _Part, head: int, rows: Tensor, top_k: int) -> Tensor:
-    """The weights of some queries over all keys, (R, W)."""
-    scores, columns = product(part.q[head, rows], part.k[head]), torch.arange(part.ranges.width, device=rows.device)
-    first, last = part.ranges.first[rows, None], part.ranges.last[rows, None]
-    scores.masked_fill_((columns < first) | (columns >= last), -torch.inf)
-    if top_k < part.ranges.width:
-        scores.masked_fill_(scores < largest(scores, top_k)[0][:, -1:], -torch.inf)
-    return softmax_(scores)
-
-
-def _add_gradients_apart(part: _Part, head: int, rows: Tensor, top_k: int, grad: Tensor, found: list[Tensor]) -> None:
-    """Add what these queries send to the gradients of q, k and v."""
-    weights, upstream = _weights_apart(part, head, rows, top_k), grad[head, rows]
-    grad_scores = softmax_backward(weights, upstream @ part.v[head].mT)
-    found[0][head, rows] = grad_scores @ part.k[head]
-    found[1][head] += grad_scores.mT @ part.q[head, rows]
-    found[2][head] += weights.mT @ upstream
 
 
 def _check(

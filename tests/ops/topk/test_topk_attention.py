@@ -96,8 +96,12 @@ def test_autocast_does_not_narrow_the_scores() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_at_most_twelve_bytes_are_kept_for_each_score(causal: bool) -> None:
-    q, k, v = (torch.randn(1, 2, 256, 8, requires_grad=True) for _ in range(3))
+@pytest.mark.parametrize("copies", [1, 4])
+def test_at_most_twelve_bytes_are_kept_for_each_score(causal: bool, copies: int) -> None:
+    """Of so many equal keys all are kept if one is."""
+    q, k, v = (torch.randn(1, 2, 256, 8) for _ in range(3))
+    k = k[:, :, : 256 // copies].repeat_interleave(copies, dim=2)
+    q, k, v = (tensor.requires_grad_() for tensor in (q, k, v))
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -105,7 +109,7 @@ def test_at_most_twelve_bytes_are_kept_for_each_score(causal: bool) -> None:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = topk_attention(q, k, v, top_k=16, causal=causal)
+        out = topk_attention(q, k, v, top_k=15 if copies > 1 else 16, causal=causal)  # 15 of 16 tie with the next
     assert sum(kept.values()) <= 4 * q.nbytes + 12 * 2 * 256 * 16
     assert out.requires_grad
 
