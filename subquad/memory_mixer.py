@@ -102,22 +102,22 @@ def recent_inputs(old: Tensor, x: Tensor, added: Tensor, unfinished: Tensor | No
         added: int64 (B,), how many are valid.
         unfinished: int64 (B,), tokens of a segment that goes on; None where none does, since every call is a segment.
     """
+    stored = old.shape[1]
     if unfinished is None or bool((unfinished <= added).all()):
         old = old.detach()  # so that no graph grows from segment to segment
-    hidden = recent_rows(old[:, None], x[:, None], added)[:, 0]
+    hidden = recent_rows(torch.cat((old, x.to(old.dtype)), dim=1)[:, None], stored, added)[:, 0]
     if unfinished is None:
         return hidden.detach()
-    age = torch.arange(old.shape[1] - 1, -1, -1, device=x.device)  # 0 for the newest column
+    age = torch.arange(stored - 1, -1, -1, device=x.device)  # 0 for the newest column
     return torch.where(age[:, None] < unfinished[:, None, None], hidden, hidden.detach())
 
 
-def recent_rows(old: Tensor, new: Tensor, added: Tensor) -> Tensor:
-    """The last T rows of a stream, in the dtype of `old`.
+def recent_rows(joined: Tensor, stored: int, added: Tensor) -> Tensor:
+    """The last T rows of a stream.
 
     Args:
-        old: the last T before the call, (B, H, T, E).
-        new: those of the call (B, H, L, E), the valid ones first.
+        joined: the last T before the call and those of the call, the valid ones first, (B, H, T + L, E).
+        stored: T.
         added: int64 (B,), how many are valid.
     """
-    columns = added[:, None] + torch.arange(old.shape[2], device=old.device)
-    return take(torch.cat((old, new.to(old.dtype)), dim=2), columns)
+    return take(joined, added[:, None] + torch.arange(stored, device=joined.device))

@@ -198,44 +198,51 @@ class TransformerXL(MemoryMixer):
         call, valid = self.pack(heads), heads.mask.valid
         before = state if isinstance(state, RecentTokens) else None
         stored = self._stored(before)
-        k, v, memory = self._behind(before, stored, call)
+        k, v, memory = self._joined(before, stored, call)
         reach = self._reach(call.x, stored, None if before is None else before.length)
         distances = self._distances(reach, stored, call.x)
         out = memory_attention(call.q, k, v, distances, reach, memory)
         after = None
         if before is not None:
-            added = torch.full_like(before.length, call.x.shape[1]) if valid is None else valid.sum(dim=1)
-            after = self._after(before, call, added)
+            after = self._after(before, call, (k, v), valid)
         return (out if call.order is None else put_back(out, call.order)), after
 
     def _stored(self, before: RecentTokens | None) -> int:
-        """Stored tokens that any token of a call can see."""
+        """Stored tokens before those of a call, at least those that any of it sees."""
         memory = self.rule.memory_length
         if before is None:
             return memory if self.config.zero_memory else 0
+        if before.keys.shape[2]:  # all, as they are joined with those of the call but once
+            return before.keys.shape[2]
         needed = memory + (self.config.segment_length or 1) - 1
         return needed if self.config.zero_memory else min(needed, int(before.length.max()))
 
-    def _behind(self, before: RecentTokens | None, stored: int, call: Packed) -> tuple[Tensor, Tensor, Memory | None]:
+    def _joined(self, before: RecentTokens | None, stored: int, call: Packed) -> tuple[Tensor, Tensor, Memory | None]:
         """Keys and values of what is stored and of the call."""
         x, apart = call.x, self.config.segment_length is not None
         if before is None:
             return self.join(x.new_zeros(x.shape[0], stored, x.shape[2]), call, apart=apart)
         if not before.keys.shape[2]:
             return self.join(before.hidden[:, before.hidden.shape[1] - stored :].to(x.dtype), call, apart=apart)
-        cached = [heads[:, :, heads.shape[2] - stored :].to(x.dtype) for heads in (before.keys, before.values)]
-        k, v, memory = self.join(x[:, :0], call, apart=apart)
-        k, v = (torch.cat(pair, dim=2) for pair in zip(cached, (k, v), strict=True))
+        new_k, new_v, memory = self.join(x[:, :0], call, apart=apart)
+        cached = before.keys.to(new_k.dtype), before.values.to(new_v.dtype)
+        k, v = (torch.cat(pair, dim=2) for pair in zip(cached, (new_k, new_v), strict=True))
         if memory is not None:
             memory = Memory(*(torch.cat(pair, dim=2) for pair in zip(cached, memory, strict=True)))
         return k, v, memory
 
-    def _after(self, before: RecentTokens, call: Packed, added: Tensor) -> RecentTokens:
-        """The state after a call, of which each example added some tokens, int64 (B,)."""
+    def _after(
+        self, before: RecentTokens, call: Packed, joined: tuple[Tensor, Tensor], valid: Tensor | None
+    ) -> RecentTokens:
+        """The state after a call, of which some tokens are valid, bool (B, L), or all."""
+        size, stored = call.x.shape[1], before.keys.shape[2]
+        added = torch.full_like(before.length, size) if valid is None else valid.sum(dim=1)
         length = before.length + added
-        if before.keys.shape[2]:
-            pairs = ((before.keys, call.k), (before.values, call.v))
-            return RecentTokens(length, before.hidden, *(recent_rows(old, new, added).detach() for old, new in pairs))
+        if stored:
+            rows = (heads.detach().to(before.keys.dtype) for heads in joined)
+            if valid is None and size <= stored:  # a view of not much more
+                return RecentTokens(length, before.hidden, *(heads[:, :, size:] for heads in rows))
+            return RecentTokens(length, before.hidden, *(recent_rows(heads, stored, added) for heads in rows))
         unfinished = None if self.config.segment_length is None else length % self.config.segment_length
         hidden = recent_inputs(before.hidden, call.x, added, unfinished)
         return RecentTokens(length, hidden, before.keys, before.values)

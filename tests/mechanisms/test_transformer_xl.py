@@ -347,7 +347,12 @@ def test_two_layers_see_as_far_as_two_memories_and_no_further(
 ) -> None:
     torch.manual_seed(0)
     mixer = {"name": "transformer_xl", "memory_length": 4, "segment_length": 4, **options}
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+    }
     config = SubquadConfig(vocab_size=11, mixer=mixer, causal=True, positions="none", **sizes)
     model, ids = SubquadForCausalLM(config).eval(), torch.randint(11, (1, 16))
 
