@@ -138,6 +138,7 @@ def test_with_cached_keys_evaluation_gives_the_same(
 def test_cached_keys_are_of_evaluation_alone() -> None:
     mixer, x = transformer_xl(cache_keys=True, memory_length=5), torch.randn(2, 3, 4, dtype=torch.float64)
     trained, evaluated = mixer.init_state(2), mixer.eval().init_state(2)
+    assert isinstance(trained, RecentTokens)
     assert (trained.hidden.shape, trained.keys.shape) == ((2, 5, 4), (2, 2, 0, 2))
     with pytest.raises(ValueError, match=r"state\.keys has shape \(B, 2, 0, 2\), expected \(B, 2, 5, 2\)"):
         mixer(x, state=trained)
