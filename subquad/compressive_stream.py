@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from subquad.memory_mixer import recent_inputs
+from subquad.ops.memory.compressed import Sight
 from subquad.ops.memory.evictions import Eviction, Stand
 from subquad.ops.memory.stream_layout import Example, Layout
 from subquad.ops.packing import take
+from subquad.receipt import leave_receipt
 from subquad.state import State, state_dataclass
 
 
@@ -121,6 +123,18 @@ def _examples(stands: Sequence[Stand], added: Sequence[int], eviction: Eviction,
     if len(known) == 1:
         return list(known.values())
     return [known[key] for key in zip(stands, added, strict=True)]
+
+
+def note_untaught(stream: Stream, sight: Sight) -> None:
+    """Leave a receipt for a call that sees rows, all of them made before and cut off from f_c."""
+    stored = stream.layout.stored_rows
+    if stored and not stream.rows.requires_grad and int(sight.stop.max()) <= stored:
+        leave_receipt(
+            "compressive",
+            asked="loss='bptt'",
+            ran="no gradient of the compression",
+            reason="no token of this call sees a row made in it; calls must be longer, or segment_length smaller",
+        )
 
 
 def store(

@@ -103,11 +103,21 @@ def recent_inputs(old: Tensor, x: Tensor, added: Tensor, unfinished: Tensor | No
         unfinished: int64 (B,), tokens of a segment that goes on; None where none does, since every call is a segment.
     """
     stored = old.shape[1]
-    age = torch.arange(stored - 1, -1, -1, device=x.device)  # 0 for the newest column
     if unfinished is None or bool((unfinished <= added).all()):
         old = old.detach()  # so that no graph grows from segment to segment
-    joined = torch.cat((old, x.to(old.dtype)), dim=1)
-    hidden = take(joined[:, None], added[:, None] + stored - 1 - age)[:, 0]
+    hidden = recent_rows(torch.cat((old, x.to(old.dtype)), dim=1)[:, None], stored, added)[:, 0]
     if unfinished is None:
         return hidden.detach()
+    age = torch.arange(stored - 1, -1, -1, device=x.device)  # 0 for the newest column
     return torch.where(age[:, None] < unfinished[:, None, None], hidden, hidden.detach())
+
+
+def recent_rows(joined: Tensor, stored: int, added: Tensor) -> Tensor:
+    """The last T rows of a stream.
+
+    Args:
+        joined: the last T before the call and those of the call, the valid ones first, (B, H, T + L, E).
+        stored: T.
+        added: int64 (B,), how many are valid.
+    """
+    return take(joined, added[:, None] + torch.arange(stored, device=joined.device))

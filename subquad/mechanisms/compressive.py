@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from subquad.compression import Decoder, Kind, compression, convolution_cost
 from subquad.compressive_price import attention_loss_price, attention_price, decoding_loss_price
-from subquad.compressive_stream import CompressiveState, Sizes, Stream, begin, store
+from subquad.compressive_stream import CompressiveState, Sizes, Stream, begin, note_untaught, store
 from subquad.costs import Cost
 from subquad.heads import Attended, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
@@ -71,7 +71,7 @@ class CompressiveConfig(MixerConfig):
     remainder: Literal["drop", "carry"] = "drop"
     """What becomes of tokens behind the last full window of a segment."""
     loss: Literal["attention", "autoencoding", "bptt"] | None = None
-    """What trains f_c; "bptt": the model's loss, through later segments, for which rows then keep their gradient; None:
+    """What trains f_c; "bptt": the model's loss, through later segments of a call, which takes `segment_length`; None:
     "attention" where f_c has parameters, else nothing."""
     loss_weight: float = 1.0
     """Factor of the auxiliary loss."""
@@ -106,6 +106,8 @@ class CompressiveConfig(MixerConfig):
             raise ValueError(f"compressive: dilations must be at least 1, got {list(self.dilations)}")
         if self.compression == "most_used" and self.overlap:
             raise ValueError(f"compressive: most_used has no windows, so overlap must be 0, got {self.overlap}")
+        if self.loss == "bptt" and self.segment_length is None:
+            raise ValueError("compressive: loss='bptt' needs segment_length, at most half of a training sequence")
         if self.loss is not None and not self.learns:
             raise ValueError(
                 f"compressive: compression={self.compression!r} has no parameters that loss={self.loss!r} could train; "
@@ -245,6 +247,8 @@ class Compressive(MemoryMixer):
             columns, usage = most_used(Scored(call.q, k, row_k, distances, of_rows, sight), layout, usage)
         windows = stream.windows(x, columns)
         made = self.compress(windows)
+        if config.trained_by == "bptt" and self.training:
+            note_untaught(stream, sight)
         kept = made if config.trained_by == "bptt" else made.detach()
         rows = None if of_rows is None else self._rows(torch.cat((stream.rows, kept), dim=1), of_rows, sight)
         out = compressed_attention(call.q, k, v, distances, reach, memory, rows)
@@ -252,30 +256,26 @@ class Compressive(MemoryMixer):
         after = None if before is None else store(before, x, kept, usage, layout, config.segment_length)
         return Attended(out if call.order is None else put_back(out, call.order), after, loss)
 
-    def _distances(
-        self, layout: Layout, reach: Reach, sight: Sight, like: Tensor
-    ) -> tuple[Distances, Distances | None]:
+    def _distances(self, layout: Layout, reach: Reach, sight: Sight, x: Tensor) -> tuple[Distances, Distances | None]:
         """Distances of tokens, and of rows where any is seen."""
-        columns = layout.stored + torch.arange(layout.length, device=like.device)
+        columns = layout.stored + torch.arange(layout.length, device=x.device)
         farthest = int((columns - reach.first).max())
         of_rows = torch.where(sight.stop > sight.first, sight.ahead + sight.step * (sight.stop - sight.first), -1)
         farthest_row = int(of_rows.max())
-        if self.row_position_bias is None or self.project_row_distance is None:
-            vectors = self.encode(max(farthest, farthest_row) + 1, self.project_distance, like)
-            distances = Distances(vectors, self.content_bias, self.position_bias)
-            return distances, None if farthest_row < 0 else distances
-        vectors = self.encode(farthest + 1, self.project_distance, like)
+        count = 1 + (max(farthest, farthest_row) if self.row_position_bias is None else farthest)
+        vectors = self.encode(count, self.project_distance, x)
         distances = Distances(vectors, self.content_bias, self.position_bias)
         if farthest_row < 0:
             return distances, None
-        vectors = self.encode(farthest_row + 1, self.project_row_distance, like)
+        if self.row_position_bias is None or self.project_row_distance is None:
+            return distances, distances
+        vectors = self.encode(farthest_row + 1, self.project_row_distance, x)
         return distances, Distances(vectors, self.content_bias, self.row_position_bias)
 
     def _rows(self, rows: Tensor, distances: Distances, sight: Sight) -> CompressedRows:
         """Keys and values of rows (B, R, D)."""
-        return CompressedRows(
-            self.split(self.project_key(rows)), self.split(self.project_value(rows)), distances, sight
-        )
+        k, v = self.split(self.project_key(rows)), self.split(self.project_value(rows))
+        return CompressedRows(k, v, distances, sight)
 
     def _loss(
         self, stream: Stream, call: Packed, tokens: tuple[Tensor, Tensor], windows: Tensor, made: Tensor

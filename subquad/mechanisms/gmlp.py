@@ -12,7 +12,8 @@ with b = 1 and W ≈ 0, that is as a feed-forward. W's rows and columns are posi
 input takes the first ones, and an invalid token takes none.
 
 Departures: the paper is bidirectional; causal is W's lower triangle with its diagonal, as in re-implementations, and
-then aMLP's attention is causal too. W, of which the paper says "near zero", is drawn from ±0.001 / max_length.
+then aMLP's attention is causal too. W, of which the paper says "near zero", is drawn from ±0.001 / max_length. It is
+one for all channels, as in the paper; a W for each group of them, which a re-implementation has, isn't offered.
 """
 
 from __future__ import annotations

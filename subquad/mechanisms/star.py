@@ -7,8 +7,9 @@ Guo et al. 2019, "Star-Transformer", arXiv:1902.09113.
     s   = LN(ReLU(A(s; s, H)))                                 by the new H: the satellites go first
 
 Cost O(L T D), with five keys for each satellite and L for the relay. The first valid token is the relay's place (the
-model's CLS vector); the other valid ones are the satellites, packed, so that padding is nobody's neighbour. The raw
-stream goes in, and y, the last s and H, is used as it is: there is no residual and no feed-forward.
+model's CLS vector); the other valid ones are the satellites, packed, so that padding is nobody's neighbour. A single
+satellite has no neighbours. The raw stream goes in, and y, the last s and H, is used as it is: there is no residual and
+no feed-forward.
 
 Departures: the relay begins with its token's vector, which carries it from layer to layer; the paper's, the mean of the
 satellites, is `start="mean"`. Of the official code (fastNLP), `norm="pre_official"` has LN before the satellites'
@@ -53,7 +54,7 @@ class StarConfig(MixerConfig):
     steps: int = 2
     """T, rounds of satellites and relay in one layer."""
     boundary: Literal["ring", "zero_key", "mask"] = "ring"
-    """The first and the last satellite are neighbours, or have a key and value of 0 there, or none."""
+    """The first and the last of several satellites are neighbours; or have a key and value of 0 there, or none."""
     norm: Literal["post", "pre_official"] = "post"
     """ReLU, then LN on satellites and relay; or LN on what the satellites' ring reads, and leaky ReLU."""
     start: Literal["token", "mean", "padded_mean"] = "token"
@@ -115,7 +116,7 @@ class Links(NamedTuple):
     Attributes:
         left: int64 (B, N), the satellite before each.
         right: int64 (B, N), the one after.
-        missing: bool (B, 1, N, 5), True for a neighbour that doesn't exist; None in a ring.
+        missing: bool (B, 1, N, 5), True for a neighbour that doesn't exist; None where all do.
         missing_score: its score.
         seen_by_relay: bool (B, 1, 1, 1 + N), the relay itself and the real satellites; None for all.
     """
@@ -228,8 +229,10 @@ class Star(TokenMixer):
         if padded:
             seen = F.pad(places < ends, (1, 0), value=True)[:, None, None]
         if self.config.boundary == "ring":
-            around = ends.clamp_min(1)
-            return Links((places - 1) % around, (places + 1) % around, None, 0.0, seen)
+            around, alone, missing = ends.clamp_min(1), ends < 2, None
+            if bool(alone.any()):
+                missing = F.pad(alone[..., None].expand(-1, len(places), 2), (1, KEYS - 3))[:, None]
+            return Links((places - 1) % around, (places + 1) % around, missing, float("-inf"), seen)
         left = (places - 1).clamp_min(0).expand(len(count), -1)
         right = (places + 1).clamp_max(embeddings.shape[1] - 1).expand(len(count), -1)
         missing = torch.stack(

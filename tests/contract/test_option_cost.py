@@ -70,7 +70,7 @@ CONFIGS = [
         for segment, same in product((None, 1, 8), (True, False))
         for options in ({}, {"zero_memory": True}, {"clamp_length": 5})
     ),
-    mixer_config("transformer_xl", segment_length=8, memory_length=0, eval_memory_length=30),
+    mixer_config("transformer_xl", segment_length=8, memory_length=0, eval_memory_length=30, eval_same_length=True),
     *(
         mixer_config(
             "compressive",

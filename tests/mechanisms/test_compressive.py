@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from subquad import Mask
+from subquad import Mask, receipts
 from subquad.build import build_mixer, make_dims
 from subquad.compressive_stream import CompressiveState
 from subquad.mechanisms.compressive import Compressive, CompressiveConfig
@@ -33,7 +33,7 @@ def options(draw: st.DrawFn, *, segments: bool | None = None) -> dict[str, Any]:
         "overlap": 0 if compression == "most_used" else draw(st.sampled_from([0, 1])),
         "dilations": draw(st.sampled_from([(1,), (1, 2)])),
         "remainder": draw(st.sampled_from(["drop", "carry"])),
-        "loss": draw(st.sampled_from([None, "attention", "autoencoding", "bptt"])) if learns else None,
+        "loss": draw(st.sampled_from([None, "attention", "autoencoding", *["bptt"] * cut])) if learns else None,
         "cm_positions": draw(st.sampled_from(["official", "true"])),
         "memory_length": draw(st.sampled_from([0, 2, 5])),
         "compressed_length": draw(st.sampled_from([0, 1, 3, 20])),
@@ -334,7 +334,26 @@ def test_no_graph_grows_from_segment_to_segment() -> None:
     state = streamed(mixer, stream_of(12), [12])[1]
     assert not state.compressed.requires_grad
     assert not streamed(compressive(rate=2, memory_length=3), stream_of(12), [12])[1].hidden.requires_grad
-    assert streamed(compressive(rate=2, memory_length=3, loss="bptt"), stream_of(12), [12])[1].compressed.requires_grad
+    mixer = compressive(rate=2, memory_length=3, segment_length=4, loss="bptt")
+    assert streamed(mixer, stream_of(12), [12])[1].compressed.requires_grad
+
+
+@pytest.mark.parametrize(("segment_length", "taught"), [(4, True), (8, False)])
+def test_steps_of_a_stream_teach_the_compression_by_the_loss_of_the_model_or_leave_a_receipt(
+    segment_length: int, taught: bool
+) -> None:
+    mixer = compressive(rate=2, memory_length=3, segment_length=segment_length, loss="bptt")
+    state = mixer.init_state(2)
+    with receipts() as left:
+        for _ in range(4):
+            y, state, _ = mixer(stream_of(8), state=state)
+            y.sum().backward()
+            state = state.detach()
+    gradient = mixer.compress.get_parameter("weight").grad
+    assert (gradient is not None and bool(gradient.any())) == taught
+    assert [(entry.asked, entry.count) for entry in left.entries] == (
+        [] if taught else [("loss='bptt'", 3)]
+    )  # before that, no rows
 
 
 def test_there_is_no_auxiliary_loss_in_evaluation() -> None:
@@ -383,6 +402,7 @@ def test_what_layers_share_are_the_biases() -> None:
             {"compression": "mean", "loss": "attention"},
             "compression='mean' has no parameters that loss='attention' could",
         ),
+        ({"loss": "bptt"}, "loss='bptt' needs segment_length, at most half of a training sequence"),
         ({"positions": "rotary"}, "positions='rotary' is not supported, it has relative ones"),
     ],
 )

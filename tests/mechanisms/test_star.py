@@ -64,7 +64,8 @@ def next_satellites(config: StarConfig, step: Step, now: list[Tensor], embedding
     ring = [normalise(step.read, h, 1e-6) for h in now] if config.norm == "pre_official" else now
     found = []
     for i, query in enumerate(ring):
-        sides = [j % len(ring) if config.boundary == "ring" else j for j in (i - 1, i + 1)]
+        turns = config.boundary == "ring" and len(ring) > 1  # a single satellite isn't its own neighbour
+        sides = [j % len(ring) if turns else j for j in (i - 1, i + 1)]
         near = [ring[j] for j in sides if 0 <= j < len(ring)]
         zero_keys = 2 - len(near) if config.boundary == "zero_key" else 0
         mixed = read(step.of_satellites, query, [*near, query, embeddings[i], relay], zero_keys=zero_keys)
@@ -116,6 +117,17 @@ def test_in_one_step_a_satellite_sees_its_neighbours_and_the_relay_and_the_relay
     for i, seen in ((0, list(range(8))), (1, of_first), (4, [0, 3, 4, 5]), (7, of_last)):
         (gradient,) = torch.autograd.grad((y[0, i] * torch.randn(4)).sum(), x, retain_graph=True)
         assert gradient[0].abs().amax(dim=1).nonzero()[:, 0].tolist() == seen
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_in_a_ring_a_single_satellite_has_no_neighbours(padding: int) -> None:
+    ring, line = star(StarConfig(boundary="ring")), star(StarConfig(boundary="mask"))
+    line.load_state_dict(ring.state_dict())
+    x = torch.randn(2, 2 + padding, 4, dtype=torch.float64)
+    mask = Mask.from_lengths([2, 2 + padding], 2 + padding)
+    torch.testing.assert_close(ring(x, mask=mask).y[0], line(x, mask=mask).y[0], rtol=1e-12, atol=1e-12)
+    if not padding:
+        torch.testing.assert_close(ring(x).y, line(x).y, rtol=1e-12, atol=1e-12)
 
 
 def test_two_steps_bring_every_token_to_every_satellite() -> None:

@@ -16,7 +16,8 @@ from transformers.models.xlnet.modeling_xlnet import XLNetModel, XLNetRelativeAt
 
 from subquad import Mask
 from subquad.build import build_mixer, make_dims
-from subquad.mechanisms.transformer_xl import RecentInputs, TransformerXL, TransformerXLConfig
+from subquad.mechanisms.transformer_xl import RecentTokens, TransformerXL, TransformerXLConfig
+from subquad.models import SubquadConfig, SubquadForCausalLM
 
 LENGTHS = st.sampled_from([1, 2, 5, 11, 23])
 OPTIONS = st.fixed_dictionaries(
@@ -26,6 +27,13 @@ OPTIONS = st.fixed_dictionaries(
         "same_length": st.booleans(),
         "zero_memory": st.booleans(),
         "clamp_length": st.sampled_from([None, 0, 4]),
+    }
+)
+EVALUATION = st.fixed_dictionaries(
+    {
+        "eval_memory_length": st.sampled_from([None, 2, 9]),
+        "eval_same_length": st.sampled_from([None, False, True]),
+        "eval_clamp_length": st.sampled_from([None, 0, 3, 50]),
     }
 )
 PIECES = st.lists(st.integers(1, 9), min_size=1, max_size=5)
@@ -39,7 +47,7 @@ def transformer_xl(**options: Any) -> TransformerXL:
 
 def encoding(distance: int, mixer: TransformerXL) -> Tensor:
     """R of a distance, for a stream of width 4."""
-    clamp = mixer.config.clamp_length
+    clamp = mixer.rule.clamp_length
     angle = distance if clamp is None else min(distance, clamp)
     values = [math.sin(angle), math.sin(angle / 100), math.cos(angle), math.cos(angle / 100)]
     return torch.tensor(values, dtype=torch.float64)
@@ -60,7 +68,7 @@ def read(mixer: TransformerXL, inputs: list[Tensor], own: int) -> Tensor:
 def definition(mixer: TransformerXL, x: Tensor, mask: Mask | None) -> Tensor:
     """One token after the other, in segments from the start of the stream."""
     config, rows = mixer.config, []
-    size, memory = config.segment_length or x.shape[1], mixer.memory_length
+    size, (memory, same_length, _) = config.segment_length or x.shape[1], mixer.rule
     for b in range(x.shape[0]):
         stream, outputs = [], []
         for i in range(x.shape[1]):
@@ -70,7 +78,7 @@ def definition(mixer: TransformerXL, x: Tensor, mask: Mask | None) -> Tensor:
             stream.append(x[b, i])
             place = len(stream) - 1
             own = place - place % size
-            first = max(own - memory, place - memory + 1) if config.same_length else own - memory
+            first = max(own - memory, place - memory + 1) if same_length else own - memory
             seen = [x.new_zeros(x.shape[2])] * max(0, -first) + stream[max(0, first) :]
             seen = seen if config.zero_memory else stream[max(0, first) :]
             outputs.append(read(mixer, seen, len(seen) - 1 - (place - own)))
@@ -95,6 +103,57 @@ def test_it_equals_the_formula(length: int, options: dict[str, Any], whole: bool
     mask = data.draw(masks(2, length, segments=False))
     x = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
     assert_same_values_and_gradients(mixer, lambda: mixer(x, mask=mask).y, lambda: definition(mixer, x, mask), [x])
+
+
+@given(length=LENGTHS, options=OPTIONS, evaluation=EVALUATION, data=st.data())
+def test_in_evaluation_it_equals_the_formula_of_the_options_for_evaluation(
+    length: int, options: dict[str, Any], evaluation: dict[str, Any], data: st.DataObject
+) -> None:
+    mixer, mask = transformer_xl(**options, **evaluation), data.draw(masks(2, length, segments=False))
+    trained = transformer_xl(**options)
+    trained.load_state_dict(mixer.state_dict())
+    x = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(mixer(x, mask=mask).y, trained(x, mask=mask).y, rtol=0, atol=0)
+    mixer.eval()
+    named = {name.removeprefix("eval_"): value for name, value in evaluation.items() if value is not None}
+    assert mixer.rule == TransformerXLConfig(**options | named).rule(training=True)
+    assert_same_values_and_gradients(mixer, lambda: mixer(x, mask=mask).y, lambda: definition(mixer, x, mask), [x])
+
+
+@given(pieces=PIECES, options=OPTIONS, evaluation=EVALUATION, whole=st.booleans(), data=st.data())
+def test_with_cached_keys_evaluation_gives_the_same(
+    pieces: list[int], options: dict[str, Any], evaluation: dict[str, Any], whole: bool, data: st.DataObject
+) -> None:
+    given_options: dict[str, Any] = options | evaluation | ({"segment_length": None} if whole else {})
+    mixer, mask = transformer_xl(**given_options), data.draw(masks(2, sum(pieces), segments=False))
+    cached = transformer_xl(**given_options, cache_keys=True)
+    cached.load_state_dict(mixer.state_dict())
+    x = torch.randn(2, sum(pieces), 4, dtype=torch.float64)
+    y, state = streamed(cached.eval(), x, pieces, mask)
+    torch.testing.assert_close(y, streamed(mixer.eval(), x, pieces, mask)[0], rtol=1e-10, atol=1e-10)
+    assert state.hidden.shape[1] == 0
+    assert not state.keys.requires_grad
+
+
+def test_cached_keys_are_of_evaluation_alone() -> None:
+    mixer, x = transformer_xl(cache_keys=True, memory_length=5), torch.randn(2, 3, 4, dtype=torch.float64)
+    trained, evaluated = mixer.init_state(2), mixer.eval().init_state(2)
+    assert isinstance(trained, RecentTokens)
+    assert (trained.hidden.shape, trained.keys.shape) == ((2, 5, 4), (2, 2, 0, 2))
+    with pytest.raises(ValueError, match=r"state\.keys has shape \(B, 2, 0, 2\), expected \(B, 2, 5, 2\)"):
+        mixer(x, state=trained)
+    with pytest.raises(ValueError, match=r"state\.hidden has shape \(B, 0, 4\), expected \(B, 5, 4\)"):
+        mixer.train()(x, state=evaluated)
+
+
+@pytest.mark.parametrize("segment_length", [None, 4])
+def test_cached_keys_of_a_stream_are_not_projected_again(segment_length: int | None) -> None:
+    mixer = transformer_xl(cache_keys=True, memory_length=9, segment_length=segment_length).eval()
+    x, rows = torch.randn(1, 9, 4, dtype=torch.float64), []
+    mixer.project_key.register_forward_hook(lambda _, arguments, y: rows.append(arguments[0].shape[1]))
+    with torch.no_grad():
+        streamed(mixer, x, [6, 2, 1])
+    assert rows == [6, 2, 1]
 
 
 @given(pieces=PIECES, options=OPTIONS, data=st.data())
@@ -252,7 +311,7 @@ def test_a_stored_state_goes_on_to_the_same_bits(segment_length: int | None) -> 
     mixer = transformer_xl(memory_length=5, segment_length=segment_length).eval()
     x = torch.randn(3, 17, 4, dtype=torch.float64)
     state = streamed(mixer, x[:, :10], [6, 4])[1]
-    snapshot = RecentInputs(state.length.clone(), state.hidden.clone())
+    snapshot = RecentTokens(*(getattr(state, field).clone() for field in ("length", "hidden", "keys", "values")))
     expected = mixer(x[:, 10:], state=state).y
     assert torch.equal(mixer(x[:, 10:], state=snapshot).y, expected)
     beams = torch.tensor([2, 0, 0, 1])
@@ -264,7 +323,7 @@ def test_the_state_holds_the_last_inputs_without_padding() -> None:
     x = torch.randn(2, 7, 4, dtype=torch.float64)
     valid = torch.tensor([[True] * 7, [False, True, False, False, True, True, False]])
     state = mixer(x, mask=Mask(valid), state=mixer.init_state(2)).state
-    assert isinstance(state, RecentInputs)
+    assert isinstance(state, RecentTokens)
     assert state.length.tolist() == [7, 3]
     assert torch.equal(state.hidden[0], x[0, 3:])
     assert torch.equal(state.hidden[1], torch.cat((torch.zeros(1, 4), x[1, [1, 4, 5]])))
@@ -280,6 +339,37 @@ def test_an_attended_memory_of_zeros_takes_its_share() -> None:
         x = torch.randn(1, 1, 4, dtype=torch.float64)
         expected = x @ mixer.project_value.weight.T @ mixer.project_out.weight.T / share
         torch.testing.assert_close(mixer(x).y, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("options", "reach"), [({}, 8), ({"same_length": True}, 7), ({"cache_keys": True}, 8)])
+@pytest.mark.parametrize("calls", [[16], [4, 4, 4, 4], [5, 9, 2]])
+def test_two_layers_see_as_far_as_two_memories_and_no_further(
+    options: dict[str, Any], reach: int, calls: list[int]
+) -> None:
+    torch.manual_seed(0)
+    mixer = {"name": "transformer_xl", "memory_length": 4, "segment_length": 4, **options}
+    sizes: dict[str, Any] = {
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+    }
+    config = SubquadConfig(vocab_size=11, mixer=mixer, causal=True, positions="none", **sizes)
+    model, ids = SubquadForCausalLM(config).eval(), torch.randint(11, (1, 16))
+
+    def logits(changed: int | None) -> Tensor:
+        stream, cache, found = ids.clone(), None, []
+        if changed is not None:
+            stream[0, changed] = (stream[0, changed] + 1) % 11
+        for part in stream.split(calls, dim=1):
+            output = model(input_ids=part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits)
+        return torch.cat(found, dim=1)
+
+    with torch.no_grad():
+        told = [j for j in range(16) if not torch.equal(logits(j)[0, 12], logits(None)[0, 12])]
+    assert told == list(range(12 - reach + (0 if "same_length" not in options else 1), 13))
 
 
 def test_outputs_depend_on_distances_alone() -> None:
@@ -318,6 +408,11 @@ def test_the_price_counts_the_visible_pairs(length: int, options: dict[str, Any]
         ({"memory_length": 0, "same_length": True}, "transformer_xl: memory_length must be at least 1, got 0"),
         ({"eval_memory_length": -2}, "transformer_xl: eval_memory_length must be at least 0, got -2"),
         ({"segment_length": 0}, "transformer_xl: segment_length must be at least 1, got 0"),
+        (
+            {"memory_length": 0, "eval_same_length": True},
+            "same_length needs a memory_length of at least 1, in evaluation",
+        ),
+        ({"eval_clamp_length": -1}, "transformer_xl: eval_clamp_length must be at least 0, got -1"),
         ({"clamp_length": -1}, "transformer_xl: clamp_length must be at least 0, got -1"),
         ({"positions": "rotary"}, "positions='rotary' is not supported, it has relative ones"),
     ],
