@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,15 +17,13 @@ import torch
 import transformers
 from torch import Tensor
 
+from subquad.byte_ids import BYTES
 from subquad.cli.console import print_document, progress_console
 from subquad.models.block import layers_of
 from subquad.models.cache import SubquadCache
 from subquad.models.causal_lm import SubquadForCausalLM
 from subquad.models.sampling import Sampling, choose
 from subquad.models.streaming import StreamingGenerator
-
-BYTES = 256
-"""Ids below are bytes; those from here on are padding and the like, and are never written."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +61,12 @@ def generate(directory: Path, *, prompt: str, prompt_file: Path | None, wish: Wi
     """Write the prompt and what follows; on standard error, how fast.
 
     Raises:
-        ValueError: no such model, a model of another kind, a prompt that is empty or not for its vocabulary.
+        ValueError: no such model, a model of another kind, an empty prompt.
     """
     sampling = wish.sampling()
     beginning = _beginning(prompt, prompt_file)
     model = load_model(directory)
     tokens = torch.tensor([list(beginning)], device=model.device)
-    largest = int(tokens.max())
-    if largest >= model.config.vocab_size:
-        raise ValueError(
-            f"the prompt has the byte {largest}, but the model knows {model.config.vocab_size} ids only; it was not "
-            "trained on bytes"
-        )
     text = _Text(quiet=as_json)
     text.add(beginning)
     began = time.perf_counter()
@@ -90,32 +83,41 @@ def generate(directory: Path, *, prompt: str, prompt_file: Path | None, wish: Wi
 def _beginning(prompt: str, prompt_file: Path | None) -> bytes:
     if prompt_file is not None and prompt:
         raise ValueError("give the beginning once: --prompt or --prompt-file")
-    beginning = prompt.encode() if prompt_file is None else prompt_file.read_bytes()
+    beginning = os.fsencode(prompt) if prompt_file is None else prompt_file.read_bytes()
     if not beginning:
         raise ValueError("the text needs a beginning of at least one byte: --prompt TEXT or --prompt-file FILE")
     return beginning
 
 
 def load_model(directory: Path) -> SubquadForCausalLM:
-    """The causal language model in a folder, ready to write.
+    """The causal language model of bytes in a folder, ready to write; padding and the like have probability 0.
 
     Raises:
-        ValueError: no model there, or one of another kind.
+        ValueError: no model there, one of another kind, or one whose ids aren't known to be bytes.
     """
     config = directory / "config.json"
     if not config.is_file():
         raise ValueError(f"{directory}: there is no model (no config.json); `subquad run --save-model` writes one")
     try:
-        kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+        written = json.loads(config.read_text(encoding="utf-8"))
+        kinds, byte_ids = written.get("architectures") or [], written.get("byte_ids", False)
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{config} is damaged: {error}") from error
     if SubquadForCausalLM.__name__ not in kinds:
         named = ", ".join(kinds) or "no class"
         raise ValueError(f"{directory}: text is written by a {SubquadForCausalLM.__name__}, this is {named}")
+    if not byte_ids:
+        raise ValueError(
+            f"{directory}: this model isn't marked as one of bytes, as those of `subquad run --task text-lm` are; if "
+            "each byte is its own id, build such models with SubquadConfig(byte_ids=True), and write "
+            f'"byte_ids": true into {config}'
+        )
     transformers.utils.logging.disable_progress_bar()
     model = SubquadForCausalLM.from_pretrained(directory).eval()
+    padding = model.config.pad_token_id
+    never = [token for token in range(model.config.vocab_size) if token >= BYTES or token == padding]
     with torch.no_grad():
-        model.lm_head.project.bias[BYTES:] = -torch.inf
+        model.lm_head.project.bias[never] = -torch.inf
     return model
 
 
