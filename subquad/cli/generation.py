@@ -22,6 +22,7 @@ from subquad.cli.console import print_document, progress_console
 from subquad.models.block import layers_of
 from subquad.models.cache import SubquadCache
 from subquad.models.causal_lm import SubquadForCausalLM
+from subquad.models.configuration import SubquadConfig
 from subquad.models.sampling import Sampling, choose
 from subquad.models.streaming import StreamingGenerator
 
@@ -61,11 +62,12 @@ def generate(directory: Path, *, prompt: str, prompt_file: Path | None, wish: Wi
     """Write the prompt and what follows; on standard error, how fast.
 
     Raises:
-        ValueError: no such model, a model of another kind, an empty prompt.
+        ValueError: no such model, a model of another kind, an empty prompt, or a longer text than the model can read.
     """
     sampling = wish.sampling()
     beginning = _beginning(prompt, prompt_file)
     model = load_model(directory)
+    _check_length(model.config, len(beginning), wish.tokens)
     tokens = torch.tensor([list(beginning)], device=model.device)
     text = _Text(quiet=as_json)
     text.add(beginning)
@@ -87,6 +89,24 @@ def _beginning(prompt: str, prompt_file: Path | None) -> bytes:
     if not beginning:
         raise ValueError("the text needs a beginning of at least one byte: --prompt TEXT or --prompt-file FILE")
     return beginning
+
+
+def _check_length(config: SubquadConfig, beginning: int, tokens: int) -> None:
+    limit = longest_text(config)
+    if limit is None or beginning + tokens <= limit + 1:  # the last byte is written, and never read
+        return
+    if beginning > limit:
+        raise ValueError(f"the beginning has {beginning} bytes, but the model can read no more than {limit}")
+    raise ValueError(
+        f"--tokens {tokens}: the model can read no more than {limit} bytes, and the beginning has {beginning}; the "
+        f"largest --tokens is {limit - beginning + 1}"
+    )
+
+
+def longest_text(config: SubquadConfig) -> int | None:
+    """How many tokens a causal model can read, one after the other or at once; None for any number."""
+    bound = config.positions in ("learned", "axial") or any(each.traits.fixed_length for each in config.layer_mixers())
+    return config.max_position_embeddings if bound else None
 
 
 def load_model(directory: Path) -> SubquadForCausalLM:
@@ -125,7 +145,7 @@ def written(model: SubquadForCausalLM, prompt: Tensor, wish: Wish, sampling: Sam
     """The bytes that follow a prompt, int64 (1, L), one by one, in constant memory if the states of all mixers allow.
 
     Raises:
-        ValueError: more tokens than the model can take.
+        ValueError: more tokens than the model can read; see `longest_text`.
     """
     traits = [layer.mixer.config.traits for layer in layers_of(model.model.blocks)]
     if all(each.constant_state for each in traits):

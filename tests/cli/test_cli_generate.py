@@ -11,8 +11,8 @@ import torch
 from command_line import Invoke
 
 from subquad.benchmark.plan import read_data
-from subquad.build import mixer_config
-from subquad.cli.generation import Wish, load_model, visible, written
+from subquad.build import list_mixers, mixer_config
+from subquad.cli.generation import Wish, load_model, longest_text, visible, written
 from subquad.models import SubquadConfig, SubquadForCausalLM, SubquadForSequenceClassification
 from subquad.parallel.settings import Settings
 from subquad.parallel.train import build_model
@@ -22,19 +22,15 @@ from subquad.training.presets import load_preset
 MIXERS = {"constant": {"name": "local", "window": 5}, "growing": {"name": "full"}, "stateless": {"name": "gmlp"}}
 
 
+def small_config(**changes: Any) -> SubquadConfig:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return SubquadConfig(**{**sizes, "byte_ids": True, "pad_token_id": 256, "max_position_embeddings": 128, **changes})
+
+
 def saved(folder: Path, kind: str, **changes: Any) -> Path:
     torch.manual_seed(0)
     feedforward = None if kind == "stateless" else "mlp"
-    config = SubquadConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=128,
-        mixer=MIXERS[kind],
-        feedforward=feedforward,
-        **{"byte_ids": True, "pad_token_id": 256, **changes},
-    )
+    config = small_config(**{"mixer": MIXERS[kind], "feedforward": feedforward, **changes})
     SubquadForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -160,7 +156,8 @@ def test_a_model_that_is_not_marked_as_one_of_bytes_is_refused_until_it_is(
 @pytest.mark.parametrize(("task", "marked"), [("text-lm", True), ("mqar", False)])
 def test_models_of_bytes_alone_are_marked_as_such(task: str, marked: bool, tmp_path: Path) -> None:
     preset = load_preset(task, "quick")
-    data = read_data(replace(preset, data=replace(preset.data, train=5, validation=5, test=5)), tmp_path, generated=True)
+    few = replace(preset.data, train=5, validation=5, test=5)
+    data = read_data(replace(preset, data=few), tmp_path, generated=True)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     objective_of(data, seed=0).build(sizes, mixer_config("full")).save_pretrained(tmp_path / "m")
     assert data.vocab_size == 257
@@ -176,3 +173,43 @@ def test_the_beginning_may_be_any_bytes_on_the_command_line(model: Path, invoke:
     ran = invoke("generate", str(model), "--prompt", given, "--tokens", "1")
     assert ran.exit_code == 0, ran.err
     assert ran.out.startswith("caf\ufffd")
+
+
+BOUND: list[dict[str, Any]] = [
+    {"mixer": {"name": "aft", "kind": "local", "window": 5}},
+    {"mixer": "gmlp", "feedforward": None},
+    {"mixer": "cosformer"},
+    {"positions": "learned"},
+    {"positions": "axial", "mixer": {"name": "local", "window": 5}},
+]
+
+
+@pytest.mark.parametrize("changes", BOUND, ids=str)
+def test_a_text_may_be_as_long_as_the_model_can_read_and_one_byte(
+    changes: dict[str, Any], tmp_path: Path, invoke: Invoke
+) -> None:
+    model = str(saved(tmp_path, "growing", max_position_embeddings=16, **changes))
+    ran = invoke("generate", model, "--prompt", "seven b", "--tokens", "11")
+    assert ran.exit_code == 2
+    assert ran.out == ""
+    said = " ".join(ran.err.split())
+    assert (
+        "--tokens 11: the model can read no more than 16 bytes, and the beginning has 7; the largest --tokens is 10"
+        in said
+    )
+    assert invoke("generate", model, "--prompt", "seven b", "--tokens", "10", "--json").document["bytes"] == 10
+    ran = invoke("generate", model, "--prompt", "b" * 17, "--tokens", "1")
+    assert ran.exit_code == 2
+    assert "the beginning has 17 bytes, but the model can read no more than 16" in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize("mixer", list_mixers(causal=True))
+def test_a_model_writes_beyond_its_positions_exactly_where_it_has_no_longest_text(mixer: str) -> None:
+    feedforward = None if mixer_config(mixer).placement == "block" else "mlp"
+    model = SubquadForCausalLM(small_config(max_position_embeddings=16, mixer=mixer, feedforward=feedforward)).eval()
+    wish = Wish(tokens=18, temperature=0, top_k=None, top_p=None, seed=0)
+    if longest_text(model.config) is None:
+        assert len(list(written(model, torch.tensor([[65]]), wish, None))) == 18
+    else:
+        with pytest.raises(ValueError, match="16"):
+            list(written(model, torch.tensor([[65]]), wish, None))
