@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,15 +17,14 @@ import torch
 import transformers
 from torch import Tensor
 
+from subquad.byte_ids import BYTES
 from subquad.cli.console import print_document, progress_console
 from subquad.models.block import layers_of
 from subquad.models.cache import SubquadCache
 from subquad.models.causal_lm import SubquadForCausalLM
+from subquad.models.configuration import SubquadConfig
 from subquad.models.sampling import Sampling, choose
 from subquad.models.streaming import StreamingGenerator
-
-BYTES = 256
-"""Ids below are bytes; those from here on are padding and the like, and are never written."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,13 @@ def generate(directory: Path, *, prompt: str, prompt_file: Path | None, wish: Wi
     """Write the prompt and what follows; on standard error, how fast.
 
     Raises:
-        ValueError: no such model, a model of another kind, a prompt that is empty or not for its vocabulary.
+        ValueError: no such model, a model of another kind, an empty prompt, or a longer text than the model can read.
     """
     sampling = wish.sampling()
     beginning = _beginning(prompt, prompt_file)
     model = load_model(directory)
+    _check_length(model.config, len(beginning), wish.tokens)
     tokens = torch.tensor([list(beginning)], device=model.device)
-    largest = int(tokens.max())
-    if largest >= model.config.vocab_size:
-        raise ValueError(
-            f"the prompt has the byte {largest}, but the model knows {model.config.vocab_size} ids only; it was not "
-            "trained on bytes"
-        )
     text = _Text(quiet=as_json)
     text.add(beginning)
     began = time.perf_counter()
@@ -90,32 +85,59 @@ def generate(directory: Path, *, prompt: str, prompt_file: Path | None, wish: Wi
 def _beginning(prompt: str, prompt_file: Path | None) -> bytes:
     if prompt_file is not None and prompt:
         raise ValueError("give the beginning once: --prompt or --prompt-file")
-    beginning = prompt.encode() if prompt_file is None else prompt_file.read_bytes()
+    beginning = os.fsencode(prompt) if prompt_file is None else prompt_file.read_bytes()
     if not beginning:
         raise ValueError("the text needs a beginning of at least one byte: --prompt TEXT or --prompt-file FILE")
     return beginning
 
 
+def _check_length(config: SubquadConfig, beginning: int, tokens: int) -> None:
+    limit = longest_text(config)
+    if limit is None or beginning + tokens <= limit + 1:  # the last byte is written, and never read
+        return
+    if beginning > limit:
+        raise ValueError(f"the beginning has {beginning} bytes, but the model can read no more than {limit}")
+    raise ValueError(
+        f"--tokens {tokens}: the model can read no more than {limit} bytes, and the beginning has {beginning}; the "
+        f"largest --tokens is {limit - beginning + 1}"
+    )
+
+
+def longest_text(config: SubquadConfig) -> int | None:
+    """How many tokens a causal model can read, one after the other or at once; None for any number."""
+    bound = config.positions in ("learned", "axial") or any(each.traits.fixed_length for each in config.layer_mixers())
+    return config.max_position_embeddings if bound else None
+
+
 def load_model(directory: Path) -> SubquadForCausalLM:
-    """The causal language model in a folder, ready to write.
+    """The causal language model of bytes in a folder, ready to write; padding and the like have probability 0.
 
     Raises:
-        ValueError: no model there, or one of another kind.
+        ValueError: no model there, one of another kind, or one whose ids aren't known to be bytes.
     """
     config = directory / "config.json"
     if not config.is_file():
         raise ValueError(f"{directory}: there is no model (no config.json); `subquad run --save-model` writes one")
     try:
-        kinds = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+        written = json.loads(config.read_text(encoding="utf-8"))
+        kinds, byte_ids = written.get("architectures") or [], written.get("byte_ids", False)
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{config} is damaged: {error}") from error
     if SubquadForCausalLM.__name__ not in kinds:
         named = ", ".join(kinds) or "no class"
         raise ValueError(f"{directory}: text is written by a {SubquadForCausalLM.__name__}, this is {named}")
+    if not byte_ids:
+        raise ValueError(
+            f"{directory}: this model isn't marked as one of bytes, as those of `subquad run --task text-lm` are; if "
+            "each byte is its own id, build such models with SubquadConfig(byte_ids=True), and write "
+            f'"byte_ids": true into {config}'
+        )
     transformers.utils.logging.disable_progress_bar()
     model = SubquadForCausalLM.from_pretrained(directory).eval()
+    padding = model.config.pad_token_id
+    never = [token for token in range(model.config.vocab_size) if token >= BYTES or token == padding]
     with torch.no_grad():
-        model.lm_head.project.bias[BYTES:] = -torch.inf
+        model.lm_head.project.bias[never] = -torch.inf
     return model
 
 
@@ -123,7 +145,7 @@ def written(model: SubquadForCausalLM, prompt: Tensor, wish: Wish, sampling: Sam
     """The bytes that follow a prompt, int64 (1, L), one by one, in constant memory if the states of all mixers allow.
 
     Raises:
-        ValueError: more tokens than the model can take.
+        ValueError: more tokens than the model can read; see `longest_text`.
     """
     traits = [layer.mixer.config.traits for layer in layers_of(model.model.blocks)]
     if all(each.constant_state for each in traits):

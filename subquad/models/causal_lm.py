@@ -43,6 +43,10 @@ class SubquadForCausalLM(SubquadGeneratingModel):
         """All layers."""
         return layers_of(self.model.blocks)
 
+    def predicted(self, labels: Tensor) -> Tensor:
+        """As in `SubquadLanguageModel`: all but the first, before which nothing stands."""
+        return labels[:, 1:]
+
     def forward(
         self,
         input_ids: Tensor | None = None,

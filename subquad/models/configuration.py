@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import GenerationConfig, PreTrainedConfig
 
 from subquad.build import make_dims
+from subquad.byte_ids import BYTES
 from subquad.config import field_names, nearest
 from subquad.interface import Dims, FeedforwardConfig, MixerConfig, mixers_with
 from subquad.models.axial import AxialGrid, axial_grid
@@ -48,6 +49,7 @@ class SubquadConfig(PreTrainedConfig):
 
     Args:
         vocab_size: rows of the embedding table.
+        byte_ids: whether the ids below 256 are bytes, each its own id; `subquad generate` writes with such models only.
         hidden_size: D.
         num_hidden_layers: depth.
         num_attention_heads: H.
@@ -88,6 +90,7 @@ class SubquadConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers declares it without ClassVar
 
     vocab_size: int = 257
+    byte_ids: bool = False
     hidden_size: int = 512
     num_hidden_layers: int = 4
     num_attention_heads: int = 8
@@ -134,6 +137,8 @@ class SubquadConfig(PreTrainedConfig):
         for field in positive:
             if getattr(self, field) < 1:
                 raise ValueError(f"SubquadConfig: {field} must be at least 1, got {getattr(self, field)}")
+        if self.byte_ids and self.vocab_size < BYTES:
+            raise ValueError(f"SubquadConfig: byte_ids=True needs vocab_size >= {BYTES}, got {self.vocab_size}")
         if self.feedforward_chunk < 0:
             raise ValueError(f"SubquadConfig: feedforward_chunk must not be negative, got {self.feedforward_chunk}")
         if self.residual == "reversible" and self.norm == "post":

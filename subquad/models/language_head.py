@@ -81,4 +81,8 @@ class SubquadLanguageModel(SubquadPreTrainedModel, ABC):
             found = int(labels[outside][0])
             raise ValueError(f"labels must be {IGNORED} or lie in 0..{last} (vocab_size={last + 1}), got {found}")
         loss = self.loss_function(logits=logits, labels=labels.contiguous(), vocab_size=last + 1, **kwargs)
-        return add_aux_loss(loss, aux_loss, labels, **kwargs)
+        return add_aux_loss(loss, aux_loss, self.predicted(labels), **kwargs)
+
+    def predicted(self, labels: Tensor) -> Tensor:
+        """The labels (B, T) that the loss function compares with logits."""
+        return labels

@@ -84,7 +84,7 @@ class SubquadPreTrainedModel(PreTrainedModel):
 def add_aux_loss(
     loss: Tensor, aux_loss: Tensor | None, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: Any
 ) -> Tensor:
-    """The sum of both losses.
+    """The sum of both losses, where `labels` are those that the first is of.
 
     Where a batch is a part of a larger one (gradient accumulation), whose labels number `num_items_in_batch`, its
     auxiliary loss counts as its labels do, so that all parts together weigh it once.

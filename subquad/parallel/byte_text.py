@@ -1,6 +1,4 @@
-"""Text as bytes: the data of the training program.
-
-    id = byte + 1        0 is padding, 257 the mask of masked language models
+"""Text as bytes: the data of the training program, in the ids of `subquad.byte_ids`.
 
 A batch is a function of seed and step alone, so that a run that was interrupted, or goes on with another number of
 processes, reads what it would have read.
@@ -16,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CAUSAL_VOCABULARY, MASKED_VOCABULARY = 257, 258
-MASK_ID = 257
+from subquad.byte_ids import MASK_TOKEN_ID
+
 IGNORED = -100
 """A label that counts in no loss."""
 
@@ -48,7 +46,7 @@ class ByteText:
         """Ids (count, L) of pieces of the text, from anywhere."""
         generator = torch.Generator().manual_seed(_mixed(seed, step))
         starts = torch.randint(len(self.bytes) - self.length + 1, (count, 1), generator=generator)
-        return self.bytes[starts + torch.arange(self.length)].long() + 1
+        return self.bytes[starts + torch.arange(self.length)].long()
 
 
 def masked(ids: Tensor, *, share: float, seed: int, step: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +64,7 @@ def masked(ids: Tensor, *, share: float, seed: int, step: int) -> tuple[Tensor, 
     generator = torch.Generator().manual_seed(_mixed(seed, step) + 1)
     scores = torch.rand(ids.shape, generator=generator)
     hidden = (scores < share) | (scores == scores.amin(dim=1, keepdim=True))
-    return ids.masked_fill(hidden, MASK_ID), ids.masked_fill(~hidden, IGNORED)
+    return ids.masked_fill(hidden, MASK_TOKEN_ID), ids.masked_fill(~hidden, IGNORED)
 
 
 def standard_library() -> list[Path]:

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from subquad.byte_ids import MASKED_VOCABULARY, PAD_TOKEN_ID, UNMASKED_VOCABULARY
 from subquad.models import SubquadConfig, SubquadForCausalLM, SubquadForMaskedLM
-from subquad.parallel.byte_text import CAUSAL_VOCABULARY, MASKED_VOCABULARY, ByteText, standard_library
+from subquad.parallel.byte_text import ByteText, standard_library
 from subquad.parallel.check import check_model
 from subquad.parallel.checkpoint import check_agreement, last_checkpoint, load_checkpoint, read_state
 from subquad.parallel.grid import Grid, make_mesh
@@ -40,7 +41,9 @@ def build_model(settings: Settings) -> PreTrainedModel:
     """
     causal = settings.objective == "causal"
     config = SubquadConfig(
-        vocab_size=CAUSAL_VOCABULARY if causal else MASKED_VOCABULARY,
+        vocab_size=UNMASKED_VOCABULARY if causal else MASKED_VOCABULARY,
+        byte_ids=True,
+        pad_token_id=PAD_TOKEN_ID,
         hidden_size=settings.width,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,

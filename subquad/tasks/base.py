@@ -54,6 +54,7 @@ class TaskData(ABC, Generic[SplitT]):
         validation: what chooses the checkpoint.
         test: what is reported.
         data_hash: `hash_splits` of the three.
+        byte_ids: see `SubquadConfig`.
     """
 
     objective: ClassVar[str]
@@ -70,6 +71,7 @@ class TaskData(ABC, Generic[SplitT]):
     validation: SplitT
     test: SplitT
     data_hash: str
+    byte_ids: bool = False
 
     @property
     def splits(self) -> dict[str, SplitT]:

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from subquad.byte_ids import PAD_TOKEN_ID, UNMASKED_VOCABULARY
 from subquad.tasks.base import DataPreset, Progress, Task
 from subquad.tasks.identity import identity
 from subquad.tasks.kinds import ClassificationData
@@ -21,7 +22,6 @@ from subquad.tasks.labelled_texts import LabelledText, read_labelled
 from subquad.tasks.own_files import given_splits, name_rank
 from subquad.tasks.splits import LabelledSplit, Ragged
 
-PAD_TOKEN_ID = 256
 _SHARE = 10
 """One text in so many is held out for each of validation and test."""
 
@@ -63,7 +63,8 @@ class TextTask(Task):
         splits = {split: _split(part, number, preset.max_length) for split, part in texts.items()}
         return ClassificationData(
             **identity(self.name, preset, splits, title=title),
-            vocab_size=PAD_TOKEN_ID + 1,
+            vocab_size=UNMASKED_VOCABULARY,
+            byte_ids=True,
             pad_token_id=PAD_TOKEN_ID,
             num_labels=len(classes),
             max_length=preset.max_length,

@@ -13,14 +13,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from subquad.byte_ids import PAD_TOKEN_ID, UNMASKED_VOCABULARY
 from subquad.tasks.base import DataPreset, Progress, Task
 from subquad.tasks.identity import identity
 from subquad.tasks.kinds import CausalData
 from subquad.tasks.python_text import library_splits
 from subquad.tasks.splits import LanguageSplit
 from subquad.tasks.text_corpus import read_corpus
-
-PAD_TOKEN_ID = 256
 
 
 class TextLmTask(Task):
@@ -42,7 +41,8 @@ class TextLmTask(Task):
     def _gathered(self, preset: DataPreset, splits: dict[str, LanguageSplit], title: str) -> CausalData:
         return CausalData(
             **identity(self.name, preset, splits, title=title),
-            vocab_size=PAD_TOKEN_ID + 1,
+            vocab_size=UNMASKED_VOCABULARY,
+            byte_ids=True,
             pad_token_id=PAD_TOKEN_ID,
             max_length=preset.max_length,
             metric="bits_per_byte",

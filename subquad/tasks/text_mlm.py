@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from subquad.byte_ids import MASK_TOKEN_ID, MASKED_VOCABULARY, PAD_TOKEN_ID
 from subquad.config import coerce_fields
 from subquad.tasks.base import DataPreset, Progress, Task
 from subquad.tasks.identity import identity
@@ -21,8 +22,6 @@ from subquad.tasks.kinds import MaskedData
 from subquad.tasks.python_text import library_splits
 from subquad.tasks.splits import LanguageSplit
 from subquad.tasks.text_corpus import read_corpus
-
-PAD_TOKEN_ID, MASK_TOKEN_ID = 256, 257
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,8 @@ class TextMlmTask(Task):
     def _gathered(self, preset: DataPreset, splits: dict[str, LanguageSplit], title: str) -> MaskedData:
         return MaskedData(
             **identity(self.name, preset, splits, title=f"{title}, masked"),
-            vocab_size=MASK_TOKEN_ID + 1,
+            vocab_size=MASKED_VOCABULARY,
+            byte_ids=True,
             pad_token_id=PAD_TOKEN_ID,
             max_length=preset.max_length,
             metric="bits_per_byte",

@@ -70,6 +70,19 @@ def test_what_layers_add_to_the_loss_is_in_the_loss() -> None:
     torch.testing.assert_close(output.loss, (cross_entropy + output.aux_loss).float(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_a_part_of_a_batch_weighs_both_losses_by_the_tokens_that_it_predicts(hidden: int) -> None:
+    model, (tokens, _) = causal_lm(mixer=small("routing")).train(), batch()
+    labels = tokens.clone()
+    labels[0, :hidden] = -100
+    predicted = [(row, place) for row in range(3) for place in range(1, tokens.shape[1]) if row > 0 or place >= hidden]
+    output = model(tokens, labels=labels, num_items_in_batch=50)
+    log = output.logits.log_softmax(dim=-1)
+    cross_entropy = -torch.stack([log[row, place - 1, tokens[row, place]] for row, place in predicted]).mean()
+    expected = (cross_entropy + output.aux_loss) * len(predicted) / 50
+    torch.testing.assert_close(output.loss, expected.float(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("kept", [0, 1, 4, torch.tensor([2, 5])])
 def test_logits_of_some_tokens_are_those_among_all(kept: Any) -> None:
     model, (tokens, _) = causal_lm(), batch()

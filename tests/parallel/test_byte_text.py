@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from subquad.parallel.byte_text import IGNORED, MASK_ID, ByteText, masked, standard_library
+from subquad.byte_ids import MASK_TOKEN_ID
+from subquad.parallel.byte_text import IGNORED, ByteText, masked, standard_library
+from subquad.parallel.settings import Settings
+from subquad.parallel.train import build_model
+from subquad.tasks.base import DataPreset
+from subquad.tasks.text_lm import TextLmTask
 
 
 def text(tmp_path: Path, length: int = 5) -> ByteText:
@@ -19,9 +24,20 @@ def text(tmp_path: Path, length: int = 5) -> ByteText:
 def test_examples_are_pieces_of_the_files_behind_one_another(tmp_path: Path) -> None:
     ids = text(tmp_path).examples(300, seed=1, step=2)
     assert ids.shape == (300, 5)
-    successors = (ids[:, :-1] - 1 + 1) % 256 + 1  # every byte is the one before plus 1
-    assert torch.equal(ids[:, 1:], successors)
-    assert {int(ids.min()), int(ids.max())} == {1, 256}
+    assert torch.equal(ids[:, 1:], (ids[:, :-1] + 1) % 256)  # every byte is the one before plus 1
+    assert {int(ids.min()), int(ids.max())} == {0, 255}
+
+
+def test_ids_are_those_of_the_language_models_of_the_command_line(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.txt").write_bytes(bytes(range(256)))
+    data = TextLmTask().read(tmp_path, DataPreset("toy", "toy", False, 5, 5, 5, max_length=256))
+    (ids,) = ByteText([tmp_path / "train.txt"], length=256).examples(1, seed=0, step=0)
+    assert ids.tolist() == data.train.inputs[0].tolist()
+    config = build_model(Settings(layers=1)).config
+    assert (config.vocab_size, config.pad_token_id) == (data.vocab_size, data.pad_token_id)
+    assert config.byte_ids
+    assert data.byte_ids
 
 
 def test_a_step_has_its_own_examples_again_and_again(tmp_path: Path) -> None:
@@ -32,10 +48,10 @@ def test_a_step_has_its_own_examples_again_and_again(tmp_path: Path) -> None:
 
 
 def test_hidden_bytes_are_the_labels_and_nothing_else_is() -> None:
-    ids = torch.randint(1, 257, (50, 40))
+    ids = torch.randint(256, (50, 40))
     hidden, labels = masked(ids, share=0.15, seed=1, step=0)
-    assert torch.equal(hidden == MASK_ID, labels != IGNORED)
-    assert torch.equal(torch.where(hidden == MASK_ID, labels, hidden), ids)
+    assert torch.equal(hidden == MASK_TOKEN_ID, labels != IGNORED)
+    assert torch.equal(torch.where(hidden == MASK_TOKEN_ID, labels, hidden), ids)
     assert 0.1 < float((labels != IGNORED).float().mean()) < 0.2
 
 

@@ -84,6 +84,18 @@ def test_what_a_batch_shares_is_shared_by_the_part_of_a_row() -> None:
         assert max(abs(one - other) for one, other in zip(process[0], of_whole[0], strict=True)) > 1e-4
 
 
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_the_loss_of_a_batch_is_its_mean_cross_entropy_and_all_of_its_auxiliary_loss(objective: Any) -> None:
+    given = settings(objective=objective, length=8, feedforward={**EXPERTS, "balance_weight": 1.0})
+    ids, labels, count = batch_of(text(given), given, 0)
+    output: Any = build_model(given)(input_ids=ids, labels=labels, num_items_in_batch=count)
+    shift = int(objective == "causal")
+    logits, asked = output.logits[:, : 8 - shift], labels[:, shift:]
+    cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), asked.flatten())  # -100 counts for nothing
+    torch.testing.assert_close(output.loss - cross_entropy, output.aux_loss, rtol=1e-5, atol=1e-5)
+    assert float(output.aux_loss.detach()) > 0.9
+
+
 NOISY: dict[str, Any] = {"name": "switch", "experts": 4, "jitter": 0.1, "expert_dropout": 0.2}
 
 

@@ -61,6 +61,7 @@ class Objective(ABC, Generic[DataT, ModelT]):
         """
         return SubquadConfig(
             vocab_size=self.data.vocab_size,
+            byte_ids=self.data.byte_ids,
             pad_token_id=self.data.pad_token_id,
             max_position_embeddings=self.data.max_length,
             mixer=mixer.to_dict(),
