@@ -113,6 +113,26 @@ class MixerConfig(_WrittenConfig, ABC):
     def check(self, dims: Dims) -> None:
         """Raise ValueError where these options don't go with these dims, beyond what the traits say."""
 
+    def comparison(self, dims: Dims, length: int) -> Comparison:
+        """How to measure what attending to fewer pairs, or in another way, costs in accuracy, at a length."""
+        del dims, length
+        return Comparison(self)
+
+
+class Comparison(NamedTuple):
+    """What is held against what when the error of a mechanism against exact attention is measured.
+
+    Attributes:
+        measured: the mechanism, without what it adds to attention.
+        exact: attention to everything visible of the mechanism's own kind, where its queries are its keys too; None for
+            dense attention.
+        note: what a reader of the error has to know, one sentence, or nothing.
+    """
+
+    measured: MixerConfig
+    exact: MixerConfig | None = None
+    note: str = ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeedforwardConfig(_WrittenConfig, ABC):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads, projection_cost
-from subquad.interface import Dims, MixerConfig, Traits
+from subquad.interface import Comparison, Dims, MixerConfig, Traits
 from subquad.ops.compress import block_maxima, block_means, block_sums, compress
 from subquad.ops.packing import has_gaps, take, valid_first
 from subquad.registry import register
@@ -69,6 +69,11 @@ class LinformerConfig(MixerConfig):
     def traits(self) -> Traits:
         """Bound to a maximal length: P has one column per position, and blocks are cut from it."""
         return Traits(bidirectional=True, cross=True, padding=True, fixed_length=True)
+
+    def comparison(self, dims: Dims, length: int) -> Comparison:
+        """Nothing is left out, but what is learned is random."""
+        note = "What compresses keys and values is random until it is trained, and approximates nothing before."
+        return Comparison(self, note=note) if self.learned else super().comparison(dims, length)
 
     def build(self, dims: Dims) -> Linformer:
         """The module."""

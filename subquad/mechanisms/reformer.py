@@ -35,7 +35,7 @@ from torch import Tensor
 from subquad.cache import KeyValueCache, empty_cache, store_keys
 from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads
-from subquad.interface import Dims, MixerConfig, Traits
+from subquad.interface import Comparison, Dims, MixerConfig, Traits
 from subquad.mask import Mask
 from subquad.ops.lsh.attention import continue_in_buckets, list_rule
 from subquad.ops.lsh.hash import (
@@ -128,6 +128,15 @@ class ReformerConfig(MixerConfig):
         """Columns of a rotation, enough for every length."""
         derived = self.buckets is None and self.chunks == "global"
         return LARGEST_FACTOR if derived else rotation_columns(self.factors(0))
+
+    def comparison(self, dims: Dims, length: int) -> Comparison:
+        """Held against one chunk that holds everything."""
+        exact = ReformerConfig(rounds=1, chunk=length, buckets=1, chunks=self.chunks)
+        note = (
+            "Queries are keys too, of unit length, so k isn't read; softmax is over all visible tokens but the query's "
+            "own."
+        )
+        return Comparison(self, exact, note)
 
     def build(self, dims: Dims) -> Reformer:
         """The module."""
