@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -12,9 +12,7 @@ from subquad.build import make_dims
 from subquad.config import field_names, nearest
 from subquad.interface import Dims, FeedforwardConfig, MixerConfig, mixers_with
 from subquad.models.axial import AxialGrid, axial_grid
-
-Written = str | Mapping[str, Any] | None
-"""One layer's mixer: a name, or a dict with the name and options; None for none."""
+from subquad.models.written_layers import as_dict, tiled
 
 _CHOICES = {
     "positions": ("sinusoidal", "learned", "axial", "rotary", "none"),
@@ -136,6 +134,11 @@ class SubquadConfig(PreTrainedConfig):
                 raise ValueError(f"SubquadConfig: {field} must be at least 1, got {getattr(self, field)}")
         if self.feedforward_chunk < 0:
             raise ValueError(f"SubquadConfig: feedforward_chunk must not be negative, got {self.feedforward_chunk}")
+        if self.feedforward_chunk and not self._has_feedforwards():
+            raise ValueError(
+                f"SubquadConfig: feedforward_chunk={self.feedforward_chunk} says how many tokens pass a feed-forward at a "
+                "time, and no layer has one; leave it out, or name a feedforward"
+            )
         if self.residual == "reversible" and self.norm == "post":
             raise ValueError(
                 "SubquadConfig: residual='reversible' needs norm='pre'; a norm after the sum couldn't be taken back"
@@ -147,6 +150,12 @@ class SubquadConfig(PreTrainedConfig):
                 raise ValueError(
                     f"SubquadConfig: {field} goes with positions='axial', got positions={self.positions!r}"
                 )
+
+    def _has_feedforwards(self) -> bool:
+        """Whether any layer has a channel mixer, of the encoder or of the stack that is there in every model."""
+        depth = self.num_hidden_layers
+        stacks = (self.feedforward, depth), (self.encoder_feedforward, self.encoder_layers or depth)
+        return any(layer is not None for written, depth in stacks for layer in tiled(written, depth, "feedforward"))
 
     def axial_grid(self, places: int) -> AxialGrid:
         """The grid of axial positions for so many `places`.
@@ -207,8 +216,8 @@ class SubquadConfig(PreTrainedConfig):
         Raises:
             ValueError: unknown name or option.
         """
-        written = _tile(self.mixer, self.num_hidden_layers, "mixer")
-        return [MixerConfig.from_dict(_as_dict(layer, "mixer")) for layer in written]
+        written = tiled(self.mixer, self.num_hidden_layers, "mixer")
+        return [MixerConfig.from_dict(as_dict(layer, "mixer")) for layer in written]
 
     def layer_cross_mixers(self) -> list[MixerConfig]:
         """The cross mixer of each layer of a decoder.
@@ -216,8 +225,8 @@ class SubquadConfig(PreTrainedConfig):
         Raises:
             ValueError: unknown name or option.
         """
-        written = _tile(self.cross_mixer, self.num_hidden_layers, "cross_mixer")
-        return [MixerConfig.from_dict(_as_dict(layer, "cross_mixer")) for layer in written]
+        written = tiled(self.cross_mixer, self.num_hidden_layers, "cross_mixer")
+        return [MixerConfig.from_dict(as_dict(layer, "cross_mixer")) for layer in written]
 
     def layer_feedforwards(self) -> list[FeedforwardConfig | None]:
         """The channel mixer of each layer, with this config's width and dropout where the layer names none.
@@ -227,8 +236,8 @@ class SubquadConfig(PreTrainedConfig):
         """
         common = {"hidden_dim": self.intermediate_size, "dropout": self.dropout}
         layers: list[FeedforwardConfig | None] = []
-        for layer in _tile(self.feedforward, self.num_hidden_layers, "feedforward"):
-            written = None if layer is None else {**common, **_as_dict(layer, "feedforward")}
+        for layer in tiled(self.feedforward, self.num_hidden_layers, "feedforward"):
+            written = None if layer is None else {**common, **as_dict(layer, "feedforward")}
             layers.append(None if written is None else FeedforwardConfig.from_dict(written))
         return layers
 
@@ -276,18 +285,3 @@ def _refuse_unknown(config_class: type[SubquadConfig], given: Mapping[str, Any],
         if name not in foreign and not name.startswith("_"):
             known = {*field_names(config_class), "num_labels"} - {*field_names(PreTrainedConfig)}
             raise ValueError(f"SubquadConfig: unknown keyword {name!r}; {nearest(name, known)}")
-
-
-def _tile(written: Any, depth: int, field: str) -> list[Written]:
-    layers: Sequence[Written] = list(written) if isinstance(written, list | tuple) else [written]
-    if not layers:
-        raise ValueError(f"SubquadConfig: {field} is an empty list; name at least one")
-    return [layers[index % len(layers)] for index in range(depth)]
-
-
-def _as_dict(written: Written, field: str) -> dict[str, Any]:
-    if isinstance(written, str):
-        return {"name": written}
-    if isinstance(written, Mapping):
-        return dict(written)
-    raise ValueError(f"SubquadConfig: {field} must be a name, a dict with 'name', or a list of these; got {written!r}")
