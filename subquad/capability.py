@@ -146,8 +146,8 @@ def refuse(config: Mechanism, trait: str, asked: str, why: str = "") -> ValueErr
     given = ", ".join(f"{name}={getattr(config, name)!r}" for name in forbidding)
     others = ", ".join(name for name in able if name != config.name) or "none"
     return ValueError(
-        f"{config.name}: {asked} is not supported with {given}; leave out {' and '.join(forbidding)}, or choose another "
-        f"mechanism that supports it: {others}{reason}"
+        f"{config.name}: {asked} is not supported with {given}; leave out {' and '.join(forbidding)}, or choose "
+        f"another mechanism that supports it: {others}{reason}"
     )
 
 

@@ -65,6 +65,8 @@ class SubquadConfig(PreTrainedConfig):
         norm: layer norm before ("pre", with a final one) or after ("post") each sublayer.
         residual: "standard", or "reversible": two streams, and memory for activations that doesn't grow with the depth.
         feedforward_chunk: tokens that pass the feed-forward at a time; 0 for all. In training they pass it twice.
+        loss_chunk: in training, tokens of a sequence whose logits a language head makes at a time, and again in the
+            backward pass; given labels it then returns the loss alone, no logits. 0 for all tokens, and all logits.
         pooling: "cls" prepends a learned vector and pools there; "first", "last": that valid token; "mean": over them.
             The vectors of a global stream are never pooled.
         causal: each token sees itself and the past only.
@@ -103,6 +105,7 @@ class SubquadConfig(PreTrainedConfig):
     norm: Literal["pre", "post"] = "pre"
     residual: Literal["standard", "reversible"] = "standard"
     feedforward_chunk: int = 0
+    loss_chunk: int = 0
     pooling: Literal["cls", "first", "mean", "last"] = "cls"
     causal: bool = False
     global_tokens: Literal["none", "first"] = "none"
@@ -132,12 +135,13 @@ class SubquadConfig(PreTrainedConfig):
         for field in positive:
             if getattr(self, field) < 1:
                 raise ValueError(f"SubquadConfig: {field} must be at least 1, got {getattr(self, field)}")
-        if self.feedforward_chunk < 0:
-            raise ValueError(f"SubquadConfig: feedforward_chunk must not be negative, got {self.feedforward_chunk}")
+        for field in ("feedforward_chunk", "loss_chunk"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"SubquadConfig: {field} must not be negative, got {getattr(self, field)}")
         if self.feedforward_chunk and not self._has_feedforwards():
             raise ValueError(
-                f"SubquadConfig: feedforward_chunk={self.feedforward_chunk} says how many tokens pass a feed-forward at a "
-                "time, and no layer has one; leave it out, or name a feedforward"
+                f"SubquadConfig: feedforward_chunk={self.feedforward_chunk} says how many tokens pass a feed-forward "
+                "at a time, and no layer has one; leave it out, or name a feedforward"
             )
         if self.residual == "reversible" and self.norm == "post":
             raise ValueError(

@@ -75,8 +75,8 @@ def test_a_trait_that_an_option_forbids_is_refused_naming_the_option_and_other_m
     config = mixer_config(name, **options)
     others = ", ".join(other for other in list_mixers(**{trait: True}) if other != name)
     message = (
-        f"{name}: {asked} is not supported with {forbidding}={options[forbidding]!r}; leave out {forbidding}, or choose "
-        f"another mechanism that supports it: {others}"
+        f"{name}: {asked} is not supported with {forbidding}={options[forbidding]!r}; leave out {forbidding}, or "
+        f"choose another mechanism that supports it: {others}"
     )
     attempts: dict[str, Callable[[], object]] = {
         "bidirectional": lambda: build_from_config(config, WIDE_HEADS),

@@ -68,6 +68,7 @@ def test_the_config_survives_its_written_form() -> None:
             "feedforward_chunk=4 .* and no layer has one; leave it out, or name a feedforward",
         ),
         ({"feedforward_chunk": 4, "feedforward": [None], "encoder_feedforward": [None]}, "no layer has one"),
+        ({"loss_chunk": -1}, "loss_chunk must not be negative, got -1"),
         ({"mixr": "local"}, r"unknown keyword 'mixr'; did you mean 'mixer'\? Known: .*, mixer, "),
         ({"window": 129}, "unknown keyword 'window'; known: axial_pos_embds_dim, "),
         ({"num_label": 3}, r"unknown keyword 'num_label'; did you mean 'num_labels'\?"),
