@@ -13,7 +13,8 @@ P is drawn with variance 1 / max_length, so that compressed rows keep their scal
 one for each valid token: an invalid token takes no position. Pooling and convolution, which the paper names without
 details: blocks are counted over valid tokens, a last block that is not full has its own mean or maximum, one without a
 token is not attended; the convolution, kernel and stride c, is one for each channel of a head. A rank that falls over
-depth, as the paper proposes, is a list of mixers; with sharing="layerwise" those of equal rank share one P.
+depth, as the paper proposes, is a list of mixers; with sharing="layerwise" those of equal rank share one P. One that
+differs by head is not offered: all heads of a layer attend together, to equally many rows.
 """
 
 from __future__ import annotations

@@ -18,9 +18,11 @@ costs O(n L + L D).
 Departures: by default a chunk's tokens of other buckets are seen, and a token counts as often as it is listed, as in
 the official code (trax) and in Hugging Face, which makes the price independent of the data; the paper compares buckets
 (`same_bucket_only`) and discounts repetitions (`dedup`). The first chunk of a round has none before it, as in the
-paper; both codes let it look back at the last chunk of another round (`wrap`). Scores are q_i · k_j without 1 / √E, as
-in both. Rotations are drawn once, from (seed, layer), and saved with the model; the paper draws them in every step. The
-shared projection is computed in float32 or wider, since rounding moves tokens to other buckets.
+paper; both codes let it look back at the last chunk of another round (`wrap`). Their options to look further back, or
+ahead, are not offered: tiles are laid out for the paper's one chunk before, and a larger `chunk` lengthens lists too.
+Scores are q_i · k_j without 1 / √E, as in both. Rotations are drawn once, from (seed, layer), and saved with the model;
+the paper draws them in every step. The shared projection is computed in float32 or wider, since rounding moves tokens
+to other buckets.
 """
 
 from __future__ import annotations
