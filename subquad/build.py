@@ -110,11 +110,11 @@ def check_dims(config: MixerConfig, dims: Dims) -> None:
     """
     traits = config.traits
     if dims.causal and not traits.causal:
-        raise refuse(config.name, "causal", "causal=True", config.why_not_causal)
+        raise refuse(config, "causal", "causal=True", config.why_not_causal)
     if not dims.causal and not dims.cross and not traits.bidirectional:
-        raise refuse(config.name, "bidirectional", "causal=False")
+        raise refuse(config, "bidirectional", "causal=False")
     if dims.cross and not traits.cross:
-        raise refuse(config.name, "cross", "cross=True")
+        raise refuse(config, "cross", "cross=True")
     if traits.fixed_length and dims.max_length is None:
         raise ValueError(f"{config.name}: its parameters depend on the length; pass max_length (longest input)")
     config.check(dims)

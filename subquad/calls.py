@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.capability import Dims, Traits, mixers_with, refuse
+from subquad.capability import Dims, Mechanism, mixers_with, refuse
 from subquad.config import field_names
 from subquad.mask import Mask
 from subquad.receipt import leave_receipt
@@ -27,15 +27,16 @@ class Call(NamedTuple):
     state: State | None
 
 
-def check_call(name: str, traits: Traits, dims: Dims, call: Call) -> None:
+def check_call(config: Mechanism, dims: Dims, call: Call) -> None:
     """Check everything but the kind of the state.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices, or a constraint that this mechanism can't honour.
     """
+    name = config.name
     _check_stream(name, "x", call.x, dims.embed_dim)
     _check_context(name, dims, call)
-    if dims.max_length is not None and traits.fixed_length:
+    if dims.max_length is not None and config.traits.fixed_length:
         for label, tensor in (("x", call.x), ("context", call.context)):
             if tensor is not None and tensor.shape[1] > dims.max_length:
                 raise ValueError(
@@ -43,9 +44,9 @@ def check_call(name: str, traits: Traits, dims: Dims, call: Call) -> None:
                     f"{dims.max_length}; build it with a larger max_length"
                 )
     if call.mask is not None:
-        _check_mask(name, traits, call.x, call.mask, "mask")
+        _check_mask(config, call.x, call.mask, "mask")
     if call.context is not None and call.context_mask is not None:
-        _check_mask(name, traits, call.context, call.context_mask, "context_mask")
+        _check_mask(config, call.context, call.context_mask, "context_mask")
 
 
 def check_dtypes(name: str, parameters: torch.dtype, call: Call) -> None:
@@ -121,14 +122,15 @@ def _check_context(name: str, dims: Dims, call: Call) -> None:
         raise ValueError(f"{name}: context has {call.context.shape[0]} rows but x has {call.x.shape[0]}")
 
 
-def _check_mask(name: str, traits: Traits, tokens: Tensor, mask: Mask, label: str) -> None:
+def _check_mask(config: Mechanism, tokens: Tensor, mask: Mask, label: str) -> None:
+    name, traits = config.name, config.traits
     if not isinstance(mask, Mask):
         raise ValueError(f"{name}: {label} must be a subquad.Mask, got {type(mask).__name__}; see Mask(valid=...)")
     mask.check(name, tokens, name=label)
     if mask.valid is not None and not traits.padding:
-        raise refuse(name, "padding", f"{label}.valid")
+        raise refuse(config, "padding", f"{label}.valid")
     if mask.segments is not None and not traits.segments:
-        raise refuse(name, "segments", f"{label}.segments")
+        raise refuse(config, "segments", f"{label}.segments")
     if mask.global_tokens is not None and not traits.global_tokens:
         able = ", ".join(mixers_with("global_tokens")) or "none"
         reason = f"{name} has no global tokens (mechanisms that have: {able})"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from dataclasses import Field, dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Protocol
 
 from subquad.config import coerce_fields
 from subquad.registry import MIXERS
@@ -119,8 +119,49 @@ def mixers_with(trait: str) -> list[str]:
     return names
 
 
-def refuse(name: str, trait: str, asked: str, why: str = "") -> ValueError:
-    """The error for a mechanism asked for what it can't do; names those that can, and says why where that helps."""
-    able = ", ".join(mixers_with(trait)) or "none"
+class Mechanism(Protocol):
+    """What a refusal reads of a mechanism's config."""
+
+    name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def traits(self) -> Traits:
+        """What the mechanism can do with these options."""
+        ...
+
+
+def refuse(config: Mechanism, trait: str, asked: str, why: str = "") -> ValueError:
+    """The error for a mechanism asked for what it can't do.
+
+    It names the mechanisms that can, or, where this one could but for an option, that option beside the others; and it
+    says why where that helps.
+    """
+    able = mixers_with(trait)
     reason = f". {why}" if why else ""
-    return ValueError(f"{name}: {asked} is not supported; mechanisms that support it: {able}{reason}")
+    if config.name not in able:
+        names = ", ".join(able) or "none"
+        return ValueError(f"{config.name}: {asked} is not supported; mechanisms that support it: {names}{reason}")
+    forbidding = _forbidding_options(config, trait)
+    given = ", ".join(f"{name}={getattr(config, name)!r}" for name in forbidding)
+    others = ", ".join(name for name in able if name != config.name) or "none"
+    return ValueError(
+        f"{config.name}: {asked} is not supported with {given}; leave out {' and '.join(forbidding)}, or choose "
+        f"another mechanism that supports it: {others}{reason}"
+    )
+
+
+def _forbidding_options(config: Mechanism, trait: str) -> list[str]:
+    """The option without which the config would have a trait that its mechanism has by default.
+
+    Where no single one decides, all that were given.
+    """
+    given = [field for field in fields(config) if getattr(config, field.name) != field.default]
+    for field in given:
+        try:
+            without = replace(config, **{field.name: field.default})
+        except ValueError:  # another option needs this one
+            continue
+        if getattr(without.traits, trait):
+            return [field.name]
+    return [field.name for field in given]

@@ -113,6 +113,26 @@ class MixerConfig(_WrittenConfig, ABC):
     def check(self, dims: Dims) -> None:
         """Raise ValueError where these options don't go with these dims, beyond what the traits say."""
 
+    def comparison(self, dims: Dims, length: int) -> Comparison:
+        """How to measure what attending to fewer pairs, or in another way, costs in accuracy, at a length."""
+        del dims, length
+        return Comparison(self)
+
+
+class Comparison(NamedTuple):
+    """What is held against what when the error of a mechanism against exact attention is measured.
+
+    Attributes:
+        measured: the mechanism, without what it adds to attention.
+        exact: attention to everything visible of the mechanism's own kind, where its queries are its keys too; None for
+            dense attention.
+        note: what a reader of the error has to know, one sentence, or nothing.
+    """
+
+    measured: MixerConfig
+    exact: MixerConfig | None = None
+    note: str = ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeedforwardConfig(_WrittenConfig, ABC):
@@ -177,7 +197,7 @@ class TokenMixer(nn.Module, ABC):
         """
         name = self.config.name
         call = Call(x, context, mask, context_mask, state)
-        check_call(name, self.config.traits, self.dims, call)
+        check_call(self.config, self.dims, call)
         check_dtypes(name, next(self.parameters(), x).dtype, call)
         if state is not None:
             check_state(name, x, state, self.init_state(0))
@@ -204,7 +224,7 @@ class TokenMixer(nn.Module, ABC):
             ValueError: the mechanism, or this form of it, has no state.
         """
         if not self.config.traits.state:
-            raise refuse(self.config.name, "state", "a state")
+            raise refuse(self.config, "state", "a state")
         if not (self.dims.causal or self.dims.cross):
             raise ValueError(f"{self.config.name}: a state needs causal=True or cross=True; this one is bidirectional")
         parameter = next(self.parameters(), torch.empty(0))  # a mixer without parameters: torch's defaults
@@ -213,7 +233,7 @@ class TokenMixer(nn.Module, ABC):
 
     def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         """The empty state of this mechanism; written by those that have one."""
-        raise refuse(self.config.name, "state", "a state")
+        raise NotImplementedError(f"{self.config.name}: has the trait state, but its module doesn't write new_state")
 
     def initialise(self) -> None:
         """Draw anew the parameters that are this module's own; its submodules are initialised by themselves."""

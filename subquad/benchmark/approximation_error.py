@@ -2,11 +2,13 @@
 
     error = |y - y_softmax| / |y_softmax|        for every head, over all of its tokens
 
-The mechanism is run as it is, behind projections that hand q, k and v through: x holds the three side by side, the
-projections select them, and the one at the end returns the heads. So whatever a module does beside attending counts.
-Dense attention is the mechanism `full` behind the same projections. Averaging the values without looking at the queries
-is told beside it: a mechanism that is no closer than that approximates nothing on these inputs. A mechanism that means
-to be something else (a window, another kernel) is measured alike: the figure says what swapping it in would change.
+The mechanism runs behind projections that hand q, k and v through: x holds the three side by side, the projections
+select them, and the one at the end returns the heads. What a mechanism adds to attention is left out, where its config
+says that there is such a thing (`comparison`). Dense attention is the mechanism `full` behind the same projections. One
+whose queries are its keys too doesn't read k, and is held against attention of its own kind to everything visible.
+Averaging the values without looking at the queries is told beside it: a mechanism that is no closer than that
+approximates nothing on these inputs. A mechanism that means to be something else (a window, another kernel) is measured
+alike: the figure says what swapping it in would change.
 
 Which option to turn is read off the price: a whole number that costs FLOPs when it is doubled.
 """
@@ -29,7 +31,8 @@ LENGTHS = (256, 1024, 4096)
 SCALES = (0.25, 0.5, 1.0)
 """Standard deviations of random queries and keys; scores then have their squares."""
 _DENSE = "full"
-_PROJECTIONS = ("project_query", "project_key", "project_value", "project_out")
+_KEYS = "project_key"
+_PROJECTIONS = ("project_query", _KEYS, "project_value", "project_out")
 
 
 class Qkv(NamedTuple):
@@ -57,6 +60,7 @@ class ErrorPoint:
         mean: over heads and examples; not finite where the mechanism's result isn't.
         worst: of the worst head.
         averaging: mean error of averaging all visible values.
+        note: what has to be known of the figures, or nothing.
     """
 
     options: dict[str, int]
@@ -65,6 +69,7 @@ class ErrorPoint:
     mean: float
     worst: float
     averaging: float
+    note: str = ""
 
 
 def random_qkv(length: int, *, num_heads: int, head_dim: int, scale: float, examples: int = 1, seed: int = 0) -> Qkv:
@@ -156,18 +161,33 @@ def approximation_errors(
     """
     points: list[ErrorPoint] = []
     for qkv in inputs:
-        dims = _dims_of(qkv, causal=causal)
-        exact = _attend(mixer_config(_DENSE), dims, qkv)
-        averaging = _errors(_attend(mixer_config(_DENSE), dims, qkv._replace(q=torch.zeros_like(qkv.q))), exact)
-        for options in _combinations(config, knobs(config, dims, qkv.q.shape[2]) if sweeps is None else sweeps):
-            changed = make_config(type(config), config.name, _options_of(config) | options)
+        length, dims = qkv.q.shape[2], _dims_of(qkv, causal=causal)
+        measured, own_exact, note = config.comparison(dims, length)
+        exact_config = own_exact or mixer_config(_DENSE)
+        exact = _attend(exact_config, dims, qkv)
+        averaging = _errors(_attend(exact_config, dims, qkv._replace(q=torch.zeros_like(qkv.q))), exact)
+        turned = knobs(measured, dims, length) if sweeps is None else sweeps
+        _check_measured(config, measured, turned)
+        for options in _combinations(turned):
+            changed = make_config(type(measured), config.name, _options_of(measured) | options)
             errors = _errors(_attend(changed, dims, qkv), exact)
-            measured = float(errors.mean()), float(errors.max()), float(averaging.mean())
-            points.append(ErrorPoint(options, qkv.source, qkv.q.shape[2], *measured))
+            figures = float(errors.mean()), float(errors.max()), float(averaging.mean())
+            points.append(ErrorPoint(options, qkv.source, length, *figures, note))
     return points
 
 
-def _combinations(config: MixerConfig, sweeps: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
+def _check_measured(config: MixerConfig, measured: MixerConfig, turned: Iterable[str]) -> None:
+    """Refuse to turn what is left out of the measurement."""
+    for name in turned:
+        kept = getattr(measured, name)
+        if kept != getattr(config, name):
+            raise ValueError(
+                f"{config.name}: {name} is no part of attention, and is left out where the error is measured "
+                f"({name}={kept!r}); turn another option"
+            )
+
+
+def _combinations(sweeps: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
     return [{name: value} for name, values in sweeps.items() for value in values] or [{}]
 
 
@@ -194,14 +214,18 @@ def _attend(config: MixerConfig, dims: Dims, qkv: Qkv) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         mixer = build_from_config(config, dims).float().eval()
-    _hand_through(mixer)
+    _hand_through(mixer, reads_keys=config.comparison(dims, qkv.q.shape[2]).exact is None)
     x = torch.cat([tensor.transpose(1, 2).flatten(2) for tensor in qkv[:3]], dim=-1)
     y = mixer(x).y[..., : dims.inner_dim]
     return y.unflatten(-1, (dims.num_heads, dims.head_dim)).transpose(1, 2)
 
 
-def _hand_through(mixer: TokenMixer) -> None:
+def _hand_through(mixer: TokenMixer, *, reads_keys: bool) -> None:
     """Set the projections so that they select q, k and v from x, and write the heads to the front of y.
+
+    Args:
+        mixer: its projections are changed.
+        reads_keys: whether it has keys beside its queries.
 
     Raises:
         ValueError: a mechanism that owns the whole block, or with other projections.
@@ -211,6 +235,8 @@ def _hand_through(mixer: TokenMixer) -> None:
     selection = torch.eye(mixer.dims.embed_dim).split(mixer.dims.inner_dim)
     weights = (*selection, selection[0].mT)
     for name, weight in zip(_PROJECTIONS, weights, strict=True):
+        if name == _KEYS and not reads_keys:
+            continue
         projection = getattr(mixer, name, None)
         if not isinstance(projection, nn.Linear) or projection.weight.shape != weight.shape:
             raise ValueError(

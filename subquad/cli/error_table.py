@@ -92,10 +92,11 @@ def render_errors(points: list[ErrorPoint]) -> RenderableType:
         "|y - softmax| / |softmax| of a head: the mean, and the worst head. Averaging takes all values alike; what is "
         "no closer approximates nothing. N(0, s²) are random queries and keys, and values of N(0, 1)."
     )
+    notes = " ".join(dict.fromkeys([note, *(point.note for point in points if point.note)]))
     names = dict.fromkeys(next(iter(point.options), "") for point in points)
     tables = [_table(name, [point for point in points if next(iter(point.options), "") == name]) for name in names]
     between = [part for table in tables for part in ("", Padding(table, (0, 0, 0, 2)))]
-    return Group(Padding(Text(note, QUIET), (0, 0, 0, 2)), *between)
+    return Group(Padding(Text(notes, QUIET), (0, 0, 0, 2)), *between)
 
 
 def _table(name: str, points: list[ErrorPoint]) -> Table:

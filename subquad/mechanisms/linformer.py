@@ -13,7 +13,8 @@ P is drawn with variance 1 / max_length, so that compressed rows keep their scal
 one for each valid token: an invalid token takes no position. Pooling and convolution, which the paper names without
 details: blocks are counted over valid tokens, a last block that is not full has its own mean or maximum, one without a
 token is not attended; the convolution, kernel and stride c, is one for each channel of a head. A rank that falls over
-depth, as the paper proposes, is a list of mixers.
+depth, as the paper proposes, is a list of mixers; with sharing="layerwise" those of equal rank share one P. One that
+differs by head is not offered: all heads of a layer attend together, to equally many rows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads, projection_cost
-from subquad.interface import Dims, MixerConfig, Traits
+from subquad.interface import Comparison, Dims, MixerConfig, Traits
 from subquad.ops.compress import block_maxima, block_means, block_sums, compress
 from subquad.ops.packing import has_gaps, take, valid_first
 from subquad.registry import register
@@ -69,6 +70,11 @@ class LinformerConfig(MixerConfig):
     def traits(self) -> Traits:
         """Bound to a maximal length: P has one column per position, and blocks are cut from it."""
         return Traits(bidirectional=True, cross=True, padding=True, fixed_length=True)
+
+    def comparison(self, dims: Dims, length: int) -> Comparison:
+        """Nothing is left out, but what is learned is random."""
+        note = "What compresses keys and values is random until it is trained, and approximates nothing before."
+        return Comparison(self, note=note) if self.learned else super().comparison(dims, length)
 
     def build(self, dims: Dims) -> Linformer:
         """The module."""

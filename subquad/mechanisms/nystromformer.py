@@ -18,7 +18,7 @@ Padding is put behind the tokens, but segments are laid over the padded length: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from subquad.costs import Cost
 from subquad.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
-from subquad.interface import Dims, MixerConfig, Traits
+from subquad.interface import Comparison, Dims, MixerConfig, Traits
 from subquad.ops.convolution import convolve_heads
 from subquad.ops.landmarks import landmark_attention
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
@@ -67,6 +67,13 @@ class NystromformerConfig(MixerConfig):
     def traits(self) -> Traits:
         """The convolution adds to what approximates softmax attention."""
         return Traits(bidirectional=True, padding=True, approximates_softmax=self.kernel == 0)
+
+    def comparison(self, dims: Dims, length: int) -> Comparison:
+        """Without the convolution."""
+        if not self.kernel:
+            return super().comparison(dims, length)
+        note = "Measured with kernel=0: the convolution is added to attention, and random until it is trained."
+        return Comparison(replace(self, kernel=0), note=note)
 
     def build(self, dims: Dims) -> Nystromformer:
         """The module."""

@@ -18,9 +18,11 @@ costs O(n L + L D).
 Departures: by default a chunk's tokens of other buckets are seen, and a token counts as often as it is listed, as in
 the official code (trax) and in Hugging Face, which makes the price independent of the data; the paper compares buckets
 (`same_bucket_only`) and discounts repetitions (`dedup`). The first chunk of a round has none before it, as in the
-paper; both codes let it look back at the last chunk of another round (`wrap`). Scores are q_i · k_j without 1 / √E, as
-in both. Rotations are drawn once, from (seed, layer), and saved with the model; the paper draws them in every step. The
-shared projection is computed in float32 or wider, since rounding moves tokens to other buckets.
+paper; both codes let it look back at the last chunk of another round (`wrap`). Their options to look further back, or
+ahead, are not offered: tiles are laid out for the paper's one chunk before, and a larger `chunk` lengthens lists too.
+Scores are q_i · k_j without 1 / √E, as in both. Rotations are drawn once, from (seed, layer), and saved with the model;
+the paper draws them in every step. The shared projection is computed in float32 or wider, since rounding moves tokens
+to other buckets.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from torch import Tensor
 from subquad.cache import KeyValueCache, empty_cache, store_keys
 from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads
-from subquad.interface import Dims, MixerConfig, Traits
+from subquad.interface import Comparison, Dims, MixerConfig, Traits
 from subquad.mask import Mask
 from subquad.ops.lsh.attention import continue_in_buckets, list_rule
 from subquad.ops.lsh.hash import (
@@ -128,6 +130,15 @@ class ReformerConfig(MixerConfig):
         """Columns of a rotation, enough for every length."""
         derived = self.buckets is None and self.chunks == "global"
         return LARGEST_FACTOR if derived else rotation_columns(self.factors(0))
+
+    def comparison(self, dims: Dims, length: int) -> Comparison:
+        """Held against one chunk that holds everything."""
+        exact = ReformerConfig(rounds=1, chunk=length, buckets=1, chunks=self.chunks)
+        note = (
+            "Queries are keys too, of unit length, so k isn't read; softmax is over all visible tokens but the query's "
+            "own."
+        )
+        return Comparison(self, exact, note)
 
     def build(self, dims: Dims) -> Reformer:
         """The module."""

@@ -24,7 +24,7 @@ are constants to the gradient. Padding is taken out first and takes no position.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from subquad.costs import Cost, visible_pairs
 from subquad.heads import HeadMixer, Heads, projection_cost
-from subquad.interface import Dims, Mixed, MixerConfig, Traits
+from subquad.interface import Comparison, Dims, Mixed, MixerConfig, Traits
 from subquad.mask import Mask
 from subquad.ops.backward_pass import is_recomputing
 from subquad.ops.clusters.causal_window import cluster_window_attention
@@ -94,6 +94,14 @@ class RoutingConfig(MixerConfig):
     def shares(self, dims: Dims) -> bool:
         """Whether q = k."""
         return dims.causal if self.shared is None else self.shared
+
+    def comparison(self, dims: Dims, length: int) -> Comparison:
+        """Where q = k held against one cluster that holds everything."""
+        note = "Centroids are random until they are trained."
+        if not self.shares(dims):
+            return Comparison(self, note=note)
+        exact = replace(self, clusters=1, window=length, epsilon=0.0)
+        return Comparison(self, exact, "Queries are keys too, standardised, so k isn't read; centroids are random.")
 
     def build(self, dims: Dims) -> Routing:
         """The module."""

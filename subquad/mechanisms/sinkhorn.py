@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads, initialise_projection, projection_cost
-from subquad.interface import Dims, MixerConfig, Traits
+from subquad.interface import Comparison, Dims, MixerConfig, Traits
 from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.precision import full_precision
@@ -89,6 +89,11 @@ class SinkhornConfig(MixerConfig):
         """Bound to a maximal length, since the network scores each possible block; cut, it sees the whole sequence."""
         causal = self.sort_cut is None
         return Traits(bidirectional=True, causal=causal, padding=True, state=causal, fixed_length=True)
+
+    def comparison(self, dims: Dims, length: int) -> Comparison:
+        """Nothing is left out, but what is learned is random."""
+        del dims, length
+        return Comparison(self, note="The network that sorts blocks is random until it is trained.")
 
     def build(self, dims: Dims) -> Sinkhorn:
         """The module."""

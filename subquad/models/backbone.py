@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from subquad.costs import Cost
-from subquad.interface import FeedforwardConfig, MixerConfig
+from subquad.interface import FeedforwardConfig, MixerConfig, TokenMixer
 from subquad.mask import Mask
 from subquad.models.block import Block, ContextFacts, LayerStates, layers_of
 from subquad.models.cache import SubquadCache, open_states
@@ -244,16 +244,45 @@ class SubquadModel(SubquadPreTrainedModel):
 
 
 def _tied_to_first_layer(blocks: nn.ModuleList) -> dict[str, str]:
-    """Parameters that layers of equal config share: name in a later layer -> name in the first."""
-    tied: dict[str, str] = {}
-    first_with: dict[object, str] = {}
+    """Parameters that layers of equal config share: name in a later layer -> name in the first.
+
+    Raises:
+        ValueError: a layer that would share with none.
+    """
+    groups = _sharing_mixers(blocks)
+    _check_sharing(groups)
+    return {
+        f"{place}.{name}": f"{first}.{name}"
+        for (first, mixer), *others in (group.items() for group in groups.values())
+        for place, _ in others
+        for name in mixer.shared_parameters()
+    }
+
+
+def _sharing_mixers(blocks: nn.ModuleList) -> dict[tuple[str, MixerConfig], dict[str, TokenMixer]]:
+    """The mixers with parameters to share, by their place in the stack; those of one slot and equal config together."""
+    groups: dict[tuple[str, MixerConfig], dict[str, TokenMixer]] = {}
     for index, block in enumerate(layers_of(blocks)):
         for slot, mixer in (("mixer", block.mixer), ("cross_mixer", block.cross_mixer)):
-            shared = () if mixer is None else mixer.shared_parameters()
-            if mixer is None or not shared:
-                continue
-            place = f"blocks.{index}.{slot}"
-            first = first_with.setdefault((slot, mixer.config), place)
-            if first != place:
-                tied |= {f"{place}.{name}": f"{first}.{name}" for name in shared}
-    return tied
+            if mixer is not None and mixer.shared_parameters():
+                groups.setdefault((slot, mixer.config), {})[f"blocks.{index}.{slot}"] = mixer
+    return groups
+
+
+def _check_sharing(groups: Mapping[tuple[str, MixerConfig], Mapping[str, TokenMixer]]) -> None:
+    """Refuse a layer that shares with none, since all others of its mechanism have parameters of another shape."""
+    shapes = {key: _shared_shapes(next(iter(mixers.values()))) for key, mixers in groups.items()}
+    for (slot, config), mixers in groups.items():
+        own = shapes[slot, config]
+        others = {found for (at, other), found in shapes.items() if (at, other.name) == (slot, config.name)} - {own}
+        (place, mixer), *_ = mixers.items()
+        if len(mixers) == 1 and others:
+            raise ValueError(
+                f"{config.name}: its layers share {', '.join(mixer.shared_parameters())}, but in {place} the shape is "
+                f"{own}, elsewhere {', '.join(sorted(others))}; give layers that share the same options, or share "
+                "nothing over layers"
+            )
+
+
+def _shared_shapes(mixer: TokenMixer) -> str:
+    return ", ".join(str(tuple(mixer.get_parameter(name).shape)) for name in mixer.shared_parameters())

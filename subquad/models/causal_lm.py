@@ -19,7 +19,10 @@ from subquad.models.language_head import LanguageHead
 
 @dataclass
 class SubquadCausalLMOutput(CausalLMOutputWithPast):
-    """`loss` (the auxiliary loss included), `logits` (B, L, V), `past_key_values` (a `SubquadCache`), `aux_loss`."""
+    """`loss` (the auxiliary loss included), `logits` (B, L, V), `past_key_values` (a `SubquadCache`), `aux_loss`.
+
+    In training with `loss_chunk` a loss comes without logits.
+    """
 
     aux_loss: Tensor | None = None
 
@@ -91,9 +94,9 @@ class SubquadForCausalLM(SubquadGeneratingModel):
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
-        logits = self.lm_head(output.last_hidden_state, logits_to_keep)
+        logits, loss = self.predict(output.last_hidden_state, labels, output.aux_loss, logits_to_keep, **kwargs)
         return SubquadCausalLMOutput(
-            loss=None if labels is None else self.token_loss(logits, labels, output.aux_loss, **kwargs),
+            loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,

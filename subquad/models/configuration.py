@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -13,9 +13,7 @@ from subquad.byte_ids import BYTES
 from subquad.config import field_names, nearest
 from subquad.interface import Dims, FeedforwardConfig, MixerConfig, mixers_with
 from subquad.models.axial import AxialGrid, axial_grid
-
-Written = str | Mapping[str, Any] | None
-"""One layer's mixer: a name, or a dict with the name and options; None for none."""
+from subquad.models.written_layers import as_dict, tiled
 
 _CHOICES = {
     "positions": ("sinusoidal", "learned", "axial", "rotary", "none"),
@@ -69,6 +67,8 @@ class SubquadConfig(PreTrainedConfig):
         norm: layer norm before ("pre", with a final one) or after ("post") each sublayer.
         residual: "standard", or "reversible": two streams, and memory for activations that doesn't grow with the depth.
         feedforward_chunk: tokens that pass the feed-forward at a time; 0 for all. In training they pass it twice.
+        loss_chunk: in training, tokens of a sequence whose logits a language head makes at a time, and again in the
+            backward pass; given labels it then returns the loss alone, no logits. 0 for all tokens, and all logits.
         pooling: "cls" prepends a learned vector and pools there; "first", "last": that valid token; "mean": over them.
             The vectors of a global stream are never pooled.
         causal: each token sees itself and the past only.
@@ -108,6 +108,7 @@ class SubquadConfig(PreTrainedConfig):
     norm: Literal["pre", "post"] = "pre"
     residual: Literal["standard", "reversible"] = "standard"
     feedforward_chunk: int = 0
+    loss_chunk: int = 0
     pooling: Literal["cls", "first", "mean", "last"] = "cls"
     causal: bool = False
     global_tokens: Literal["none", "first"] = "none"
@@ -139,8 +140,14 @@ class SubquadConfig(PreTrainedConfig):
                 raise ValueError(f"SubquadConfig: {field} must be at least 1, got {getattr(self, field)}")
         if self.byte_ids and self.vocab_size < BYTES:
             raise ValueError(f"SubquadConfig: byte_ids=True needs vocab_size >= {BYTES}, got {self.vocab_size}")
-        if self.feedforward_chunk < 0:
-            raise ValueError(f"SubquadConfig: feedforward_chunk must not be negative, got {self.feedforward_chunk}")
+        for field in ("feedforward_chunk", "loss_chunk"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"SubquadConfig: {field} must not be negative, got {getattr(self, field)}")
+        if self.feedforward_chunk and not self._has_feedforwards():
+            raise ValueError(
+                f"SubquadConfig: feedforward_chunk={self.feedforward_chunk} says how many tokens pass a feed-forward "
+                "at a time, and no layer has one; leave it out, or name a feedforward"
+            )
         if self.residual == "reversible" and self.norm == "post":
             raise ValueError(
                 "SubquadConfig: residual='reversible' needs norm='pre'; a norm after the sum couldn't be taken back"
@@ -152,6 +159,12 @@ class SubquadConfig(PreTrainedConfig):
                 raise ValueError(
                     f"SubquadConfig: {field} goes with positions='axial', got positions={self.positions!r}"
                 )
+
+    def _has_feedforwards(self) -> bool:
+        """Whether any layer has a channel mixer, of the encoder or of the stack that is there in every model."""
+        depth = self.num_hidden_layers
+        stacks = (self.feedforward, depth), (self.encoder_feedforward, self.encoder_layers or depth)
+        return any(layer is not None for written, depth in stacks for layer in tiled(written, depth, "feedforward"))
 
     def axial_grid(self, places: int) -> AxialGrid:
         """The grid of axial positions for so many `places`.
@@ -212,8 +225,8 @@ class SubquadConfig(PreTrainedConfig):
         Raises:
             ValueError: unknown name or option.
         """
-        written = _tile(self.mixer, self.num_hidden_layers, "mixer")
-        return [MixerConfig.from_dict(_as_dict(layer, "mixer")) for layer in written]
+        written = tiled(self.mixer, self.num_hidden_layers, "mixer")
+        return [MixerConfig.from_dict(as_dict(layer, "mixer")) for layer in written]
 
     def layer_cross_mixers(self) -> list[MixerConfig]:
         """The cross mixer of each layer of a decoder.
@@ -221,8 +234,8 @@ class SubquadConfig(PreTrainedConfig):
         Raises:
             ValueError: unknown name or option.
         """
-        written = _tile(self.cross_mixer, self.num_hidden_layers, "cross_mixer")
-        return [MixerConfig.from_dict(_as_dict(layer, "cross_mixer")) for layer in written]
+        written = tiled(self.cross_mixer, self.num_hidden_layers, "cross_mixer")
+        return [MixerConfig.from_dict(as_dict(layer, "cross_mixer")) for layer in written]
 
     def layer_feedforwards(self) -> list[FeedforwardConfig | None]:
         """The channel mixer of each layer, with this config's width and dropout where the layer names none.
@@ -232,8 +245,8 @@ class SubquadConfig(PreTrainedConfig):
         """
         common = {"hidden_dim": self.intermediate_size, "dropout": self.dropout}
         layers: list[FeedforwardConfig | None] = []
-        for layer in _tile(self.feedforward, self.num_hidden_layers, "feedforward"):
-            written = None if layer is None else {**common, **_as_dict(layer, "feedforward")}
+        for layer in tiled(self.feedforward, self.num_hidden_layers, "feedforward"):
+            written = None if layer is None else {**common, **as_dict(layer, "feedforward")}
             layers.append(None if written is None else FeedforwardConfig.from_dict(written))
         return layers
 
@@ -281,18 +294,3 @@ def _refuse_unknown(config_class: type[SubquadConfig], given: Mapping[str, Any],
         if name not in foreign and not name.startswith("_"):
             known = {*field_names(config_class), "num_labels"} - {*field_names(PreTrainedConfig)}
             raise ValueError(f"SubquadConfig: unknown keyword {name!r}; {nearest(name, known)}")
-
-
-def _tile(written: Any, depth: int, field: str) -> list[Written]:
-    layers: Sequence[Written] = list(written) if isinstance(written, list | tuple) else [written]
-    if not layers:
-        raise ValueError(f"SubquadConfig: {field} is an empty list; name at least one")
-    return [layers[index % len(layers)] for index in range(depth)]
-
-
-def _as_dict(written: Written, field: str) -> dict[str, Any]:
-    if isinstance(written, str):
-        return {"name": written}
-    if isinstance(written, Mapping):
-        return dict(written)
-    raise ValueError(f"SubquadConfig: {field} must be a name, a dict with 'name', or a list of these; got {written!r}")

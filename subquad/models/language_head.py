@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from subquad.models.configuration import SubquadConfig
 from subquad.models.pretrained import IGNORED, SubquadPreTrainedModel, add_aux_loss
@@ -24,18 +27,21 @@ class LanguageHead(nn.Module):
         self.project: nn.Linear = Projection(config.hidden_size, config.vocab_size)
         self.scale = config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0
 
-    def forward(self, x: Tensor, logits_to_keep: int | Tensor = 0) -> Tensor:
-        """Logits (B, K, vocab_size) of x (B, L, D).
-
-        Args:
-            x: the stream.
-            logits_to_keep: K, the last tokens; 0 for all; or the indices of K tokens.
-        """
-        if isinstance(logits_to_keep, Tensor):
-            x = x[:, logits_to_keep]
-        elif logits_to_keep:
-            x = x[:, -logits_to_keep:]
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, L, vocab_size) of the stream x (B, L, D)."""
         return self.project(x * self.scale)
+
+
+class Prediction(NamedTuple):
+    """What a language model says, and how wrong it is.
+
+    Attributes:
+        logits: (B, K, V); None where the loss was computed in chunks.
+        loss: 0-dim, the auxiliary loss included; None without labels.
+    """
+
+    logits: Tensor | None
+    loss: Tensor | None
 
 
 class SubquadLanguageModel(SubquadPreTrainedModel, ABC):
@@ -58,31 +64,80 @@ class SubquadLanguageModel(SubquadPreTrainedModel, ABC):
         heads = ["lm_head.project.weight"] if self.config.tie_word_embeddings else []
         self._tied_weights_keys = dict.fromkeys([*others, *heads], first)
 
-    def token_loss(self, logits: Tensor, labels: Tensor, aux_loss: Tensor | None, **kwargs: Any) -> Tensor:
-        """The loss function of the class, and the auxiliary loss.
+    def predict(
+        self, x: Tensor, labels: Tensor | None, aux_loss: Tensor | None, logits_to_keep: int | Tensor = 0, **kwargs: Any
+    ) -> Prediction:
+        """Logits, and with labels the loss function of the class plus the auxiliary loss.
 
         Args:
-            logits: (B, L, V), of all tokens.
-            labels: int (B, L), a token or -100 for each.
+            x: the stream (B, L, D).
+            labels: int (B, L), a token or -100 for each; None for logits alone.
             aux_loss: to be added.
+            logits_to_keep: K, the last tokens; 0 for all; or the indices of K tokens.
             **kwargs: what trainers pass to the loss, such as `num_items_in_batch`.
 
         Raises:
             ValueError: labels of another shape or outside the vocabulary.
         """
-        if labels.shape != logits.shape[:2]:
-            raise ValueError(
-                f"labels must have a token or {IGNORED} for each of the logits, shape {tuple(logits.shape[:2])}, got "
-                f"{tuple(labels.shape)}; with labels use logits_to_keep=0"
-            )
-        last = logits.shape[-1] - 1
-        outside = (labels != IGNORED) & ((labels < 0) | (labels > last))
-        if not labels.is_meta and bool(outside.any()):
-            found = int(labels[outside][0])
-            raise ValueError(f"labels must be {IGNORED} or lie in 0..{last} (vocab_size={last + 1}), got {found}")
-        loss = self.loss_function(logits=logits, labels=labels.contiguous(), vocab_size=last + 1, **kwargs)
-        return add_aux_loss(loss, aux_loss, self.predicted(labels), **kwargs)
+        x = _kept(x, logits_to_keep)
+        if labels is None:
+            return Prediction(self.lm_head(x), None)
+        _check_labels(labels, x.shape[:2], self.lm_head.project.out_features)
+        if self.training and self.config.loss_chunk:
+            loss, logits = self._loss_in_chunks(x, labels, **kwargs), None
+        else:
+            logits = self.lm_head(x)
+            loss = self.loss_function(logits=logits, labels=labels.contiguous(), vocab_size=logits.shape[-1], **kwargs)
+        return Prediction(logits, add_aux_loss(loss, aux_loss, self.predicted(labels), **kwargs))
 
     def predicted(self, labels: Tensor) -> Tensor:
         """The labels (B, T) that the loss function compares with logits."""
         return labels
+
+    def _loss_in_chunks(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The same loss, of which autograd keeps x alone: each chunk's logits are made again in the backward pass."""
+        size = self.config.loss_chunk
+        if shift_labels is None:
+            shift_labels = self.predicted(labels)
+        if num_items_in_batch is None:
+            num_items_in_batch = (shift_labels != IGNORED).sum()
+        loss_of = partial(self._loss_of_chunk, num_items_in_batch=num_items_in_batch, **kwargs)
+        x = x[:, : shift_labels.shape[1]]
+        parts = zip(x.split(size, dim=1), shift_labels.split(size, dim=1), strict=True)
+        losses = [checkpoint(loss_of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return torch.stack(losses).sum()
+
+    def _loss_of_chunk(self, x: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+        """What a chunk adds to the loss; its labels are shifted already where they have to be."""
+        logits, labels = self.lm_head(x), labels.contiguous()
+        return self.loss_function(
+            logits=logits, labels=labels, shift_labels=labels, vocab_size=logits.shape[-1], **kwargs
+        )
+
+
+def _kept(x: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The tokens of x (B, L, D) whose logits are asked for."""
+    if isinstance(logits_to_keep, Tensor):
+        return x[:, logits_to_keep]
+    return x[:, -logits_to_keep:] if logits_to_keep else x
+
+
+def _check_labels(labels: Tensor, expected: torch.Size, vocab_size: int) -> None:
+    if labels.shape != expected:
+        raise ValueError(
+            f"labels must have a token or {IGNORED} for each of the logits, shape {tuple(expected)}, got "
+            f"{tuple(labels.shape)}; with labels use logits_to_keep=0"
+        )
+    outside = (labels != IGNORED) & ((labels < 0) | (labels >= vocab_size))
+    if not labels.is_meta and bool(outside.any()):
+        found = int(labels[outside][0])
+        raise ValueError(
+            f"labels must be {IGNORED} or lie in 0..{vocab_size - 1} (vocab_size={vocab_size}), got {found}"
+        )

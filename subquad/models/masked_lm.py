@@ -15,7 +15,7 @@ from subquad.models.language_head import LanguageHead, SubquadLanguageModel
 
 @dataclass
 class SubquadMaskedLMOutput(MaskedLMOutput):
-    """`loss` (the auxiliary loss included), `logits` (B, L, V), `aux_loss`."""
+    """`loss` (the auxiliary loss included), `logits` (B, L, V) or, in training with `loss_chunk`, None, `aux_loss`."""
 
     aux_loss: Tensor | None = None
 
@@ -74,9 +74,9 @@ class SubquadForMaskedLM(SubquadLanguageModel):
             inputs_embeds,
             output_hidden_states=output_hidden_states,
         )
-        logits = self.lm_head(output.last_hidden_state)
+        logits, loss = self.predict(output.last_hidden_state, labels, output.aux_loss, **kwargs)
         return SubquadMaskedLMOutput(
-            loss=None if labels is None else self.token_loss(logits, labels, output.aux_loss, **kwargs),
+            loss=loss,
             logits=logits,
             hidden_states=output.hidden_states,
             aux_loss=output.aux_loss,

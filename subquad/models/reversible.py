@@ -14,6 +14,9 @@ choices (`replay.py`). Streams are float32 or wider, whatever the sublayers comp
 
 Departures: both streams start as the embedding, as in the official code; they end as their mean, so that everything
 behind the stack is as for a standard one (the paper leaves it open, the official code goes on with both, of width 2 D).
+There is no length below which layers fall back on ordinary residuals, as some code has: a choice by length would change
+what is kept, and how sums are rounded, from batch to batch; `residual="standard"` is that choice, for all. The paper
+also cuts the feed-forward, and the loss over a large vocabulary, into chunks: `feedforward_chunk` and `loss_chunk`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from subquad.models.backbone import SubquadModel
 from subquad.models.block import Block, add_losses, layers_of
 from subquad.models.configuration import SubquadConfig
 from subquad.models.generation import SubquadGeneratingModel
-from subquad.models.language_head import LanguageHead
+from subquad.models.language_head import LanguageHead, Prediction
 from subquad.models.pretrained import IGNORED
 
 
@@ -156,27 +156,21 @@ class SubquadForSeq2SeqLM(SubquadGeneratingModel):
             encoder_attention_mask=attention_mask,
             encoder_segment_ids=segment_ids,
         )
-        logits = self.lm_head(output.last_hidden_state, logits_to_keep)
         aux_loss = add_losses(getattr(encoded, "aux_loss", None), output.aux_loss)
-        return _output(self._loss(logits, labels, aux_loss, kwargs), logits, encoded, output, aux_loss)
-
-    def _loss(
-        self, logits: Tensor, labels: Tensor | None, aux_loss: Tensor | None, options: dict[str, Any]
-    ) -> Tensor | None:
-        return None if labels is None else self.token_loss(logits, labels, aux_loss, **options)
+        predicted = self.predict(output.last_hidden_state, labels, aux_loss, logits_to_keep, **kwargs)
+        return _output(predicted, encoded, output, aux_loss)
 
 
 def _output(
-    loss: Tensor | None,
-    logits: Tensor,
+    predicted: Prediction,
     encoded: BaseModelOutput | tuple[Tensor, ...],
     decoded: Any,  # its cache is not of the class that transformers names in the type
     aux_loss: Tensor | None,
 ) -> SubquadSeq2SeqLMOutput:
     """What the model returns, of the outputs of its halves."""
     return SubquadSeq2SeqLMOutput(
-        loss=loss,
-        logits=logits,
+        loss=predicted.loss,
+        logits=predicted.logits,
         past_key_values=decoded.past_key_values,
         decoder_hidden_states=decoded.hidden_states,
         encoder_last_hidden_state=encoded[0],

@@ -105,11 +105,82 @@ def test_every_approximation_is_measured_and_is_closer_than_averaging_on_gentle_
     assert all(point.mean < 2 * point.averaging for point in asked)
 
 
-def test_more_features_are_closer() -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "turned", "values"),
+    [
+        ("performer", {}, "features", [16, 1024]),
+        ("nystromformer", {"iterations": 12}, "landmarks", [4, 56]),
+        ("reformer", {"chunk": 8}, "rounds", [1, 16]),
+        ("reformer", {"chunk": 8, "dedup": True}, "rounds", [1, 16]),
+        ("linformer", {"compression": "mean"}, "rank", [32, 64]),
+        ("combiner", {}, "block", [16, 64]),
+        ("topk", {}, "top_k", [4, 48]),
+    ],
+)
+def test_what_costs_more_is_closer(name: str, options: dict[str, object], turned: str, values: list[int]) -> None:
     given = random_qkv(64, num_heads=4, head_dim=16, scale=0.5, examples=4)
-    sweep = {"features": [16, 1024]}
-    few, many = approximation_errors(mixer_config("performer"), [given], sweeps=sweep, causal=False)
-    assert many.mean < 0.5 * few.mean
+    config = mixer_config(name, **options)
+    little, much = approximation_errors(config, [given], sweeps={turned: values}, causal=False)
+    assert much.mean < 0.5 * little.mean < math.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("reformer", {"chunk": 20}),
+        ("nystromformer", {"landmarks": 20}),
+        ("linformer", {"compression": "mean", "rank": 20}),
+        ("combiner", {"block": 20}),
+        ("topk", {"top_k": 20}),
+    ],
+)
+def test_what_leaves_nothing_out_has_no_error(name: str, options: dict[str, int]) -> None:
+    given = random_qkv(20, num_heads=2, head_dim=8, scale=0.5)
+    (point,) = approximation_errors(mixer_config(name, **options), [given], sweeps={}, causal=False)
+    assert point.worst < 1e-5
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_reformer_is_held_against_attention_to_all_other_tokens_with_queries_for_keys(causal: bool) -> None:
+    given = random_qkv(12, num_heads=2, head_dim=4, scale=1.5, examples=3)
+    others = ~torch.eye(12, dtype=torch.bool)
+    others = others.tril() if causal else others
+    others[0, 0] = causal  # the one token that sees nothing else
+    scores = given.q @ (given.q / given.q.norm(dim=-1, keepdim=True)).mT
+    weights = scores.masked_fill(~others, -math.inf).softmax(dim=-1)
+    exact, mean = weights @ given.v, (others / others.sum(dim=-1, keepdim=True)) @ given.v
+    config = mixer_config("reformer", chunks="bucket", buckets=1, chunk=12)
+    (point,) = approximation_errors(config, [given], sweeps={}, causal=causal)
+    expected = ((mean - exact).flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1)).mean()
+    assert point.averaging == pytest.approx(float(expected), rel=1e-4)
+    assert point.worst < 1e-5
+    assert "k isn't read" in point.note
+
+
+def test_a_shared_projection_of_routing_is_held_against_one_cluster() -> None:
+    given = random_qkv(12, num_heads=2, head_dim=4, scale=0.5)
+    config = mixer_config("routing", clusters=1, epsilon=0.0)
+    (point,) = approximation_errors(config, [given], sweeps={}, causal=True)
+    assert point.worst < 1e-5 < point.averaging
+
+
+def test_the_convolution_of_nystromformer_is_left_out() -> None:
+    given = random_qkv(20, num_heads=2, head_dim=8, scale=0.5)
+    whole, bare = (
+        approximation_errors(mixer_config("nystromformer", landmarks=8, **options), [given], causal=False)
+        for options in ({}, {"kernel": 0})
+    )
+    assert [replace(point, note="") for point in whole] == bare
+    assert all("kernel=0" in point.note for point in whole)
+    with pytest.raises(ValueError, match=r"nystromformer: kernel is no part of attention.* \(kernel=0\)"):
+        approximation_errors(mixer_config("nystromformer"), [given], sweeps={"kernel": [3]}, causal=False)
+
+
+def test_what_is_random_until_it_is_trained_is_said() -> None:
+    given = random_qkv(20, num_heads=2, head_dim=8, scale=0.5)
+    for name, options in (("linformer", {}), ("linformer", {"compression": "convolution"}), ("sinkhorn", {})):
+        points = approximation_errors(mixer_config(name, **options), [given], sweeps={}, causal=False)
+        assert all("random until it is trained" in point.note for point in points)
 
 
 def test_an_option_to_turn_is_a_whole_number_that_costs(shrunk: MixerConfig) -> None:
@@ -132,12 +203,12 @@ def test_a_window_that_holds_all_tokens_has_no_error() -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("gmlp", "it is a whole block"), ("reformer", r"it doesn't project into heads .* \(project_key\)")],
+    [("gmlp", "it is a whole block"), ("gated_linear", r"it doesn't project into heads .* \(project_query\)")],
 )
 def test_what_is_no_attention_over_queries_and_keys_is_refused(name: str, reason: str) -> None:
     given = random_qkv(8, num_heads=2, head_dim=4, scale=0.5)
     with pytest.raises(ValueError, match=f"{name}: its error can't be measured, since {reason}"):
-        approximation_errors(mixer_config(name), [given], causal=False)
+        approximation_errors(mixer_config(name), [given], causal=not mixer_config(name).traits.bidirectional)
 
 
 def test_a_form_that_is_not_offered_is_refused() -> None:

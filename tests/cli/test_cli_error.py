@@ -72,11 +72,19 @@ def test_own_queries_keys_and_values_are_measured(qkv: str, invoke: Invoke) -> N
     assert out.splitlines()[-2].split()[0] == "20"
 
 
-@pytest.mark.parametrize("name", list_mixers(approximates_softmax=True))
+APPROXIMATIONS = ("combiner", "linformer", "nystromformer", "performer", "reformer", "topk")
+
+
+@pytest.mark.parametrize("name", sorted({*APPROXIMATIONS, *list_mixers(approximates_softmax=True)}))
 def test_every_approximation_has_a_table(name: str, invoke: Invoke) -> None:
     ran = invoke("show", name, "--error", *SMALL)
     assert ran.exit_code == 0, ran.err
     assert "Error against softmax attention" in ran.out
+
+
+def test_what_is_left_out_of_the_measurement_is_said(invoke: Invoke) -> None:
+    page = " ".join(invoke("show", "nystromformer", "--error", *SMALL).out.split())
+    assert "Measured with kernel=0: the convolution is added to attention" in page
 
 
 @pytest.mark.parametrize(

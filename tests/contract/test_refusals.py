@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from cases import WIDE_HEADS, small_config
 
 from subquad import Mask, receipts
-from subquad.build import build_from_config, list_mixers, make_dims
-from subquad.interface import Dims, TokenMixer
+from subquad.build import build_from_config, list_mixers, make_dims, mixer_config
+from subquad.interface import Dims, TokenMixer, Traits
+from subquad.mechanisms.full import FullConfig
+from subquad.registry import register
 
 REFUSING = ("bidirectional", "causal", "cross", "padding", "segments", "state")
 
@@ -51,6 +53,62 @@ def test_a_false_trait_is_refused_and_the_able_are_named(name: str, trait: str) 
         ValueError, match=rf"^{name}: .* is not supported; mechanisms that support it: {re.escape(able)}"
     ):
         ATTEMPTS[trait](name)
+
+
+@pytest.mark.parametrize(
+    ("name", "trait", "asked", "options", "forbidding"),
+    [
+        ("routing", "causal", "causal=True", {"window": 4, "shared": False}, "shared"),
+        ("routing", "state", "a state", {"shared": False}, "shared"),
+        ("topk", "causal", "causal=True", {"top_k": 2, "fraction": 4}, "fraction"),
+        ("topk", "segments", "mask.segments", {"fraction": 4}, "fraction"),
+        ("sinkhorn", "causal", "causal=True", {"block": 4, "sort_cut": 1}, "sort_cut"),
+        ("sinkhorn", "state", "a state", {"sort_cut": 1}, "sort_cut"),
+        ("aft", "causal", "causal=True", {"kind": "conv", "columns": 3}, "columns"),
+        ("sparse_transformer", "segments", "mask.segments", {"kind": "fixed"}, "kind"),
+        ("combiner", "bidirectional", "causal=False", {"plan": "mixture", "mixture": "joint"}, "mixture"),
+    ],
+)
+def test_a_trait_that_an_option_forbids_is_refused_naming_the_option_and_other_mechanisms(
+    name: str, trait: str, asked: str, options: dict[str, object], forbidding: str
+) -> None:
+    config = mixer_config(name, **options)
+    others = ", ".join(other for other in list_mixers(**{trait: True}) if other != name)
+    message = (
+        f"{name}: {asked} is not supported with {forbidding}={options[forbidding]!r}; leave out {forbidding}, or "
+        f"choose another mechanism that supports it: {others}"
+    )
+    attempts: dict[str, Callable[[], object]] = {
+        "bidirectional": lambda: build_from_config(config, WIDE_HEADS),
+        "causal": lambda: build_from_config(config, replace(WIDE_HEADS, causal=True)),
+        "segments": lambda: build_from_config(config, WIDE_HEADS)(
+            torch.randn(1, 9, 24), mask=Mask(segments=torch.arange(9)[None])
+        ),
+        "state": lambda: build_from_config(config, WIDE_HEADS).init_state(2),
+    }
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        attempts[trait]()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwiceForbiddenConfig(FullConfig):
+    """Dense attention that is causal where both options are left out."""
+
+    narrow: bool = False
+    short: bool = False
+
+    @property
+    def traits(self) -> Traits:
+        return replace(super().traits, causal=not (self.narrow or self.short))
+
+
+def test_where_several_options_forbid_a_trait_all_are_named() -> None:
+    register("twice_forbidden")(TwiceForbiddenConfig)
+    asked = (
+        r"twice_forbidden: causal=True is not supported with narrow=True, short=True; leave out narrow and short, or"
+    )
+    with pytest.raises(ValueError, match=asked):
+        build_from_config(TwiceForbiddenConfig(narrow=True, short=True), replace(WIDE_HEADS, causal=True))
 
 
 @pytest.mark.parametrize("name", list_mixers(state=True, bidirectional=True))

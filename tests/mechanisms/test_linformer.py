@@ -209,6 +209,12 @@ def test_the_rank_may_fall_over_depth() -> None:
     )
     shapes = [tuple(p.shape) for name, p in SubquadModel(config).named_parameters() if "compress" in name]
     assert shapes == [(1, 6, 12), (1, 2, 12)]  # layers of equal rank share one
+    message = (
+        r"linformer: its layers share compress_key, but in blocks\.0\.mixer the shape is \(1, 6, 12\), elsewhere "
+        r"\(1, 2, 12\); give layers that share the same options, or share nothing over layers"
+    )
+    with pytest.raises(ValueError, match=message):  # no two layers have a rank in common
+        SubquadModel(config.with_changes(num_hidden_layers=2))
 
 
 def test_longer_input_and_context_are_refused() -> None:

@@ -124,7 +124,7 @@ def test_a_stream_equals_the_definition_over_the_whole(pieces: list[int], top_k:
 
 
 def test_a_share_of_the_length_is_neither_causal_nor_knows_documents() -> None:
-    with pytest.raises(ValueError, match="topk: causal=True is not supported; mechanisms that support it: "):
+    with pytest.raises(ValueError, match="topk: causal=True is not supported with fraction=4; leave out fraction, or "):
         topk(fraction=4, causal=True)
     documents = Mask(segments=torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"topk: mask\.segments is not supported"):

@@ -63,6 +63,12 @@ def test_the_config_survives_its_written_form() -> None:
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
         ({"max_position_embeddings": 0}, "max_position_embeddings must be at least 1, got 0"),
         ({"feedforward_chunk": -1}, "feedforward_chunk must not be negative, got -1"),
+        (
+            {"feedforward_chunk": 4, "feedforward": None},
+            "feedforward_chunk=4 .* and no layer has one; leave it out, or name a feedforward",
+        ),
+        ({"feedforward_chunk": 4, "feedforward": [None], "encoder_feedforward": [None]}, "no layer has one"),
+        ({"loss_chunk": -1}, "loss_chunk must not be negative, got -1"),
         ({"mixr": "local"}, r"unknown keyword 'mixr'; did you mean 'mixer'\? Known: .*, mixer, "),
         ({"window": 129}, "unknown keyword 'window'; known: axial_pos_embds_dim, "),
         ({"num_label": 3}, r"unknown keyword 'num_label'; did you mean 'num_labels'\?"),
@@ -71,6 +77,13 @@ def test_the_config_survives_its_written_form() -> None:
 def test_a_bad_field_is_refused_when_the_config_is_made(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize(
+    "layers", [{"feedforward": [None, "mlp"]}, {"feedforward": None, "encoder_feedforward": "mlp"}]
+)
+def test_feedforwards_are_cut_where_only_some_layers_have_one(layers: dict[str, Any]) -> None:
+    assert config(feedforward_chunk=4, **layers).feedforward_chunk == 4
 
 
 @pytest.mark.parametrize(
