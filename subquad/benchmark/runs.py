@@ -193,7 +193,7 @@ def _is_recorded(output: Path, plan: RunPlan, data: TaskData[Any]) -> bool:
 
 
 def _write_guess(request: Request, data: TaskData[Any]) -> None:
-    record = guess_record(request.preset, data, this_environment())
+    record = guess_record(request, data, this_environment())
     if request.force or not path_of_run(request.output, record).exists():
         write_run(request.output, record, force=request.force)
 
