@@ -2,8 +2,8 @@
 
 A request that can be ignored without changing what is computed wrongly (global tokens for a mechanism without them), a
 path other than the named one, padding that was added, tokens that were dropped: none of these raises, and none of them
-happens silently. Whoever wants to know opens a `with receipts() as r:` block; the benchmark always does, and stores
-what it finds beside the numbers.
+happens silently. Whoever wants to know opens a `with receipts() as r:` block; training runs and profiles do, and store
+what they find beside the numbers.
 """
 
 from __future__ import annotations

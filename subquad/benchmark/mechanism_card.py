@@ -20,7 +20,8 @@ from subquad.benchmark.attention_picture import attention_picture
 from subquad.benchmark.probe_subject import miniature
 from subquad.benchmark.probes import ProbeResult, offered_forms
 from subquad.interface import Dims, MixerConfig
-from subquad.records.mechanisms import Mechanism, Picture, ProbeOutcome
+from subquad.records.mechanisms import Mechanism, Picture
+from subquad.records.schema import ProbeRecord
 
 OWN = "user's own mechanism"
 """Where a mechanism is from that cites no paper."""
@@ -69,7 +70,7 @@ def mechanism_card(
         length: tokens in the pictures.
     """
     outcomes = tuple(
-        ProbeOutcome(name=f"{result.name} ({form})", passed=result.passed, detail=result.detail)
+        ProbeRecord(name=f"{result.name} ({form})", passed=result.passed, detail=result.detail, seconds=result.seconds)
         for form, result in results
     )
     picture, causal_picture = draw_pictures(config, length=length)
@@ -78,7 +79,7 @@ def mechanism_card(
     )
 
 
-def card_without_pictures(config: MixerConfig, outcomes: tuple[ProbeOutcome, ...]) -> Mechanism:
+def card_without_pictures(config: MixerConfig, outcomes: tuple[ProbeRecord, ...]) -> Mechanism:
     """The card of a mechanism from its prose and traits alone; nothing of it is run.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from subquad.records.schema import Budget, CostRecord, Status, TaskInfo
 from subquad.tasks.base import TaskData
 from subquad.tasks.registry import load_task
 from subquad.training.presets import Preset
+
+if TYPE_CHECKING:  # it loads transformers
+    from subquad.training.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,13 @@ class RunPlan:
         """The command that makes this run again."""
         preset = self.preset
         words = ["subquad", "run", "--task", preset.task, "--preset", preset.text, "--mixer", self.mixer.text]
-        words += ["--seed", str(self.seed), *([] if self.generated else ["--data", str(self.data)])]
+        words += ["--seed", str(self.seed), *words_of_data(self.data, generated=self.generated)]
         return shlex.join(words)
+
+
+def words_of_data(directory: Path, *, generated: bool) -> list[str]:
+    """The option of a command line that names the user's own files; none for data that subquad generates."""
+    return [] if generated else ["--data", str(directory)]
 
 
 @dataclass(frozen=True)
@@ -121,8 +129,8 @@ def first_line(kind: str, message: str) -> str:
     return f"{kind}: {lines[0]}" if lines else kind
 
 
-def objective_of_run(plan: RunPlan, data: TaskData[Any]) -> Any:
-    """What the run trains (typed loosely: naming its class here would load transformers)."""
+def objective_of_run(plan: RunPlan, data: TaskData[Any]) -> Objective[Any, Any]:
+    """What the run trains."""
     from subquad.training.objectives.registry import objective_of
 
     return objective_of(data, seed=plan.seed)

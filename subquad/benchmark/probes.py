@@ -1,4 +1,4 @@
-"""The proofs, once: run by the contract tests, by `subquad compare` and by `subquad check` on a user's own mechanism.
+"""The proofs, once: run by the contract tests, and by `subquad compare`, `run` and `sweep` before they train.
 
 Each probe is one claim of the contract, tested on a small sibling of the mechanism (`probe_subject.miniature`) in
 float64 unless dtypes are the claim. Which probes run follows from the traits and the form asked for; a trait that is

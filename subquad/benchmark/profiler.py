@@ -23,7 +23,8 @@ from subquad.benchmark.worker import become_worker, start_process
 from subquad.build import build_from_config, check_dims, make_dims, mixer_config
 from subquad.costs import Cost
 from subquad.interface import Dims, MixerConfig, TokenMixer
-from subquad.records.schema import CostRecord, ProfilePoint, Timing
+from subquad.receipt import Receipt, receipts
+from subquad.records.schema import CostRecord, ProfilePoint, ReceiptRecord, Timing
 from subquad.training.presets import ProfileSettings
 
 DENSE = "full"
@@ -39,12 +40,14 @@ class Measured:
         forward_backward: seconds, one sample per round.
         saved_bytes: what autograd keeps.
         cost: the analytic price.
+        receipts: what one pass without gradients and one with them leave; the counts are of these two.
     """
 
     forward: list[float]
     forward_backward: list[float]
     saved_bytes: int
     cost: Cost
+    receipts: tuple[Receipt, ...]
 
 
 def profile_dims(config: MixerConfig, settings: ProfileSettings, *, causal: bool = False) -> Dims:
@@ -78,10 +81,7 @@ def measure_length(
     everyone = [*subjects, *dense_subjects.values()]
     forward = interleaved_seconds({str(i): s.forward for i, s in enumerate(everyone)}, rounds=settings.rounds)
     both = interleaved_seconds({str(i): s.forward_backward for i, s in enumerate(everyone)}, rounds=settings.rounds)
-    measured = [
-        Measured(forward[str(i)], both[str(i)], subject.saved_bytes(), subject.cost())
-        for i, subject in enumerate(everyone)
-    ]
+    measured = [subject.measured(forward[str(i)], both[str(i)]) for i, subject in enumerate(everyone)]
     dense_measured = dict(zip(dense_subjects, measured[len(subjects) :], strict=True))
     return measured[: len(subjects)], [dense_measured[dims.causal] for dims in forms]
 
@@ -112,6 +112,13 @@ def cost_record(cost: Cost) -> CostRecord:
         activation_bytes=cost.activation_bytes,
         state_bytes=cost.state_bytes,
         parameters=cost.parameters,
+    )
+
+
+def receipt_record(receipt: Receipt) -> ReceiptRecord:
+    """A receipt, as records keep it."""
+    return ReceiptRecord(
+        where=receipt.where, asked=receipt.asked, ran=receipt.ran, reason=receipt.reason, count=receipt.count
     )
 
 
@@ -182,9 +189,10 @@ class _Subject:
         self.mixer.zero_grad(set_to_none=True)
         self.mixer(self.x).y.backward(self.upstream)
 
-    def saved_bytes(self) -> int:
-        return saved_bytes(lambda: self.mixer(self.x).y, self.mixer.parameters())
-
-    def cost(self) -> Cost:
-        element_bytes = self.x.element_size()
-        return self.batch_size * self.mixer.config.cost(self.dims, self.length, element_bytes)
+    def measured(self, forward: list[float], forward_backward: list[float]) -> Measured:
+        """These samples, and what needs no clock: receipts are collected here, where nothing is timed."""
+        price = self.batch_size * self.mixer.config.cost(self.dims, self.length, self.x.element_size())
+        with receipts() as collected:
+            self.forward()
+            kept = saved_bytes(lambda: self.mixer(self.x).y, self.mixer.parameters())
+        return Measured(forward, forward_backward, kept, price, tuple(collected.entries))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from subquad.benchmark.environment import this_environment
@@ -18,14 +18,34 @@ from subquad.benchmark.profiler import (
     peak_bytes_in_fresh_process,
     profile_dims,
     profile_point,
+    receipt_record,
 )
 from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
-from subquad.records.schema import ProfilePoint, ProfileRecord, Status, utc_now
+from subquad.receipt import Receipts
+from subquad.records.schema import ProfilePoint, ProfileRecord, ReceiptRecord, Status, utc_now
 from subquad.records.store import path_of_profile, read_profile, write_profile
 from subquad.training.presets import ProfileSettings
 
 Pair = tuple[Measured, Measured]
 """A mixer and dense attention, measured by turns."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured of one mixer.
+
+    Attributes:
+        points: in order of length.
+        receipts: of the mixer at all these lengths, equal ones added up.
+        failure: why the points end early, or "".
+    """
+
+    points: tuple[ProfilePoint, ...] = ()
+    receipts: tuple[ReceiptRecord, ...] = ()
+    failure: str = ""
+
+
+NOT_MEASURED = Profile(failure="not measured yet")
 
 
 def profile_mixers(
@@ -61,13 +81,13 @@ def profile_mixers(
     if not force:
         recorded = {point.length for m in missing if (record := known[m.text]) for point in record.points}
         settings = replace(settings, lengths=tuple(sorted(recorded | set(settings.lengths))))
-    points = _measure(missing, settings, worker, observer, causal=causal)
+    profiles = _measure(missing, settings, worker, observer, causal=causal)
     paths = []
     for mixer in missing:
-        found, failure = points[mixer.text]
-        if failure:
-            observer.say(f"{mixer.text}: {failure}")
-        record = _record(mixer, settings, found, failure, causal=causal)
+        profile = profiles[mixer.text]
+        if profile.failure:
+            observer.say(f"{mixer.text}: {profile.failure}")
+        record = _record(mixer, settings, profile, causal=causal)
         paths.append(write_profile(output, record, force=True))
     return paths
 
@@ -110,8 +130,8 @@ def _measure(
     observer: Observer,
     *,
     causal: bool,
-) -> dict[str, tuple[list[ProfilePoint], str]]:
-    """Points by mixer, and why they end early, if they do."""
+) -> dict[str, Profile]:
+    """Profiles by mixer."""
     texts = [mixer.text for mixer in mixers]
     measured: dict[tuple[str, int], Pair] = {}
     failures = dict.fromkeys(texts, "")
@@ -125,16 +145,29 @@ def _measure(
     step.end(f"{len(texts)} mixers at {len(settings.lengths)} lengths", failed=any(failures.values()))
     peaks = _peaks([*dict.fromkeys([DENSE, *texts])], settings, observer, causal=causal)
     return {
-        text: (
-            [
-                profile_point(length, *measured[text, length], peaks[text].get(length), peaks[DENSE].get(length))
-                for length in settings.lengths
-                if (text, length) in measured
-            ],
+        text: _profile(
+            {length: pair for (mixer, length), pair in measured.items() if mixer == text},
+            peaks[text],
+            peaks[DENSE],
             failures[text],
         )
         for text in texts
     }
+
+
+def _profile(
+    pairs: Mapping[int, Pair], peaks: Mapping[int, int], dense_peaks: Mapping[int, int], failure: str
+) -> Profile:
+    """The profile of what was measured at each length, and of the peaks of memory that are known."""
+    left = Receipts()
+    for mixer, _ in pairs.values():
+        for receipt in mixer.receipts:
+            left.add(receipt)
+    return Profile(
+        tuple(profile_point(length, *pairs[length], peaks.get(length), dense_peaks.get(length)) for length in pairs),
+        tuple(receipt_record(receipt) for receipt in left.entries),
+        failure,
+    )
 
 
 def _measure_length(
@@ -182,8 +215,7 @@ def _peaks(
 def _record(
     mixer: NamedMixer,
     settings: ProfileSettings,
-    points: Sequence[ProfilePoint] = (),
-    failure: str = "not measured yet",
+    profile: Profile = NOT_MEASURED,
     *,
     causal: bool,
 ) -> ProfileRecord:
@@ -199,12 +231,13 @@ def _record(
         ),
         mixer=mixer.config.to_dict(),
         environment=this_environment(),
-        status=Status.OK if points else Status.FAILED,
-        message=failure,
+        receipts=profile.receipts,
+        status=Status.OK if profile.points else Status.FAILED,
+        message=profile.failure,
         embed_dim=settings.embed_dim,
         num_heads=settings.num_heads,
         batch_size=settings.batch_size,
         dtype="float32",
         causal=dims.causal,
-        points=tuple(points),
+        points=profile.points,
     )

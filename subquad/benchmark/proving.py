@@ -12,7 +12,7 @@ from subquad.benchmark.plan import first_line
 from subquad.benchmark.probes import ProbeResult, offered_forms, run_probes
 from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
 from subquad.build import make_dims
-from subquad.records.mechanisms import Mechanism, ProbeOutcome
+from subquad.records.mechanisms import Mechanism
 from subquad.records.schema import ProbeRecord
 
 PICTURE_LENGTH = 32
@@ -51,10 +51,5 @@ def prove_in_worker(text: str, progress: Progress) -> Mechanism:
     return mechanism_card(config, results, length=PICTURE_LENGTH)
 
 
-def probe_records(card: Mechanism) -> tuple[ProbeRecord, ...]:
-    """The outcomes, as run records keep them."""
-    return tuple(ProbeRecord(name=p.name, passed=p.passed, detail=p.detail, seconds=0.0) for p in card.probes)
-
-
 def _unproved(mixer: NamedMixer, reason: str) -> Mechanism:
-    return card_without_pictures(mixer.config, (ProbeOutcome(name=SURVIVES, passed=False, detail=reason),))
+    return card_without_pictures(mixer.config, (ProbeRecord(name=SURVIVES, passed=False, detail=reason),))

@@ -16,7 +16,7 @@ class Request:
 
     Attributes:
         preset: task and settings.
-        mixers: the mechanisms; dense attention is added if it isn't there.
+        mixers: the mechanisms.
         seeds: of the runs of each mechanism.
         output: folder of the records.
         data: folder of the task's data.
@@ -35,7 +35,7 @@ class Request:
     save_model: Path | None = None
 
     def with_dense(self) -> Request:
-        """The same, with dense attention as the first row: every comparison has it."""
+        """The same, with dense attention as the first row, added if it isn't there: every comparison has it."""
         dense = parse_mixer(DENSE)
         others = tuple(mixer for mixer in self.mixers if mixer.config != dense.config)
         return replace(self, mixers=(dense, *others))

@@ -15,7 +15,7 @@ from subquad.benchmark.environment import hardware_name, this_environment
 from subquad.benchmark.mixers import NamedMixer
 from subquad.benchmark.observer import Observer
 from subquad.benchmark.plan import RunPlan, Sketch, sketch, task_info
-from subquad.benchmark.proving import probe_records, prove
+from subquad.benchmark.proving import prove
 from subquad.benchmark.request import Request
 from subquad.benchmark.runner import discard_checkpoints, execute, guess_record, not_trained_record
 from subquad.benchmark.worker import Worker
@@ -122,7 +122,7 @@ def prove_and_train(
             continue
         card = cards[planned.plan.mixer.text]
         record = _train(planned, data, card, worker, observer)
-        write_run(request.output, record.model_copy(update={"probes": probe_records(card)}), force=True)
+        write_run(request.output, record.model_copy(update={"probes": card.probes}), force=True)
         discard_checkpoints(planned.plan)
     return cards
 
@@ -193,7 +193,7 @@ def _is_recorded(output: Path, plan: RunPlan, data: TaskData[Any]) -> bool:
 
 
 def _write_guess(request: Request, data: TaskData[Any]) -> None:
-    record = guess_record(request.preset, data, this_environment())
+    record = guess_record(request, data, this_environment())
     if request.force or not path_of_run(request.output, record).exists():
         write_run(request.output, record, force=request.force)
 

@@ -127,7 +127,7 @@ class SubquadModel(SubquadPreTrainedModel):
             encoder_hidden_states: (B, S, D), what the cross mixers of a decoder read.
             encoder_attention_mask: (B, S), 1 or True for real tokens of it.
             encoder_segment_ids: int (B, S), non-decreasing, which packed document each of them belongs to.
-            **kwargs: what trainers pass to every model, such as `num_items_in_batch`.
+            **kwargs: what `Trainer` and `generate` pass to every model; others are refused.
 
         Raises:
             ValueError: both or neither kind of input, tokens outside the vocabulary, a mask that a mixer refuses, a

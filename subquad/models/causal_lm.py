@@ -78,7 +78,7 @@ class SubquadForCausalLM(SubquadGeneratingModel):
             use_cache: return a cache; None for whether one is given.
             output_hidden_states: return the stream between blocks.
             logits_to_keep: logits of that many last tokens, 0 for all, or indices of tokens.
-            **kwargs: passed to the loss, as trainers expect.
+            **kwargs: what `Trainer` and `generate` add, such as `num_items_in_batch` for the loss; others are refused.
 
         Raises:
             ValueError: as `SubquadModel`; labels of another shape or outside the vocabulary.

@@ -67,7 +67,7 @@ class SubquadForSequenceClassification(SubquadPreTrainedModel):
             inputs_embeds: (B, L, D) instead of input_ids.
             labels: int (B,) for the cross-entropy loss.
             output_hidden_states: return the stream between blocks.
-            **kwargs: passed to the loss, as trainers expect.
+            **kwargs: what `Trainer` and `generate` add, such as `num_items_in_batch` for the loss; others are refused.
         """
         self.refuse_foreign(kwargs)
         output = self.model(

@@ -60,7 +60,7 @@ class SubquadForMaskedLM(SubquadLanguageModel):
             inputs_embeds: (B, L, D) instead of input_ids.
             labels: int (B, L), the true tokens in their own places; -100 where nothing is to be predicted.
             output_hidden_states: return the stream between blocks.
-            **kwargs: passed to the loss, as trainers expect.
+            **kwargs: what `Trainer` and `generate` add, such as `num_items_in_batch` for the loss; others are refused.
 
         Raises:
             ValueError: as `SubquadModel`; labels of another shape or outside the vocabulary.

@@ -79,6 +79,8 @@ class SubquadForPairClassification(SubquadPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         pair_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        pair_segment_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> SubquadPairClassifierOutput:
         """Classify.
@@ -93,11 +95,14 @@ class SubquadForPairClassification(SubquadPreTrainedModel):
             inputs_embeds: (B, L, D) instead of input_ids.
             pair_inputs_embeds: (B, S, D) instead of pair_input_ids.
             labels: int (B,) for the cross-entropy loss.
-            **kwargs: passed to the loss, as trainers expect.
+            segment_ids: int (B, L), non-decreasing; packed documents of the first don't mix.
+            pair_segment_ids: int (B, S), likewise of the second.
+            **kwargs: what `Trainer` and `generate` add, such as `num_items_in_batch` for the loss; others are refused.
         """
         self.refuse_foreign(kwargs)
-        first = self.model(input_ids, attention_mask, None, global_attention_mask, inputs_embeds)
-        second = self.model(pair_input_ids, pair_attention_mask, None, pair_global_attention_mask, pair_inputs_embeds)
+        first = self.model(input_ids, attention_mask, segment_ids, global_attention_mask, inputs_embeds)
+        pair = (pair_input_ids, pair_attention_mask, pair_segment_ids, pair_global_attention_mask, pair_inputs_embeds)
+        second = self.model(*pair)
         logits = self.head(first.pooler_output, second.pooler_output)
         aux_loss = None if first.aux_loss is None else (first.aux_loss + second.aux_loss) / 2
         loss = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from subquad.config import nearest
 from subquad.interface import ChannelMixer, TokenMixer
 from subquad.models.axial import AxialPositions
 from subquad.models.configuration import SubquadConfig
@@ -18,12 +20,16 @@ from subquad.models.embedding import Embedding
 IGNORED = -100
 """The label of what is not to be predicted, as everywhere in Hugging Face."""
 
+_HONOURED = frozenset({"num_items_in_batch", "return_dict"})
+"""What transformers 5 passes to every model beside the inputs: `Trainer` the first, `generate` the second."""
+
 _FOREIGN = {
     "position_ids": "positions follow from attention_mask and segment_ids; for packed documents pass segment_ids",
     "token_type_ids": "there are no token types; ask the tokenizer for return_token_type_ids=False",
     "output_attentions": "these mixers have no attention matrices to return",
+    "output_hidden_states": "two sequences have no common stream; ask the stack that reads each, `model`",
 }
-"""Inputs of other models that would change a result here, were they not ignored; and what to do without them."""
+"""Inputs of other models that this one can't honour, unless they are None or False; and what to do without them."""
 
 
 class SubquadPreTrainedModel(PreTrainedModel):
@@ -48,14 +54,21 @@ class SubquadPreTrainedModel(PreTrainedModel):
         return super().get_expanded_tied_weights_keys(True) if all_submodels else dict(self._tied_weights_keys or {})
 
     def refuse_foreign(self, given: Mapping[str, Any]) -> None:
-        """Refuse what other models of Hugging Face take and this one can't honour.
+        """Refuse every keyword that this model can't honour: none is swallowed in silence.
 
         Raises:
-            ValueError: naming the input and what to do.
+            ValueError: naming the input and what to do, or the nearest input there is.
         """
-        for name, advice in _FOREIGN.items():
-            if given.get(name) is not None and given[name] is not False:
-                raise ValueError(f"{type(self).__name__}: {name} is not supported; {advice}")
+        owner = type(self).__name__
+        for name, value in given.items():
+            if name in _FOREIGN:
+                if value is not None and value is not False:
+                    raise ValueError(f"{owner}: {name} is not supported; {_FOREIGN[name]}")
+            elif name not in _HONOURED:
+                known = {*inspect.signature(type(self).forward).parameters, *_HONOURED} - {"self", "kwargs"}
+                raise ValueError(f"{owner}: unknown input {name!r}; {nearest(name, known)}")
+        if given.get("return_dict") is False:
+            raise ValueError(f"{owner}: return_dict=False is not supported; call the output's .to_tuple()")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -136,7 +136,7 @@ class SubquadForSeq2SeqLM(SubquadGeneratingModel):
             decoder_inputs_embeds: (B, T, D) instead of decoder_input_ids.
             output_hidden_states: return the streams between blocks.
             logits_to_keep: logits of that many last tokens, 0 for all, or indices of tokens.
-            **kwargs: passed to the loss, as trainers expect.
+            **kwargs: what `Trainer` and `generate` add, such as `num_items_in_batch` for the loss; others are refused.
 
         Raises:
             ValueError: as `SubquadModel`; labels of another shape or outside the vocabulary.

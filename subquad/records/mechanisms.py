@@ -1,4 +1,4 @@
-"""What is known of each mechanism, as `compare` and `check` write it to `mechanisms.json` beside the records.
+"""What is known of each mechanism, as `compare`, `run` and `sweep` write it to `mechanisms.json` beside the records.
 
 The report reads this file instead of the registry, and so needs neither torch nor the code of a user's own mechanism.
 """
@@ -8,17 +8,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from subquad.records.schema import ProbeRecord
 from subquad.records.strict import Strict
 
 MECHANISMS_FILE = "mechanisms.json"
-
-
-class ProbeOutcome(Strict):
-    """The outcome of one proof of a mechanism."""
-
-    name: str
-    passed: bool
-    detail: str
 
 
 class Picture(Strict):
@@ -45,12 +38,12 @@ class Mechanism(Strict):
     paper: str
     formula: str
     traits: dict[str, bool]
-    probes: tuple[ProbeOutcome, ...] = ()
+    probes: tuple[ProbeRecord, ...] = ()
     picture: Picture | None = None
     causal_picture: Picture | None = None
 
     @property
-    def red_probes(self) -> tuple[ProbeOutcome, ...]:
+    def red_probes(self) -> tuple[ProbeRecord, ...]:
         """The proofs that failed."""
         return tuple(probe for probe in self.probes if not probe.passed)
 

@@ -110,12 +110,15 @@ class ReceiptRecord(Strict):
 
 
 class ProbeRecord(Strict):
-    """One proof of a mechanism (leak, padding, prefix ...): its outcome, what it saw, how long it took."""
+    """One proof of a mechanism (leak, padding, prefix ...): its outcome, what it saw, how long it took.
+
+    `seconds` is None where it is not known, as of a proof that took its process down.
+    """
 
     name: str
     passed: bool
     detail: str
-    seconds: Seconds
+    seconds: Seconds | None = None
 
 
 class Record(Strict):

@@ -23,7 +23,7 @@ STREAM_FILE = "stream.safetensors"
 _ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
-class CheckpointError(ValueError):
+class DamagedCheckpointError(ValueError):
     """A checkpoint is damaged."""
 
 
@@ -56,12 +56,12 @@ def check_checkpoint(checkpoint: Path, *, of_stream: bool = False) -> None:
         of_stream: whether the state of a stream has to be there, too.
 
     Raises:
-        CheckpointError: naming the file and what to do.
+        DamagedCheckpointError: naming the file and what to do.
     """
     for name in (_WEIGHTS_FILE, *_ARCHIVES, *((STREAM_FILE,) if of_stream else ())):
         fault = _fault(checkpoint / name)
         if fault is not None:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{checkpoint / name}: the checkpoint is damaged ({fault}); delete the folder {checkpoint} to go on "
                 f"from the checkpoint before, or {checkpoint.parent} to begin this run again"
             )

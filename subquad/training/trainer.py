@@ -128,7 +128,7 @@ class SubquadTrainer(Trainer):
 
         Raises:
             DivergenceError: a loss was not finite.
-            CheckpointError: a checkpoint that is needed is damaged.
+            DamagedCheckpointError: a checkpoint that is needed is damaged.
         """
         directory = Path(str(self.args.output_dir))
         checkpoint = last_complete_checkpoint(directory)

@@ -156,6 +156,7 @@ def test_a_mechanism_with_a_red_probe_has_a_row_with_the_reason_and_no_figures(
     assert probe in broken.message
     assert broken.metric is None
     assert any(not outcome.passed for outcome in broken.probes)
+    assert all(outcome.seconds for outcome in broken.probes)
     assert name not in [profile.mixer_name for profile in records.profiles]
     assert row(records, "linear").status is Status.OK
 

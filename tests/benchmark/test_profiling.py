@@ -128,3 +128,15 @@ def test_a_damaged_profile_is_named(profile: Profile) -> None:
     path.write_text(json.dumps({"schema_version": 1}))
     with pytest.raises(ValueError, match=rf"{path.name} is corrupted.*Delete it"):
         profile(LINEAR)
+
+
+def test_a_profile_has_the_receipts_of_what_was_timed(profile: Profile, tmp_path: Path) -> None:
+    pattern = parse_mixer("sparse_transformer")
+    profile(pattern, LINEAR)
+    of_pattern, of_linear = find_profiles([pattern, LINEAR], SETTINGS, tmp_path)
+    assert [(receipt.ran, receipt.count) for receipt in of_pattern.receipts] == [
+        ("dense attention in slices of queries", 2),  # a pass without gradients and one with them
+        ("dense attention in slices of queries", 2),
+    ]
+    assert [receipt.reason.split()[0] for receipt in of_pattern.receipts] == ["16", "32"]
+    assert of_linear.receipts == ()

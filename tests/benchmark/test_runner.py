@@ -1,18 +1,24 @@
 """However a run ends, it is a record that says so."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+from safetensors import SafetensorError
 from stand_ins import InProcess, MakePlan
 
+from subquad.benchmark import training
 from subquad.benchmark.environment import this_environment
+from subquad.benchmark.plan import RunPlan
+from subquad.benchmark.request import Request
 from subquad.benchmark.runner import discard_checkpoints, execute, guess_record, not_trained_record
-from subquad.benchmark.worker import Worker, WorkerDiedError, WorkError
+from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
 from subquad.records.atomic import OutputError
 from subquad.records.schema import Status
 from subquad.tasks.kinds import ClassificationData
+from subquad.training.checkpoint import DamagedCheckpointError
 from subquad.training.presets import Preset
 
 
@@ -86,18 +92,47 @@ def test_a_killed_worker_is_a_record(
     assert (record.status, record.message) == (status, message)
 
 
+def test_a_worker_that_can_not_answer_is_a_record(plan: MakePlan, tiny_data: ClassificationData) -> None:
+    record = execute(plan("full"), tiny_data, Failing(WorkError("PicklingError", "no way\nat all", "")), None)
+    assert (record.status, record.message) == (Status.FAILED, "PicklingError: no way")
+
+
+@pytest.fixture
+def training_ends_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
+    def set_end(error: Exception) -> None:
+        def fail(plan: RunPlan, progress: Progress) -> NoReturn:
+            raise error
+
+        monkeypatch.setattr(training, "_train", fail)
+
+    return set_end
+
+
 def test_a_full_disk_and_a_damaged_checkpoint_are_told_instead_of_recorded(
-    plan: MakePlan, tiny_data: ClassificationData
+    plan: MakePlan, tiny_data: ClassificationData, training_ends_with: Callable[[Exception], None]
 ) -> None:
-    full = WorkError("SafetensorError", "I/O error: No space left on device (os error 28)", "")
+    training_ends_with(SafetensorError("I/O error: No space left on device (os error 28)"))
     with pytest.raises(OutputError, match=r"checkpoints: a checkpoint can't be written .* free some space"):
-        execute(plan("full"), tiny_data, Failing(full), None)
+        execute(plan("full"), tiny_data, InProcess(), None)
+    training_ends_with(DamagedCheckpointError("it is damaged"))
     with pytest.raises(ValueError, match="it is damaged"):
-        execute(plan("full"), tiny_data, Failing(WorkError("CheckpointError", "it is damaged", "")), None)
+        execute(plan("full"), tiny_data, InProcess(), None)
 
 
-def test_the_guess_without_a_model_is_a_record(tiny: Preset, tiny_data: ClassificationData) -> None:
-    record = guess_record(tiny, tiny_data, this_environment())
+@pytest.mark.parametrize("name", ["DivergenceError", "DamagedCheckpointError", "OutOfMemoryError"])
+def test_an_error_of_a_mechanisms_own_is_that_whatever_it_is_called(
+    plan: MakePlan, tiny_data: ClassificationData, training_ends_with: Callable[[Exception], None], name: str
+) -> None:
+    training_ends_with(type(name, (Exception,), {})("out of ideas"))
+    record = execute(plan("full"), tiny_data, InProcess(), None)
+    assert (record.status, record.message) == (Status.FAILED, f"{name}: out of ideas")
+
+
+def test_the_guess_without_a_model_is_a_record(
+    request_of: Callable[..., Request], tiny: Preset, tiny_data: ClassificationData
+) -> None:
+    request = request_of()
+    record = guess_record(request, tiny_data, this_environment())
     guess = tiny_data.guess()
     assert record.metric is not None
     assert record.metric.best_validation.test == record.metric.last_step.test == guess.test
@@ -105,6 +140,8 @@ def test_the_guess_without_a_model_is_a_record(tiny: Preset, tiny_data: Classifi
     assert (record.mixer_name, record.message) == ("majority_class", guess.answer)
     assert (record.parameters, record.steps) == (0, 0)
     assert record.command == f"subquad compare --task listops --preset {tiny.source}"
+    own = guess_record(replace(request, data=Path("my files"), generated=False), tiny_data, this_environment())
+    assert own.command == f"{record.command} --data 'my files'"
 
 
 def test_what_was_not_trained_has_a_reason_and_no_figures(plan: MakePlan, tiny_data: ClassificationData) -> None:

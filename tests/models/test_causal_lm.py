@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import CAUSAL, batch, blocks_of, build, causal_lm, classifier, config, small
+from small_models import CAUSAL, batch, blocks_of, build, causal_lm, classifier, config, seq2seq_lm, small
 from torch import nn
 
 from subquad.build import list_mixers
-from subquad.models import SubquadForCausalLM, SubquadForMaskedLM
+from subquad.models import SubquadForCausalLM, SubquadForMaskedLM, SubquadForPairClassification
 
 BY_MIXER = pytest.mark.parametrize("name", CAUSAL)
 
@@ -164,13 +164,28 @@ def test_a_stream_that_grows_longer_than_a_fixed_length_is_refused(name: str) ->
         ({"position_ids": torch.zeros(3, 13)}, "position_ids is not supported; .* pass segment_ids"),
         ({"token_type_ids": torch.zeros(3, 13)}, "token_type_ids is not supported; .*return_token_type_ids=False"),
         ({"output_attentions": True}, "output_attentions is not supported; these mixers have no attention matrices"),
+        ({"return_dict": False}, r"return_dict=False is not supported; call the output's .to_tuple"),
+        ({"attention_masks": None}, "unknown input 'attention_masks'; did you mean 'attention_mask'"),
+        ({"ignore_index": 0}, "unknown input 'ignore_index'; known: .*num_items_in_batch"),
     ],
 )
-def test_what_other_models_take_and_this_one_would_ignore_is_refused(given: dict[str, Any], advice: str) -> None:
+def test_what_this_model_would_ignore_is_refused(given: dict[str, Any], advice: str) -> None:
     tokens, _ = batch()
-    for model in (causal_lm(), causal_lm().model, classifier(), build(SubquadForMaskedLM)):
-        with pytest.raises(ValueError, match=advice):
+    pairs, translator = build(SubquadForPairClassification), seq2seq_lm()
+    for model in (causal_lm(), causal_lm().model, classifier(), build(SubquadForMaskedLM), pairs, translator):
+        with pytest.raises(ValueError, match=f"{type(model).__name__}: {advice}"):
             model(tokens, **given)
+
+
+def test_what_transformers_passes_to_every_model_is_taken() -> None:
+    tokens, _ = batch()
+    passed = {"return_dict": True, "output_attentions": None, "output_hidden_states": False, "num_items_in_batch": 3}
+    pairs = build(SubquadForPairClassification)
+    assert torch.equal(
+        pairs(tokens, pair_input_ids=tokens, **passed).logits, pairs(tokens, pair_input_ids=tokens).logits
+    )
+    for model in (causal_lm(), classifier(), build(SubquadForMaskedLM)):
+        assert torch.equal(model(tokens, **passed).logits, model(tokens).logits)
 
 
 @BY_MIXER

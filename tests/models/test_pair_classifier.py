@@ -79,6 +79,22 @@ def test_the_towers_share_their_weights_and_see_nothing_of_each_other() -> None:
     assert torch.equal(features[0], features[1])
 
 
+@pytest.mark.parametrize("packed", ["segment_ids", "pair_segment_ids"])
+def test_packed_documents_of_either_sequence_do_not_mix(packed: str) -> None:
+    model, given = build(SubquadForPairClassification, pooling="first").double(), pair()
+    tokens = "input_ids" if packed == "segment_ids" else "pair_input_ids"
+    segments = (torch.arange(given[tokens].shape[1]) >= 2).long().expand(3, -1)
+    changed = given[tokens].where(segments == 0, given[tokens] % 10 + 1)
+    assert not torch.allclose(model(**given | {tokens: changed}).logits, model(**given).logits)
+    mixed = model(**given | {tokens: changed, packed: segments}).logits
+    torch.testing.assert_close(mixed, model(**given, **{packed: segments}).logits, rtol=1e-10, atol=1e-10)
+
+
+def test_the_stream_between_blocks_is_asked_of_each_stack() -> None:
+    with pytest.raises(ValueError, match="output_hidden_states is not supported; two sequences"):
+        build(SubquadForPairClassification)(**pair(), output_hidden_states=True)
+
+
 @BY_MIXER
 def test_a_loaded_model_gives_the_same_logits(mixer: Any, tmp_path: Path) -> None:
     model = build(SubquadForPairClassification, mixer=mixer)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from subquad.records.mechanisms import Mechanism, Mechanisms, Picture, ProbeOutcome
+from subquad.records.mechanisms import Mechanism, Mechanisms, Picture
 from subquad.records.schema import (
     Budget,
     CostRecord,
@@ -322,8 +322,8 @@ def mechanism(spec: Spec) -> Mechanism:
         formula="yᵢ = Σⱼ∈N(i) softmax(qᵢ·kⱼ / √d) vⱼ",
         traits={trait: (len(spec.name) + index) % 3 != 0 for index, trait in enumerate(TRAITS)},
         probes=(
-            ProbeOutcome(name="padding", passed=True, detail=""),
-            ProbeOutcome(name="leak", passed=not red, detail="y[12] saw x[40]" if red else ""),
+            ProbeRecord(name="padding", passed=True, detail=""),
+            ProbeRecord(name="leak", passed=not red, detail="y[12] saw x[40]" if red else ""),
         ),
         picture=picture(spec.name, causal=False),
         causal_picture=picture(spec.name, causal=True),

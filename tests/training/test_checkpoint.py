@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from subquad.training.checkpoint import (
-    CheckpointError,
+    DamagedCheckpointError,
     check_checkpoint,
     checkpoint_path,
     checkpoint_step,
@@ -48,10 +48,10 @@ def test_a_file_that_is_missing_cut_short_or_empty_is_named(tmp_path: Path, name
     content = path.read_bytes()
     for damaged in (content[:-1], content[: len(content) // 2], b""):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=rf"checkpoint-1/{name}: the checkpoint is damaged"):
+        with pytest.raises(DamagedCheckpointError, match=rf"checkpoint-1/{name}: the checkpoint is damaged"):
             check_checkpoint(path.parent)
     path.unlink()
-    with pytest.raises(CheckpointError, match=rf"{name}: .*delete the folder .*checkpoint-1 to go on"):
+    with pytest.raises(DamagedCheckpointError, match=rf"{name}: .*delete the folder .*checkpoint-1 to go on"):
         check_checkpoint(path.parent)
 
 
@@ -61,5 +61,5 @@ def test_a_flipped_byte_in_the_optimizer_is_noticed(tmp_path: Path) -> None:
     position = content.find(torch.arange(8.0).numpy().tobytes())
     content[position + 5] ^= 1
     path.write_bytes(bytes(content))
-    with pytest.raises(CheckpointError, match="another checksum"):
+    with pytest.raises(DamagedCheckpointError, match="another checksum"):
         check_checkpoint(path.parent)

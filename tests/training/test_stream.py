@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from toy_data import toy, trainer_of
 
 from subquad.benchmark.mixers import parse_mixer
-from subquad.training.checkpoint import STREAM_FILE, CheckpointError, checkpoint_path
+from subquad.training.checkpoint import STREAM_FILE, DamagedCheckpointError, checkpoint_path
 from subquad.training.objectives.registry import objective_of
 from subquad.training.presets import Preset, preset_from_tables
 from subquad.training.stream import StreamMemory, memory_of
@@ -100,7 +100,7 @@ def test_a_forgotten_memory_would_be_noticed(tiny: Preset, tmp_path: Path) -> No
     with pytest.raises(StoppedError):
         trainer_of(data, tiny, tmp_path / "parts", progress=stop, **options).fit()
     (checkpoint_path(tmp_path / "parts", 8) / STREAM_FILE).unlink()
-    with pytest.raises(CheckpointError, match=r"stream\.safetensors: the checkpoint is damaged"):
+    with pytest.raises(DamagedCheckpointError, match=r"stream\.safetensors: the checkpoint is damaged"):
         trainer_of(data, tiny, tmp_path / "parts", **options).fit()
     alone = trainer_of(data, tiny, tmp_path / "alone", mixer="local:window=5", batch_size=4).fit()
     assert alone.last_step != whole.last_step

@@ -18,7 +18,7 @@ from toy_data import trainer_of
 
 from subquad.records.metrics import Estimate
 from subquad.tasks.kinds import ClassificationData
-from subquad.training.checkpoint import CheckpointError, checkpoint_path
+from subquad.training.checkpoint import DamagedCheckpointError, checkpoint_path
 from subquad.training.objectives.registry import objective_of
 from subquad.training.order import Visit
 from subquad.training.outcome import DivergenceError, Outcome
@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_named(make: Make, whole: tuple[Outcome, Path], 
     path = checkpoint_path(tmp_path, 24) / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(
-        CheckpointError, match=rf"checkpoint-24/{name}: the checkpoint is damaged .*; delete the folder"
+        DamagedCheckpointError, match=rf"checkpoint-24/{name}: the checkpoint is damaged .*; delete the folder"
     ):
         make(tmp_path).fit()
 
@@ -205,7 +205,7 @@ def test_a_damaged_best_checkpoint_is_named(make: Make, tmp_path: Path, monkeypa
         if step == 20:
             (checkpoint_path(tmp_path, 8) / "model.safetensors").unlink()
 
-    with pytest.raises(CheckpointError, match=r"checkpoint-8/model.safetensors: the checkpoint is damaged"):
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoint-8/model.safetensors: the checkpoint is damaged"):
         make(tmp_path, damage).fit()
 
 

@@ -120,7 +120,10 @@ def _backend(name: str | None, q: Tensor, *, with_lse: bool) -> Backend:
         "blocked": attend_blocked,
         "flex": partial(attend_flex, with_lse=with_lse),
     }
-    name = ("flex" if q.device.type == "cuda" else "blocked") if name is None else name
+    if name is None:
+        if q.device.type != "cuda":
+            return partial(attend_blocked, asked="the default, blocked")
+        name = "flex"
     if name not in backends:
         raise ValueError(f"pattern_attention: unknown backend {name!r}; known: {', '.join(sorted(backends))}")
     return backends[name]

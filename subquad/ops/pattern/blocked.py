@@ -78,8 +78,10 @@ class Example(NamedTuple):
     complete: bool
 
 
-def attend_blocked(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
-    """Attend; arguments and result as in `pattern_attention_with_lse`.
+def attend_blocked(
+    q: Tensor, k: Tensor, v: Tensor, request: Request, *, asked: str = "blocked"
+) -> tuple[Tensor, Tensor]:
+    """Attend; arguments and result as in `pattern_attention_with_lse`, and `asked` for the receipts.
 
     Raises:
         ValueError: tensors that aren't on the CPU.
@@ -87,7 +89,7 @@ def attend_blocked(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[T
     if q.device.type != "cpu":
         raise ValueError(f"pattern_attention: backend 'blocked' runs on the CPU, got {q.device}; use 'flex' or 'dense'")
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    if _saves_nothing(q, k, request):
+    if _saves_nothing(q, k, request, asked):
         return attend_sliced(q, k, v, request)
     examples = _plan_examples(q, k, request)
     out, lse = _BlockedAttention.apply(q, k, v, examples, request.scale)  # pyright: ignore[reportGeneralTypeIssues] - apply has no types
@@ -97,7 +99,7 @@ def attend_blocked(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[T
     return out.masked_fill(~valid[:, None, :, None], 0.0), lse.masked_fill(~valid[:, None], -torch.inf)
 
 
-def _saves_nothing(q: Tensor, k: Tensor, request: Request) -> bool:
+def _saves_nothing(q: Tensor, k: Tensor, request: Request, asked: str) -> bool:
     """Whether dense attention in slices costs less than any plan; leaves a receipt."""
     (_, num_heads, length, _), key_length = q.shape, k.shape[2]
     if 0 in (*q.shape, key_length):
@@ -108,7 +110,7 @@ def _saves_nothing(q: Tensor, k: Tensor, request: Request) -> bool:
         return False
     leave_receipt(
         "pattern_attention",
-        asked="blocked",
+        asked=asked,
         ran="dense attention in slices of queries",
         reason=f"{length} queries and {key_length} keys are too few for the pattern to save anything",
     )

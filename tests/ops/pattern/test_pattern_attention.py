@@ -251,10 +251,12 @@ def test_short_sequences_run_densely_and_say_so() -> None:
     q, k, v = triple(20)
     with receipts() as collected:
         pattern_attention(q, k, v, Window(9, 9) | Sink(2))
-    (receipt,) = collected.entries
-    assert (receipt.where, receipt.asked) == ("pattern_attention", "blocked")
-    assert "dense attention in slices" in receipt.ran
-    assert "20 queries and 20 keys" in receipt.reason
+        pattern_attention(q, k, v, Window(9, 9) | Sink(2), backend="blocked")
+    by_default, by_name = collected.entries
+    assert (by_default.where, by_default.asked) == ("pattern_attention", "the default, blocked")
+    assert by_name.asked == "blocked"
+    assert "dense attention in slices" in by_name.ran
+    assert "20 queries and 20 keys" in by_name.reason
 
 
 def test_parts_of_a_softmax_merge_by_their_log_sum_exps() -> None:
