@@ -106,12 +106,21 @@ def begin(x: Tensor, valid: Tensor | None, sizes: Sizes, eviction: Eviction, bef
         stands, added = [sizes.stand], [length]
     layout = Layout.of(_examples(stands, added, eviction, keeps=before is not None), batch, length)
     if before is None:
+        if sizes.compressed and not layout.made:
+            _note_nothing_compressed(eviction)
         hidden, rows = (x.new_zeros(batch, count, width) for count in (layout.stored, layout.stored_rows))
         wide = torch.promote_types(x.dtype, torch.float32)
         return Stream(layout, hidden, rows, x.new_zeros(batch, layout.stored, dtype=wide))
     hidden = before.hidden[:, before.hidden.shape[1] - layout.stored :].to(x.dtype)
     rows = before.compressed[:, before.compressed.shape[1] - layout.stored_rows :].to(x.dtype)
     return Stream(layout, hidden, rows, before.usage[:, max(0, before.usage.shape[1] - layout.stored) :])
+
+
+def _note_nothing_compressed(eviction: Eviction) -> None:
+    reason = "a call without a state ended before enough tokens for one row left the memory"
+    if eviction.segment_length is None:
+        reason = "a call without a state is one segment: carry the state from call to call, or give segment_length"
+    leave_receipt("compressive", asked="compressed memory", ran="nothing compressed", reason=reason)
 
 
 def _examples(stands: Sequence[Stand], added: Sequence[int], eviction: Eviction, *, keeps: bool) -> Sequence[Example]:

@@ -22,7 +22,7 @@ from subquad.records.comparison import Comparison, Entry
 from subquad.records.measures import Summary
 from subquad.records.queries import comparisons
 from subquad.records.store import Records
-from subquad.report.positions import places_of, position_note
+from subquad.report.positions import places_of, position_note, positions_of
 from subquad.report.tables import Row, cells, column_titles, rows_of, stream_note
 
 COLUMNS = (
@@ -193,7 +193,8 @@ def answer_document(comparison: Comparison) -> dict[str, Any]:
 
 
 def _comparison_document(comparison: Comparison) -> dict[str, Any]:
-    return answer_document(comparison) | {"rows": [_row_document(row) for row in rows_of(comparison)]}
+    rows = [_row_document(row) for row in rows_of(comparison)]
+    return answer_document(comparison) | {"positions_of": positions_of(comparison), "rows": rows}
 
 
 def _row_document(row: Row) -> dict[str, Any]:

@@ -170,6 +170,11 @@ class Comparison:
         return self.task.is_lra and self.preset.partition(":")[0] != QUICK_PRESET
 
     @property
+    def is_stream(self) -> bool:
+        """Whether windows of documents were laid one behind the other, so that positions count through all of them."""
+        return any(entry.carries_state is not None for entry in self.entries)
+
+    @property
     def dense(self) -> Entry | None:
         """The row of dense attention."""
         return next((entry for entry in self.entries if entry.name == DENSE), None)

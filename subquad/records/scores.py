@@ -25,7 +25,11 @@ class Score(Strict):
 
 
 class PositionBucket(Strict):
-    """The metric over the test questions at the positions `first` to `last` of an example, counted from 0."""
+    """The metric over the test questions at the positions `first` to `last`, counted from 0.
+
+    Positions are those of an example or, where its windows were read as a stream, of the document, counted from its
+    first window in the same row of the batch.
+    """
 
     first: Count
     last: Count

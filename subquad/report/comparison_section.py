@@ -8,7 +8,7 @@ from subquad.report.charts import bubble_figure, loss_curves, score_curves
 from subquad.report.html import Html, element, join
 from subquad.report.palette import GUESS_INK, Ink
 from subquad.report.pictures import seed_dots
-from subquad.report.positions import has_places, position_curves
+from subquad.report.positions import has_places, position_curves, positions_of
 from subquad.report.tables import Row, cells, column_titles, rows_of, stream_note
 from subquad.report.widgets import (
     Figures,
@@ -48,6 +48,9 @@ CAPTION = (
     "memory at once, or had a failed seed. Click a bubble for its row."
 )
 POSITIONS = "Each point is the mean over a bucket of positions, and over the seeds; buckets double in length."
+STREAM_POSITIONS = (
+    "Positions count through all windows of a document; what carries no state reads those of its own window alone."
+)
 
 
 def comparison_section(comparison: Comparison, index: int, inks: dict[str, Ink], figures: Figures) -> Html:
@@ -120,8 +123,9 @@ def _bubbles(comparison: Comparison, inks: dict[str, Ink], figures: Figures) -> 
 def _positions(comparison: Comparison, inks: dict[str, Ink], figures: Figures) -> Html:
     if not has_places(comparison):
         return Html("")
-    title = f"Test {comparison.kind.title} by position in the context"
-    return figures.add(position_curves(comparison, inks), title, POSITIONS, wide=True)
+    title = f"Test {comparison.kind.title} by position in the {positions_of(comparison)}"
+    note = f"{POSITIONS} {STREAM_POSITIONS}" if comparison.is_stream else POSITIONS
+    return figures.add(position_curves(comparison, inks), title, note, wide=True)
 
 
 def _table(comparison: Comparison, rows: list[Row], inks: dict[str, Ink], index: int) -> Html:

@@ -1,4 +1,8 @@
-"""The score against the position in the context: what a mechanism gains from the tokens it has read.
+"""The score against the position: what a mechanism gains from the tokens before.
+
+A position is the number of tokens before it: in the context or, where a run reads the windows of a document as a
+stream, in the document since its first window. All mechanisms stand at the same positions there, whether they carry a
+memory of earlier windows or see each window alone.
 
 Runs keep the test score in buckets of positions that double; a point is a bucket, drawn at its geometric middle, the
 mean over the seeds.
@@ -45,16 +49,22 @@ def places_of(entry: Entry) -> tuple[Place, ...]:
     )
 
 
+def positions_of(comparison: Comparison) -> str:
+    """What positions are those of: "context" or "stream"."""
+    return "stream" if comparison.is_stream else "context"
+
+
 def has_places(comparison: Comparison) -> bool:
     """Whether there is a curve to draw: with fewer than three buckets there is none."""
     return any(len(places_of(entry)) >= LEAST_PLACES for entry in comparison.entries)
 
 
 def position_curves(comparison: Comparison, inks: dict[str, Ink]) -> Figure:
-    """Return the test score against the number of tokens in the context (log), one line a mechanism."""
+    """Return the test score against the number of tokens before (log), one line a mechanism."""
     drawn = [(entry, places) for entry in comparison.entries if (places := places_of(entry))]
     bounds = sorted({place.first for _, places in drawn for place in places})
-    x = axis("Position in the context (tokens read before)", type="log", minor={"ticks": ""})
+    before = "tokens of the document before" if comparison.is_stream else "tokens read before"
+    x = axis(f"Position in the {positions_of(comparison)} ({before})", type="log", minor={"ticks": ""})
     x |= {"tickvals": bounds, "ticktext": [units.count(bound) for bound in bounds]}
     traces = [_trace(entry, places, comparison.kind, inks[entry.mixer_key]) for entry, places in drawn]
     return {"data": traces, "layout": layout(x, axis(comparison.kind.label("Test")), height=360)}
@@ -79,11 +89,12 @@ def _trace(entry: Entry, places: Sequence[Place], kind: MetricKind, ink: Ink) ->
 
 
 def position_note(comparison: Comparison) -> str:
-    """Each mechanism with the least and with the most context, in one sentence; "" where there is nothing to say."""
+    """Each mechanism with the fewest and the most tokens before, in one sentence; "" where there is nothing to say."""
     kind = comparison.kind
     found = [(entry.label, places) for entry in comparison.entries if (places := places_of(entry))]
     if not found:
         return ""
     first, last = found[0][1][0].text, found[0][1][-1].text
     ends = [f"{label} {kind.number(p[0].score)} → {kind.number(p[-1].score)}" for label, p in found]
-    return f"Test {kind.title} with {first} → {last} tokens of context, in {kind.unit}: {', '.join(ends)}."
+    of_what = "tokens of the document before" if comparison.is_stream else "tokens of context"
+    return f"Test {kind.title} with {first} → {last} {of_what}, in {kind.unit}: {', '.join(ends)}."

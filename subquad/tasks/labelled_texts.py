@@ -4,6 +4,8 @@
     .csv .tsv   a column of texts and one of labels, called so in the first line
     .parquet    likewise; needs pyarrow
 
+Tables are UTF-8, with a byte order mark or without. Every text needs a label.
+
 A column of texts is called text, sentence, content, review or document, one of labels label, class, category, target or
 sentiment, in capitals or not.
 """
@@ -74,7 +76,7 @@ def _of_folder(folder: Path) -> Iterable[LabelledText]:
 def _of_csv(path: Path) -> Iterable[LabelledText]:
     csv.field_size_limit(sys.maxsize)  # a long text is what this library is for
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
             header = next(rows, None)
             if header is None:
@@ -87,7 +89,8 @@ def _of_csv(path: Path) -> Iterable[LabelledText]:
                         f"{len(row)}"
                     )
                 if row:
-                    yield LabelledText(f"{path.name}:{rows.line_num}", row[text].encode(), row[label])
+                    found = LabelledText(f"{path.name}:{rows.line_num}", row[text].encode(), row[label])
+                    yield _with_label(found, f"{path}, line {rows.line_num}")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, csv.Error) as error:
@@ -108,7 +111,9 @@ def _of_parquet(path: Path) -> Iterable[LabelledText]:
             for batch in table.iter_batches(columns=[text, label]):
                 for content, of_class in zip(*(batch.column(name).to_pylist() for name in (text, label)), strict=True):
                     row += 1
-                    yield LabelledText(f"{path.name}:{row}", _bytes(path, row, content), str(of_class))
+                    named = "" if of_class is None or of_class != of_class else str(of_class)  # NaN is missing too
+                    found = LabelledText(f"{path.name}:{row}", _bytes(path, row, content), named)
+                    yield _with_label(found, f"{path}, row {row}")
     except (OSError, ArrowException) as error:
         raise ValueError(f"{path}: not a Parquet file that can be read: {error}") from error
 
@@ -117,6 +122,13 @@ def _bytes(path: Path, row: int, content: object) -> bytes:
     if isinstance(content, str):
         return content.encode()
     raise ValueError(f"{path}, row {row}: expected a text, got {content!r}")
+
+
+def _with_label(found: LabelledText, place: str) -> LabelledText:
+    """The same; an empty text, which is left out, needs no label."""
+    if found.text and not found.label.strip():
+        raise ValueError(f"{place}: the text has no label: give it one, or take the row out")
+    return found
 
 
 def _columns(path: Path, header: Sequence[str]) -> tuple[int, int]:

@@ -10,16 +10,17 @@ asks for, and train gets all the rest. Whole documents are held out, in an order
 that fit, or the smallest if none does. A lone document gives up its end: train comes first, then validation, then test.
 
 Files are never held in memory: one that is read as a whole is mapped, several are copied into a temporary file that is
-mapped and vanishes with its last array.
+mapped and vanishes with its last array. It lies in the folder that the environment variable TMPDIR names, else in
+/var/tmp, which is on disk where /tmp is in memory.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from subquad.tasks.own_files import files_below, given_splits, name_rank
 from subquad.tasks.splits import LanguageSplit, Ragged
 
 _COPIED_AT_ONCE = 1 << 22
+_LARGE_FILES = "/var/tmp"
 
 
 @dataclass(frozen=True)
@@ -153,20 +155,41 @@ def _bytes(documents: list[Document]) -> np.ndarray:
             return np.memmap(document.path, np.uint8, "r", document.start, (document.size,))
         except OSError as error:
             raise ValueError(f"cannot read {document.path}: {error.strerror or error}") from error
-    with tempfile.TemporaryFile() as store:
-        for document in documents:
-            _copy(document, store)
-        store.flush()
-        return np.memmap(store, np.uint8, "r", 0, (sum(document.size for document in documents),))
+    total, folder = sum(document.size for document in documents), _store_folder()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as store:
+            for document in documents:
+                for block in _blocks(document):
+                    store.write(block)
+            store.flush()
+            return np.memmap(store, np.uint8, "r", 0, (total,))
+    except OSError as error:
+        raise ValueError(
+            f"cannot keep {total} bytes of text in {folder}: {error.strerror or error}; free some space, or name a "
+            "folder on a larger disk in the environment variable TMPDIR"
+        ) from error
 
 
-def _copy(document: Document, store: BinaryIO) -> None:
+def _store_folder() -> str:
+    """Where a copy of the text may lie."""
+    if named := os.environ.get("TMPDIR"):
+        return named
+    return _LARGE_FILES if os.access(_LARGE_FILES, os.W_OK | os.X_OK) else tempfile.gettempdir()
+
+
+def _blocks(document: Document) -> Iterator[bytes]:
+    """The bytes of a document, some at a time.
+
+    Raises:
+        ValueError: if they can't be read, or there are fewer than there were.
+    """
+    left = document.size
     try:
         with document.path.open("rb") as file:
             file.seek(document.start)
-            left = document.size
             while left and (block := file.read(min(left, _COPIED_AT_ONCE))):
-                left -= store.write(block)
+                left -= len(block)
+                yield block
     except OSError as error:
         raise ValueError(f"cannot read {document.path}: {error.strerror or error}") from error
     if left:

@@ -17,8 +17,8 @@ from subquad.training.order import Order, Visit
 Example = Mapping[str, np.ndarray]
 """What the model is called with for one example: int64 arrays, (length,) or 0-dim, by the name of the argument."""
 
-CARRIED = "carried"
-"""Beside the model's arguments: whether a row goes on with the state that the batch before left in it."""
+BEFORE = "before"
+"""Beside the model's arguments: tokens of its document that a row held before, from whose state it goes on."""
 
 _MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 
@@ -40,7 +40,7 @@ class SplitDataset(Dataset[Example], Generic[SplitT]):
 
     def __getitem__(self, place: int) -> Example:
         visit = self.order[place]
-        return {**self.make(self.split, visit), CARRIED: np.asarray(visit.carried)}
+        return {**self.make(self.split, visit), BEFORE: np.asarray(visit.before)}
 
 
 @dataclass(frozen=True)

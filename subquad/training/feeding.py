@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from subquad.tasks.splits import LanguageSplit, Split
 from subquad.training.dataset import SplitDataset
 from subquad.training.objectives.base import Objective
-from subquad.training.order import Order, ShuffledOrder, SortedOrder, StreamOrder, Visit, WholeStreamOrder
+from subquad.training.order import Order, ShuffledOrder, SortedOrder, StreamOrder, Visit, WholeStreamOrder, Windows
 from subquad.training.presets import TrainingSettings
 
 
@@ -23,7 +22,7 @@ def training_dataset(objective: Objective[Any, Any], settings: TrainingSettings)
     split, places = objective.data.train, settings.steps * settings.batch_size
     order: Order = ShuffledOrder(len(split), places, objective.seed)
     if settings.stream:
-        order = StreamOrder(continues(split), settings.batch_size, places, objective.seed)
+        order = StreamOrder(windows_of(split), settings.batch_size, places, objective.seed)
     return SplitDataset(split, order, objective.example)
 
 
@@ -35,8 +34,21 @@ def evaluation_dataset(objective: Objective[Any, Any], settings: TrainingSetting
     """
     order: Order = SortedOrder(split.lengths)
     if settings.stream:
-        order = WholeStreamOrder(continues(split), settings.batch_size)
+        order = WholeStreamOrder(windows_of(split), settings.batch_size)
     return SplitDataset(split, order, objective.example)
+
+
+def longest_context(objective: Objective[Any, Any], settings: TrainingSettings) -> int:
+    """Most tokens of an example; in a stream, most tokens of a document that a row of an evaluation holds.
+
+    Raises:
+        ValueError: a stream of data that is none.
+    """
+    data = objective.data
+    if not settings.stream:
+        return data.max_length
+    orders = (WholeStreamOrder(windows_of(split), settings.batch_size) for split in (data.validation, data.test))
+    return max(order.longest for order in orders)
 
 
 def first_batch(objective: Objective[Any, Any], batch_size: int) -> dict[str, Tensor]:
@@ -46,8 +58,8 @@ def first_batch(objective: Objective[Any, Any], batch_size: int) -> dict[str, Te
     return objective.collator([objective.example(split, visit) for visit in visits])
 
 
-def continues(split: Split) -> np.ndarray:
-    """Which examples go on where the one before ended, bool (n,).
+def windows_of(split: Split) -> Windows:
+    """The examples of a split as windows of documents.
 
     Raises:
         ValueError: data that are no stream.
@@ -57,4 +69,4 @@ def continues(split: Split) -> np.ndarray:
             "[training]: stream = true needs data whose examples are consecutive windows of documents, which this "
             "task's are not; leave it out"
         )
-    return split.continues
+    return Windows(split.continues, split.inputs.offsets)

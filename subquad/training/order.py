@@ -24,14 +24,41 @@ class Visit(NamedTuple):
     Attributes:
         example: index in the split.
         number: how often the order has gone through the data before; -1 in evaluation.
-        carried: whether the window before it in the same document stands in the same row of the batch before.
+        before: tokens of the same document that the row of the batch held before it, without a break; 0 where a
+            document, or the row, begins.
         asked: False for what only fills a batch up.
     """
 
     example: int
     number: int
-    carried: bool = False
+    before: int = 0
     asked: bool = True
+
+
+class Windows:
+    """Consecutive windows of documents.
+
+    Args:
+        continues: bool (n,), whether a window goes on where the one before it ended, which the first can't.
+        offsets: int (n + 1,), where each begins.
+    """
+
+    def __init__(self, continues: np.ndarray, offsets: np.ndarray) -> None:
+        self._offsets = offsets
+        self._document = np.maximum.accumulate(np.where(continues, 0, np.arange(len(continues))))
+
+    def __len__(self) -> int:
+        return len(self._document)
+
+    def before(self, window: int, index: int) -> int:
+        """Tokens of the document of a window that its row held before it, as the `index`-th one since it began."""
+        return int(self._offsets[window] - self._offsets[max(int(self._document[window]), window - index)])
+
+    def longest(self, stretch: int) -> int:
+        """Most tokens from where a document begins, or a stretch of so many windows, to the end of a window."""
+        windows = np.arange(len(self))
+        begins = np.maximum(self._document, windows - windows % stretch)
+        return int((self._offsets[1:] - self._offsets[begins]).max())
 
 
 class Order(ABC):
@@ -95,7 +122,7 @@ class StreamOrder(Order):
     Each pass begins at another window, so that those that don't fill a row are not always the same.
 
     Args:
-        continues: bool (n,), whether a window goes on where the one before it ended.
+        windows: to train on.
         rows: of a batch.
         places: how many are taken.
         seed: of where the passes begin.
@@ -104,46 +131,51 @@ class StreamOrder(Order):
         ValueError: fewer windows than rows.
     """
 
-    def __init__(self, continues: np.ndarray, rows: int, places: int, seed: int) -> None:
-        if len(continues) < rows:
+    def __init__(self, windows: Windows, rows: int, places: int, seed: int) -> None:
+        if len(windows) < rows:
             raise ValueError(
-                f"stream: {rows} rows need at least as many windows to train on, got {len(continues)}; lower batch_size"
+                f"stream: {rows} rows need at least as many windows to train on, got {len(windows)}; lower batch_size"
             )
-        self._continues, self._rows, self._places, self._seed = continues, rows, places, seed
+        self._windows, self._rows, self._places, self._seed = windows, rows, places, seed
 
     def __len__(self) -> int:
         return self._places
 
     def __getitem__(self, place: int) -> Visit:
         """As in `Order`."""
-        windows = len(self._continues)
+        windows = len(self._windows)
         step, row = divmod(place, self._rows)
         number, index = divmod(step, windows // self._rows)
         begin = int(np.random.default_rng((self._seed, number)).integers(windows))
         window = (begin + row * (windows // self._rows) + index) % windows
-        return Visit(window, number, carried=index > 0 and bool(self._continues[window]))
+        return Visit(window, number, self._windows.before(window, index))
 
 
 class WholeStreamOrder(Order):
     """Evaluation on streams: every window once, cut into `rows` stretches; places left over ask for nothing.
 
     Args:
-        continues: bool (n,), whether a window goes on where the one before it ended.
+        windows: of the split.
         rows: of a batch, at most.
     """
 
-    def __init__(self, continues: np.ndarray, rows: int) -> None:
-        self._continues = continues
-        self._rows = min(rows, len(continues))
-        self._stretch = -(-len(continues) // self._rows)
+    def __init__(self, windows: Windows, rows: int) -> None:
+        self._windows = windows
+        self._rows = min(rows, len(windows))
+        self._stretch = -(-len(windows) // self._rows)
 
     def __len__(self) -> int:
         return self._rows * self._stretch
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a document that a row holds without a break."""
+        return self._windows.longest(self._stretch)
 
     def __getitem__(self, place: int) -> Visit:
         """As in `Order`."""
         index, row = divmod(place, self._rows)
         window = row * self._stretch + index
-        if window >= len(self._continues):
+        if window >= len(self._windows):
             return Visit(0, -1, asked=False)
-        return Visit(window, -1, carried=index > 0 and bool(self._continues[window]))
+        return Visit(window, -1, self._windows.before(window, index))

@@ -52,7 +52,11 @@ class Bucket(NamedTuple):
     value: float
 
 
-def bucket_bounds(length: int) -> tuple[tuple[int, int], ...]:
+Bounds = tuple[tuple[int, int], ...]
+"""Buckets of positions, the first and the last position of each."""
+
+
+def bucket_bounds(length: int) -> Bounds:
     """Buckets of positions 1 .. length - 1 that double: (1, 1), (2, 3), (4, 7) ..., first and last position."""
     firsts = [1 << power for power in range(max(length - 1, 0).bit_length())]
     return tuple((first, min(2 * first, length) - 1) for first in firsts)
@@ -67,7 +71,7 @@ class Sums(NamedTuple):
     asked_by_bucket: Tensor
 
 
-def sum_up(score: Score, logits: Tensor, labels: Tensor, bounds: tuple[tuple[int, int], ...], start: int = 0) -> Sums:
+def sum_up(score: Score, logits: Tensor, labels: Tensor, bounds: Bounds = (), start: int | Tensor = 0) -> Sums:
     """The sums of a batch.
 
     Args:
@@ -75,16 +79,19 @@ def sum_up(score: Score, logits: Tensor, labels: Tensor, bounds: tuple[tuple[int
         logits: (B, T, V).
         labels: int64 (B, T), `IGNORED` where nothing is asked.
         bounds: buckets of positions, none to tell no positions apart.
-        start: position of the first logits.
+        start: position of the first label, of all examples or int64 (B,) of each.
     """
     asked = labels != IGNORED
     totals = score(logits, labels).masked_fill(~asked, 0.0)
-    positions = torch.arange(start, start + labels.shape[1], device=labels.device)
-    inside = [(positions >= first) & (positions <= last) for first, last in bounds]
-    shape = (len(bounds), labels.shape[1])
-    members = torch.stack(inside) if inside else torch.zeros(shape, dtype=torch.bool, device=labels.device)
-    by_bucket = (totals @ members.double().T, asked.double() @ members.double().T)
-    return Sums(totals.sum(dim=1), asked.sum(dim=1), by_bucket[0], by_bucket[1].long())
+    begins = torch.as_tensor(start, device=labels.device).expand(labels.shape[0])
+    positions = begins[:, None] + torch.arange(labels.shape[1], device=labels.device)
+    totals_by_bucket = totals.new_zeros(labels.shape[0], len(bounds))
+    asked_by_bucket = torch.zeros_like(totals_by_bucket, dtype=torch.int64)
+    for bucket, (first, last) in enumerate(bounds):
+        inside = (positions >= first) & (positions <= last)
+        totals_by_bucket[:, bucket] = totals.masked_fill(~inside, 0.0).sum(dim=1)
+        asked_by_bucket[:, bucket] = (asked & inside).sum(dim=1)
+    return Sums(totals.sum(dim=1), asked.sum(dim=1), totals_by_bucket, asked_by_bucket)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def measure(
     asked: np.ndarray,
     totals_by_bucket: np.ndarray,
     asked_by_bucket: np.ndarray,
-    bounds: tuple[tuple[int, int], ...],
+    bounds: Bounds,
 ) -> Measured:
     """The score of a split from the sums of all its examples, as `Sums` has them.
 

@@ -28,8 +28,8 @@ from subquad.training.checkpoint import (
     last_complete_checkpoint,
     read_state,
 )
-from subquad.training.dataset import CARRIED
-from subquad.training.feeding import evaluation_dataset, first_batch, training_dataset
+from subquad.training.dataset import BEFORE
+from subquad.training.feeding import evaluation_dataset, first_batch, longest_context, training_dataset
 from subquad.training.objectives.base import Objective
 from subquad.training.outcome import DivergenceError, Outcome
 from subquad.training.presets import TrainingSettings
@@ -64,6 +64,7 @@ class SubquadTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self._task, self._settings = objective, settings
+        self._bounds = objective.bounds(longest_context(objective, settings))
         self._measured: Measured | None = None
         self._memory = self._new_memory()
 
@@ -88,9 +89,9 @@ class SubquadTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss; with a memory, of windows that go on where the step before ended."""
-        arguments = {name: value for name, value in inputs.items() if name != CARRIED}
+        arguments = {name: value for name, value in inputs.items() if name != BEFORE}
         if self._memory is not None:
-            arguments |= {"past_key_values": self._memory.before(inputs[CARRIED]), "use_cache": True}
+            arguments |= {"past_key_values": self._memory.before(inputs[BEFORE] > 0), "use_cache": True}
         loss, outputs = cast(Any, super().compute_loss(model, arguments, True, num_items_in_batch))
         if self._memory is not None:
             self._memory.after(outputs["past_key_values"])
@@ -103,7 +104,7 @@ class SubquadTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            sums = self._task.sums(outputs["logits"], inputs["labels"])
+            sums = self._task.sums(outputs["logits"], inputs["labels"], inputs[BEFORE], self._bounds)
         return loss.detach(), (sums.totals, sums.totals_by_bucket), (sums.asked, sums.asked_by_bucket)
 
     def evaluate(
@@ -174,7 +175,7 @@ class SubquadTrainer(Trainer):
 
     def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
         totals, asked = (cast(tuple[Any, Any], pair) for pair in (prediction.predictions, prediction.label_ids))
-        self._measured = measure(totals[0], asked[0], totals[1], asked[1], self._task.bounds)
+        self._measured = measure(totals[0], asked[0], totals[1], asked[1], self._bounds)
         return {SCORE: self._measured.estimate.value}
 
     def _new_memory(self) -> StreamMemory | None:

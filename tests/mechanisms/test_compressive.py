@@ -409,3 +409,25 @@ def test_what_layers_share_are_the_biases() -> None:
 def test_what_makes_no_sense_is_refused(given_options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_mixer("compressive", embed_dim=8, num_heads=2, causal=True, **given_options)
+
+
+@pytest.mark.parametrize(("segment_length", "length", "reason"), [(None, 20, "is one segment"), (3, 6, "ended before")])
+def test_a_call_that_compressed_nothing_says_so_once(segment_length: int | None, length: int, reason: str) -> None:
+    mixer = compressive(memory_length=4, compressed_length=5, rate=2, segment_length=segment_length)
+    x = torch.randn(2, length, 4, dtype=torch.float64)
+    with receipts() as collected:
+        mixer(x)
+        mixer(x[:, :-1])
+    (receipt,) = collected.entries
+    assert (receipt.where, receipt.asked, receipt.ran) == ("compressive", "compressed memory", "nothing compressed")
+    assert (reason in receipt.reason, receipt.count) == (True, 2)
+
+
+def test_a_call_that_compressed_or_carries_a_state_or_has_no_rows_leaves_no_receipt() -> None:
+    x = torch.randn(2, 20, 4, dtype=torch.float64)
+    with receipts() as collected:
+        compressive(memory_length=4, compressed_length=5, rate=2, segment_length=3)(x)
+        compressive(memory_length=4, compressed_length=0, rate=2)(x)
+        mixer = compressive(memory_length=4, compressed_length=5, rate=2)
+        mixer(x, state=mixer.init_state(2))
+    assert not collected.entries

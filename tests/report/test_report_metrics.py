@@ -1,13 +1,14 @@
 """What the report makes of a metric that is better when lower: directions, units, the guess and positions."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from plotly.graph_objects import Figure
 from synthetic_results import BUCKETS, SPECS, bits
 
-from subquad.records.comparison import Comparison
+from subquad.records.comparison import Comparison, Entry
 from subquad.records.measures import Summary
 from subquad.records.metrics import metric_kind
 from subquad.records.queries import comparisons
@@ -18,7 +19,7 @@ from subquad.report.page import render
 from subquad.report.palette import GUESS_INK, inks
 from subquad.report.pictures import seed_dots
 from subquad.report.png import write_bubble_picture
-from subquad.report.positions import position_curves, position_note
+from subquad.report.positions import position_curves, position_note, positions_of
 from subquad.report.tables import cells, column_titles, rows_of, stream_note
 
 
@@ -74,10 +75,25 @@ def test_the_score_is_drawn_against_the_context(comparison: Comparison, records:
     expected = [sum(seeds) / 2 + 2 / last for _, last in BUCKETS]
     assert traces["full"]["y"] == pytest.approx(expected)
     assert "8 to 15 tokens before: " in traces["full"]["hovertext"][3]
-    assert figure["layout"]["xaxis"]["title"]["text"] == "Position in the context (tokens read before)"
+    title = "Position in the stream (tokens of the document before)"
+    assert (figure["layout"]["xaxis"]["title"]["text"], positions_of(comparison)) == (title, "stream")
     assert position_note(comparison).startswith(
-        "Test bits per byte with 1 → 512 to 999 tokens of context, in bits/byte: full "
+        "Test bits per byte with 1 → 512 to 999 tokens of the document before, in bits/byte: full "
     )
+
+
+def test_positions_of_windows_that_stand_alone_are_those_of_the_context(
+    comparison: Comparison, records: Records
+) -> None:
+    def alone(entry: Entry) -> Entry:
+        return replace(entry, runs=tuple(run.model_copy(update={"carries_state": None}) for run in entry.runs))
+
+    entries = tuple(alone(entry) for entry in comparison.entries)
+    found = replace(comparison, entries=entries)
+    figure = position_curves(found, inks(records))
+    title = "Position in the context (tokens read before)"
+    assert (figure["layout"]["xaxis"]["title"]["text"], positions_of(found)) == (title, "context")
+    assert position_note(found).startswith("Test bits per byte with 1 → 512 to 999 tokens of context, in bits/byte: ")
 
 
 def test_the_page_says_which_way_is_better_and_who_carried_state(records: Records) -> None:
@@ -85,7 +101,8 @@ def test_the_page_says_which_way_is_better_and_who_carried_state(records: Record
     for text in (
         "Scores (lower is better)",
         "Down is better, right is faster",
-        "Test bits per byte by position in the context",
+        "Test bits per byte by position in the stream",
+        "Positions count through all windows of a document",
         "Bits per byte, speed and memory",
         "257 token ids",
         "carrying state from one to the next: linear; seeing each alone: full, ",

@@ -69,6 +69,26 @@ def test_every_layout_gives_all_texts_with_their_labels(layout, tmp_path: Path) 
     assert read(layout(tmp_path)).data_hash == data.data_hash
 
 
+def test_a_table_may_begin_with_a_byte_order_mark_as_excel_writes_it(tmp_path: Path) -> None:
+    plain = as_csv(tmp_path)
+    plain.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert contents(read(plain)) == EXPECTED
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_missing_label_of_a_parquet_file_is_no_class(missing: float | None, tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a", "b", "c"], "label": pyarrow.array([1.0, 0.0, missing], from_pandas=False)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 3: the text has no label: give it one, or take the row out"):
+        read(tmp_path / "a.parquet")
+
+
+def test_an_empty_row_is_left_out(tmp_path: Path) -> None:
+    path = as_csv(tmp_path)
+    path.write_text(path.read_text() + ",\n")
+    assert contents(read(path)) == EXPECTED
+
+
 def test_splits_by_name_are_kept(tmp_path: Path) -> None:
     for split, count in (("train", 5), ("test", 3)):
         rows = [f"{label},{split} {label} {index}" for index in range(count) for label in ("a", "b")]
@@ -96,6 +116,8 @@ def test_there_are_no_texts_but_the_users(tmp_path: Path) -> None:
         ("a.csv", b"label,body\nx,y\n", "a.csv: expected a column of texts, called text, .* it has label, body"),
         ("a.csv", b"text,kind\nx,y\n", "a.csv: expected a column of labels, called label, .* it has text, kind"),
         ("a.csv", b"text,label\nx\n", "a.csv, line 2: expected 2 columns as in the first line, got 1"),
+        ("a.csv", b"text,label\nx,1\ny,\n", "a.csv, line 3: the text has no label: give it one, or take the row out"),
+        ("a.csv", b"text,label\nx, \n", "a.csv, line 2: the text has no label"),
         ("a.csv", b"text,label\n\xff,1\n", "a.csv: not a table in UTF-8"),
         ("a.csv", b"text,label\n", "a.csv holds no text with a label"),
         ("a.csv", b"text,label\na,1\nb,1\nc,1\n", "expected at least two classes, got 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,28 @@ def test_text_that_can_not_be_read_is_named(task: str, tmp_path: Path) -> None:
     write(tmp_path / "halves", {"train.txt": b"x" * 100, "valid.txt": b"x" * 100})
     with pytest.raises(ValueError, match=r"holds train.txt and valid.txt, but nothing for test: add one, called test"):
         read(tmp_path / "halves")
+
+
+def test_the_copy_of_a_folder_lies_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, chosen = write(tmp_path / "texts", {f"{index}.txt": bytes(40) for index in range(9)}), []
+    plain = tempfile.TemporaryFile
+
+    def seen(**named: Any) -> Any:
+        chosen.append(named["dir"])
+        return plain(**named)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", seen)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    read_corpus(folder, preset())
+    assert set(chosen) == {str(tmp_path)}
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"cannot keep 2\d\d bytes of text in .*nowhere: No such file or directory"):
+        read_corpus(folder, preset())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to stand for a full disk")
+def test_a_full_disk_is_said_to_be_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "texts", {f"{index}.txt": bytes(40) for index in range(9)})
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("wb"))  # noqa: SIM115 - the reader closes it
+    with pytest.raises(ValueError, match=r"No space left on device; free some space, or name a folder .* TMPDIR"):
+        read_corpus(folder, preset())

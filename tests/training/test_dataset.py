@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_data import labelled
 
-from subquad.training.dataset import CARRIED, Collator, SplitDataset, padded
+from subquad.training.dataset import BEFORE, Collator, SplitDataset, padded
 from subquad.training.order import SortedOrder
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
@@ -47,4 +47,4 @@ def test_a_dataset_follows_its_order() -> None:
     dataset = SplitDataset(split, SortedOrder(split.lengths), lambda s, visit: {"labels": np.asarray(visit.example)})
     found = [int(dataset[place]["labels"]) for place in range(len(dataset))]
     assert [len(split.inputs[example]) for example in found] == sorted(split.lengths)
-    assert not dataset[0][CARRIED]
+    assert dataset[0][BEFORE] == 0

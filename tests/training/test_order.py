@@ -3,9 +3,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subquad.training.order import Order, ShuffledOrder, SortedOrder, StreamOrder, Visit, WholeStreamOrder
+from subquad.training.order import Order, ShuffledOrder, SortedOrder, StreamOrder, Visit, WholeStreamOrder, Windows
 
 CONTINUES = st.lists(st.booleans(), min_size=1, max_size=40).map(lambda rest: np.array([False, *rest]))
+
+
+def windows(continues: np.ndarray) -> Windows:
+    """Of 1, 2, 3, 1, 2, 3 ... tokens."""
+    return Windows(continues, np.concatenate(([0], np.cumsum([1 + index % 3 for index in range(len(continues))]))))
 
 
 def visits(order: Order) -> list[Visit]:
@@ -42,24 +47,29 @@ def test_a_row_is_carried_where_the_same_document_stood_in_it_before(
 ) -> None:
     if len(continues) < rows:
         with pytest.raises(ValueError, match=f"stream: {rows} rows need at least as many windows to train on"):
-            StreamOrder(continues, rows, 8, seed)
+            StreamOrder(windows(continues), rows, 8, seed)
         return
-    seen = visits(StreamOrder(continues, rows, 6 * len(continues) * rows, seed))
+    seen = visits(StreamOrder(windows(continues), rows, 6 * len(continues) * rows, seed))
     for place, visit in enumerate(seen):
         before = seen[place - rows] if place >= rows else None
-        follows = before is not None and before.number == visit.number and before.example == visit.example - 1
-        assert visit.carried == (follows and bool(continues[visit.example]))
+        expected = 0
+        if before is not None and (before.number, before.example) == (visit.number, visit.example - 1):
+            expected = int(continues[visit.example]) * (before.before + 1 + before.example % 3)
+        assert visit.before == expected
     first_pass = [visit.example for visit in seen if visit.number == 0]
     assert len(set(first_pass)) == len(first_pass) == len(continues) // rows * rows
 
 
 @given(CONTINUES, st.integers(1, 5))
 def test_an_evaluation_asks_for_every_window_once(continues: np.ndarray, rows: int) -> None:
-    seen = visits(WholeStreamOrder(continues, rows))
+    seen = visits(WholeStreamOrder(windows(continues), rows))
     assert sorted(visit.example for visit in seen if visit.asked) == list(range(len(continues)))
     width = min(rows, len(continues))
     assert len(seen) % width == 0
     for place, visit in enumerate(seen):
-        if visit.carried:
-            assert seen[place - width].example == visit.example - 1
+        if visit.before:
+            last = seen[place - width]
+            assert (last.example, last.before) == (visit.example - 1, visit.before - 1 - last.example % 3)
             assert continues[visit.example]
+    ends = [visit.before + 1 + visit.example % 3 for visit in seen if visit.asked]
+    assert WholeStreamOrder(windows(continues), rows).longest == max(ends)

@@ -171,3 +171,10 @@ def test_a_stream_needs_positions_without_a_table_after_a_change_too(tiny: Prese
     learned = replace(tiny, model=replace(tiny.model, positions="learned"))
     with pytest.raises(ValueError, match="stream = true goes beyond any table of positions, got positions = 'learned'"):
         learned.with_training({"stream": True})
+
+
+def test_text_as_a_stream_has_a_preset_of_its_own() -> None:
+    assert {name: load_preset("text-lm", name).training.stream for name in list_presets("text-lm")} == {
+        "quick": False,
+        "stream": True,
+    }

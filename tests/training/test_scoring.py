@@ -40,6 +40,14 @@ def test_what_is_not_asked_is_not_scored() -> None:
     assert sums.totals_by_bucket[0].tolist() == [hits[0], hits[1], hits[3] + hits[4]]
 
 
+def test_rows_of_a_stream_stand_at_positions_of_their_own() -> None:
+    labels = torch.tensor([[0, 2, 1, 1], [1, 1, 0, IGNORED]])
+    sums = sum_up(right_answers, logits()[:, :4], labels, bucket_bounds(8), start=torch.tensor([4, 1]))
+    hits = (logits().argmax(dim=-1)[:, :4] == labels).double()
+    assert sums.asked_by_bucket.tolist() == [[0, 0, 4], [1, 2, 0]]
+    assert sums.totals_by_bucket.tolist() == [[0, 0, hits[0].sum()], [hits[1, 0], hits[1, 1:3].sum(), 0]]
+
+
 @given(st.integers(0, 100))
 def test_buckets_double_and_hold_every_position_once(length: int) -> None:
     bounds = bucket_bounds(length)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -110,7 +111,7 @@ def test_evaluation_leaves_the_memory_of_training_alone(tiny: Preset, tmp_path: 
     trainer = trainer_of(toy("stream"), tiny, tmp_path, mixer="linear", stream=True, batch_size=4)
     memory = trainer._memory
     assert memory is not None
-    batch = {**trainer.first_batch(), "carried": torch.zeros(4, dtype=torch.bool)}
+    batch = {**trainer.first_batch(), "before": torch.zeros(4, dtype=torch.int64)}
     assert trainer.model is not None
     trainer.compute_loss(trainer.model, batch)
     before = memory.tensors()
@@ -122,6 +123,28 @@ def test_evaluation_leaves_the_memory_of_training_alone(tiny: Preset, tmp_path: 
 def test_every_window_of_a_split_is_scored_once(tiny: Preset, tmp_path: Path) -> None:
     trainer = trainer_of(toy("stream"), tiny, tmp_path, mixer="linear", stream=True, batch_size=6)
     assert trainer._test().asked == toy("stream").guess().asked
+
+
+@pytest.mark.parametrize("mixer", ["linear", "full"])
+def test_positions_count_through_the_windows_of_a_document(mixer: str, tiny: Preset, tmp_path: Path) -> None:
+    """Documents of seven windows, the last one shorter, so of 53 tokens each; a batch of one row reads all of them."""
+    data = toy("stream")
+    trainer = trainer_of(data, tiny, tmp_path, mixer=mixer, stream=True, batch_size=1)
+    found = trainer._test()
+    bounds = [(1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 52)]
+    assert [(bucket.first, bucket.last) for bucket in found.by_position] == bounds
+    starts, asked = np.cumsum(data.test.lengths) - data.test.lengths, dict.fromkeys(bounds, 0)
+    document = 0
+    for window, (start, length) in enumerate(zip(starts, data.test.lengths, strict=True)):
+        document = document if data.test.continues[window] else start
+        for position in range(start - document + 1, start - document + length):  # the first token is not asked for
+            asked[next(bound for bound in bounds if bound[0] <= position <= bound[1])] += 1
+    assert [bucket.asked for bucket in found.by_position] == list(asked.values())
+    assert sum(bucket.value * bucket.asked for bucket in found.by_position) == pytest.approx(
+        found.estimate.value * found.asked
+    )
+    alone = trainer_of(data, tiny, tmp_path / "alone", mixer=mixer, batch_size=1)._test()
+    assert [(bucket.first, bucket.last) for bucket in alone.by_position] == [(1, 1), (2, 3), (4, 7)]
 
 
 def test_data_that_are_no_stream_are_refused(tiny: Preset, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from subquad.tasks.base import TaskData
 from subquad.tasks.splits import IGNORED
 from subquad.training.dataset import Collator, Example
 from subquad.training.order import Visit
-from subquad.training.scoring import Sums, score_of
+from subquad.training.scoring import Bounds, Sums, score_of
 
 DataT = TypeVar("DataT", bound=TaskData[Any])
 ModelT = TypeVar("ModelT", bound=SubquadPreTrainedModel)
@@ -95,12 +95,22 @@ class Objective(ABC, Generic[DataT, ModelT]):
         """One example of one of the data's splits, as the model is called with it."""
 
     @abstractmethod
-    def sums(self, logits: Tensor, labels: Tensor) -> Sums:
-        """What a batch scored, from what the model returned and the batch's labels."""
+    def sums(self, logits: Tensor, labels: Tensor, before: Tensor, bounds: Bounds) -> Sums:
+        """What a batch scored.
 
-    @property
-    def bounds(self) -> tuple[tuple[int, int], ...]:
-        """Buckets of positions that scores are told apart by; none where positions mean nothing."""
+        Args:
+            logits: what the model returned.
+            labels: of the batch.
+            before: int64 (B,), tokens of the same stream before each example.
+            bounds: from `bounds`.
+        """
+
+    def bounds(self, longest: int) -> Bounds:
+        """Buckets of positions that scores are told apart by; none where positions mean nothing.
+
+        Args:
+            longest: most tokens up to the end of an example, with those of its stream before it.
+        """
         return ()
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:

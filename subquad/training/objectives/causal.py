@@ -15,11 +15,15 @@ from subquad.tasks.splits import IGNORED, LanguageSplit
 from subquad.training.dataset import Example
 from subquad.training.objectives.base import Objective
 from subquad.training.order import Visit
-from subquad.training.scoring import Sums, bucket_bounds, sum_up
+from subquad.training.scoring import Bounds, Sums, bucket_bounds, sum_up
 
 
 class CausalObjective(Objective[CausalData, SubquadForCausalLM]):
-    """What is said at position t - 1 is scored against the label at t, in a context of t tokens."""
+    """What is said at position t - 1 is scored against the label at t, in a context of t tokens.
+
+    In a stream t counts from where the document begins, or the row that it is read in: all mechanisms are told apart by
+    the same t, whether or not they carry a memory of the windows before.
+    """
 
     model_class: ClassVar[type[SubquadPreTrainedModel]] = SubquadForCausalLM
     causal: ClassVar[bool] = True
@@ -36,11 +40,10 @@ class CausalObjective(Objective[CausalData, SubquadForCausalLM]):
         labels[: 1 if visit.asked else None] = IGNORED
         return {"input_ids": tokens, "labels": labels}
 
-    def sums(self, logits: Tensor, labels: Tensor) -> Sums:
+    def sums(self, logits: Tensor, labels: Tensor, before: Tensor, bounds: Bounds) -> Sums:
         """As in `Objective`, by position of the label."""
-        return sum_up(self.score, logits[:, :-1], labels[:, 1:], self.bounds, start=1)
+        return sum_up(self.score, logits[:, :-1], labels[:, 1:], bounds, start=before + 1)
 
-    @property
-    def bounds(self) -> tuple[tuple[int, int], ...]:
-        """As in `Objective`: the number of tokens in the context, in buckets that double."""
-        return bucket_bounds(self.data.max_length)
+    def bounds(self, longest: int) -> Bounds:
+        """As in `Objective`: the number of tokens before the label, in buckets that double."""
+        return bucket_bounds(longest)

@@ -18,7 +18,7 @@ from subquad.tasks.splits import LabelledSplit
 from subquad.training.dataset import Example
 from subquad.training.objectives.base import Objective
 from subquad.training.order import Visit
-from subquad.training.scoring import Sums, sum_up
+from subquad.training.scoring import Bounds, Sums, sum_up
 
 
 class ClassificationObjective(Objective[ClassificationData, SubquadForSequenceClassification]):
@@ -49,6 +49,6 @@ class ClassificationObjective(Objective[ClassificationData, SubquadForSequenceCl
         """As in `Objective`: the tokens and the label."""
         return {"input_ids": split.inputs[visit.example], "labels": np.asarray(split.labels[visit.example])}
 
-    def sums(self, logits: Tensor, labels: Tensor) -> Sums:
+    def sums(self, logits: Tensor, labels: Tensor, before: Tensor, bounds: Bounds) -> Sums:
         """As in `Objective`: one question an example."""
-        return sum_up(self.score, logits[:, None], labels[:, None], self.bounds)
+        return sum_up(self.score, logits[:, None], labels[:, None])

@@ -20,7 +20,7 @@ from subquad.tasks.splits import IGNORED, LanguageSplit
 from subquad.training.dataset import Example
 from subquad.training.objectives.base import Objective
 from subquad.training.order import Visit
-from subquad.training.scoring import Sums, sum_up
+from subquad.training.scoring import Bounds, Sums, sum_up
 
 MASKED, RANDOM = 0.8, 0.1
 
@@ -59,6 +59,6 @@ class MaskedObjective(Objective[MaskedData, SubquadForMaskedLM]):
         hidden = np.where(fate < MASKED, self.data.mask_token_id, tokens)
         return np.where((fate >= MASKED) & (fate < MASKED + RANDOM), other, hidden)
 
-    def sums(self, logits: Tensor, labels: Tensor) -> Sums:
+    def sums(self, logits: Tensor, labels: Tensor, before: Tensor, bounds: Bounds) -> Sums:
         """As in `Objective`."""
-        return sum_up(self.score, logits, labels, self.bounds)
+        return sum_up(self.score, logits, labels)

@@ -18,7 +18,7 @@ from subquad.tasks.splits import PairedSplit
 from subquad.training.dataset import Example
 from subquad.training.objectives.base import Objective
 from subquad.training.order import Visit
-from subquad.training.scoring import Sums, sum_up
+from subquad.training.scoring import Bounds, Sums, sum_up
 
 
 class Seq2SeqObjective(Objective[Seq2SeqData, SubquadForSeq2SeqLM]):
@@ -53,6 +53,6 @@ class Seq2SeqObjective(Objective[Seq2SeqData, SubquadForSeq2SeqLM]):
             "labels": np.concatenate((target, [self.data.end_token_id])),
         }
 
-    def sums(self, logits: Tensor, labels: Tensor) -> Sums:
+    def sums(self, logits: Tensor, labels: Tensor, before: Tensor, bounds: Bounds) -> Sums:
         """As in `Objective`."""
-        return sum_up(self.score, logits, labels, self.bounds)
+        return sum_up(self.score, logits, labels)
