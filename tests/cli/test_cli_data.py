@@ -87,7 +87,7 @@ def test_a_task_without_examples_reads_the_folder_that_its_error_asks_for(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--task", "listop"], "unknown task 'listop': did you mean 'listops'?"),
+        (["--task", "listop"], "unknown task 'listop'; did you mean 'listops'?"),
         (["--preset", "qick"], "unknown preset 'qick' of task 'listops'; did you mean 'quick'?"),
         (["--workers", "0"], "invalid value for '--workers'"),
         (["--data", "nowhere", "--check"], "no ListOps data in nowhere"),
