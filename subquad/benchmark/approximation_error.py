@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from subquad.build import build_from_config, make_dims, mixer_config
 from subquad.config import make_config
 from subquad.interface import Dims, MixerConfig, TokenMixer
+from subquad.records.conventions import DENSE
 
 LENGTHS = (256, 1024, 4096)
 SCALES = (0.25, 0.5, 1.0)
 """Standard deviations of random queries and keys; scores then have their squares."""
-_DENSE = "full"
 _PROJECTIONS = ("project_query", "project_key", "project_value", "project_out")
 
 
@@ -157,8 +157,8 @@ def approximation_errors(
     points: list[ErrorPoint] = []
     for qkv in inputs:
         dims = _dims_of(qkv, causal=causal)
-        exact = _attend(mixer_config(_DENSE), dims, qkv)
-        averaging = _errors(_attend(mixer_config(_DENSE), dims, qkv._replace(q=torch.zeros_like(qkv.q))), exact)
+        exact = _attend(mixer_config(DENSE), dims, qkv)
+        averaging = _errors(_attend(mixer_config(DENSE), dims, qkv._replace(q=torch.zeros_like(qkv.q))), exact)
         for options in _combinations(config, knobs(config, dims, qkv.q.shape[2]) if sweeps is None else sweeps):
             changed = make_config(type(config), config.name, _options_of(config) | options)
             errors = _errors(_attend(changed, dims, qkv), exact)

@@ -23,11 +23,9 @@ from subquad.benchmark.worker import become_worker, start_process
 from subquad.build import build_from_config, check_dims, make_dims, mixer_config
 from subquad.costs import Cost
 from subquad.interface import Dims, MixerConfig, TokenMixer
+from subquad.records.conventions import DENSE
 from subquad.records.schema import CostRecord, ProfilePoint, Timing
 from subquad.training.presets import ProfileSettings
-
-DENSE = "full"
-"""The mechanism that all others are compared with."""
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from subquad.benchmark.saving import save_model
 from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
 from subquad.receipt import Receipt, receipts
 from subquad.records.atomic import OutputError
+from subquad.records.conventions import DENSE
 from subquad.records.metrics import MetricKind, metric_kind
 from subquad.records.schema import (
-    DENSE,
     Budget,
     Environment,
     ReceiptRecord,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_args, get_origin
 
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -15,15 +17,6 @@ from subquad.models.axial import AxialGrid, axial_grid
 
 Written = str | Mapping[str, Any] | None
 """One layer's mixer: a name, or a dict with the name and options; None for none."""
-
-_CHOICES = {
-    "positions": ("sinusoidal", "learned", "axial", "rotary", "none"),
-    "norm": ("pre", "post"),
-    "residual": ("standard", "reversible"),
-    "pooling": ("cls", "first", "mean", "last"),
-    "global_tokens": ("none", "first"),
-    "pair_features": ("interaction", "concat"),
-}
 
 _OF_TRANSFORMERS = (
     "attn_implementation",
@@ -126,7 +119,7 @@ class SubquadConfig(PreTrainedConfig):
         """
         _refuse_unknown(type(self), kwargs, saved=self.transformers_version is not None)
         super().__post_init__(**kwargs)
-        for field, choices in _CHOICES.items():
+        for field, choices in _choices().items():
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"SubquadConfig: {field}={value!r} is not supported; {nearest(str(value), choices)}")
@@ -261,6 +254,13 @@ class SubquadConfig(PreTrainedConfig):
             layer=layer,
             num_global=1 if self.global_tokens == "first" else 0,
         )
+
+
+@cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """The values that a field may have, for each field with a list of them."""
+    annotations = inspect.get_annotations(SubquadConfig, eval_str=True)
+    return {name: get_args(annotation) for name, annotation in annotations.items() if get_origin(annotation) is Literal}
 
 
 def _refuse_unknown(config_class: type[SubquadConfig], given: Mapping[str, Any], *, saved: bool) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from subquad.labels import IGNORED
 from subquad.models.configuration import SubquadConfig
-from subquad.models.pretrained import IGNORED, SubquadPreTrainedModel, add_aux_loss
+from subquad.models.pretrained import SubquadPreTrainedModel, add_aux_loss
 from subquad.projection import Projection
 
 

@@ -11,12 +11,10 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from subquad.interface import ChannelMixer, TokenMixer
+from subquad.labels import IGNORED
 from subquad.models.axial import AxialPositions
 from subquad.models.configuration import SubquadConfig
 from subquad.models.embedding import Embedding
-
-IGNORED = -100
-"""The label of what is not to be predicted, as everywhere in Hugging Face."""
 
 _FOREIGN = {
     "position_ids": "positions follow from attention_mask and segment_ids; for packed documents pass segment_ids",

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from subquad.labels import IGNORED
+
 CAUSAL_VOCABULARY, MASKED_VOCABULARY = 257, 258
 MASK_ID = 257
-IGNORED = -100
-"""A label that counts in no loss."""
 
 
 class ByteText:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from subquad.config import write_option
+from subquad.records.conventions import DENSE
 from subquad.records.measures import Speed, Summary, speed_at
 from subquad.records.metrics import MetricKind
-from subquad.records.schema import DENSE, Budget, ProfileRecord, RunRecord, Status, TaskInfo
+from subquad.records.schema import Budget, ProfileRecord, RunRecord, Status, TaskInfo
 from subquad.records.scores import Metric, Score
 
 PARAMETER_TOLERANCE = 0.10

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from subquad.parallel.byte_text import IGNORED, MASK_ID, ByteText, masked, standard_library
+from subquad.labels import IGNORED
+from subquad.parallel.byte_text import MASK_ID, ByteText, masked, standard_library
 
 
 def text(tmp_path: Path, length: int = 5) -> ByteText:
