@@ -64,18 +64,7 @@ class SubquadPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, Embedding):
-            init.normal_(module.tokens.weight)
-            if isinstance(module.positions, nn.Embedding):
-                init.normal_(module.positions.weight, std=0.02)
-            if module.cls is not None:
-                init.zeros_(module.cls)
-            if module.stream is not None:
-                init.normal_(module.stream)
-        elif isinstance(module, AxialPositions):
-            for table in module.tables:
-                init.normal_(table)
-        elif isinstance(module, TokenMixer | ChannelMixer):
+        elif isinstance(module, TokenMixer | ChannelMixer | Embedding | AxialPositions):
             module.initialise()
 
 
