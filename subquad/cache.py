@@ -200,14 +200,29 @@ def read_context(owner: str, heads: Heads, state: State | None) -> Context:
     return Context(k, v, valid, segments, stored)
 
 
-def _store_context(owner: str, state: ContextCache, heads: Heads) -> ContextCache:
-    filled = bool(state.filled.all())
-    if heads.k is None or heads.v is None:
-        if not filled:
-            raise ValueError(f"{owner}: the state holds no context yet; pass context (B, S, D) in the first call")
-    elif filled and state.filled.numel():
+def reads_stored_context(owner: str, filled: Tensor, heads: Heads) -> bool:
+    """Whether a call goes on with the context that its state holds.
+
+    Args:
+        owner: the mixer's name, for the message.
+        filled: bool (B,), whether the state holds one.
+        heads: of the call; without keys where it brought no context.
+
+    Raises:
+        ValueError: no context or two.
+    """
+    stored = bool(filled.all())
+    if heads.k is None and not stored:
+        raise ValueError(f"{owner}: the state holds no context yet; pass context (B, S, D) in the first call")
+    if heads.k is not None and stored and filled.numel():
         raise ValueError(f"{owner}: the state holds a context already; pass context=None, or begin with a new state")
-    else:
+    return heads.k is None
+
+
+def _store_context(owner: str, state: ContextCache, heads: Heads) -> ContextCache:
+    if not reads_stored_context(owner, state.filled, heads):
+        assert heads.k is not None
+        assert heads.v is not None
         key_valid = torch.ones_like(heads.k[:, 0, :, 0], dtype=torch.bool)
         key_segments = torch.zeros_like(key_valid, dtype=torch.int64)
         state = ContextCache(

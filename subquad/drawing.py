@@ -16,6 +16,9 @@ from typing import Literal, NamedTuple
 Scheme = Literal["auto", "light", "dark"]
 """For which background; auto follows the reader's."""
 
+LONGEST = 512
+"""Tokens of the largest picture."""
+
 Anchor = Literal["start", "middle", "end"]
 
 HUES = (

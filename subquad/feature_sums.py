@@ -12,6 +12,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from subquad.cache import reads_stored_context
 from subquad.costs import Cost
 from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Dims
@@ -86,16 +87,11 @@ class FeatureSumMixer(HeadMixer):
 
     def _sum_context(self, heads: Heads, before: Sums | None, state: State | None, feature_map: FeatureMap) -> Sums:
         """The sums over all keys, or those that the state of cross-attention holds."""
-        filled = isinstance(state, FeatureSums) and state.filled.numel() > 0 and bool(state.filled.all())
-        if heads.k is None or heads.v is None:
-            if not filled or before is None:
-                name = self.config.name
-                raise ValueError(f"{name}: the state holds no context yet; pass context (B, S, D) in the first call")
+        if isinstance(state, FeatureSums) and reads_stored_context(self.config.name, state.filled, heads):
+            assert before is not None
             return before
-        if filled:
-            raise ValueError(
-                f"{self.config.name}: the state holds a context already; pass context=None, or begin with a new state"
-            )
+        assert heads.k is not None
+        assert heads.v is not None
         return sum_keys(heads.k, heads.v, feature_map, heads.key_mask.valid)
 
 

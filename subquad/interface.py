@@ -23,7 +23,7 @@ from subquad.capability import Dims as Dims
 from subquad.capability import Traits as Traits
 from subquad.capability import mixers_with as mixers_with
 from subquad.capability import refuse as refuse
-from subquad.config import coerce_fields, config_fields, field_names, make_config
+from subquad.config import coerce_fields, config_fields, make_config
 from subquad.costs import Cost
 from subquad.mask import Mask
 from subquad.parting import Parting
@@ -259,8 +259,3 @@ class ChannelMixer(nn.Module, ABC):
 
     def initialise(self) -> None:
         """Draw anew the parameters that are this module's own; its submodules are initialised by themselves."""
-
-
-def option_names(config_class: type) -> list[str]:
-    """Option names of a config class, as the command line and the docs list them."""
-    return field_names(config_class)

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from subquad.build import build_from_config, make_dims, mixer_config
 from subquad.config import make_config
 from subquad.interface import Dims, MixerConfig, TokenMixer
+from subquad.records.conventions import DENSE
 
 LENGTHS = (256, 1024, 4096)
 SCALES = (0.25, 0.5, 1.0)
 """Standard deviations of random queries and keys; scores then have their squares."""
-_DENSE = "full"
 _KEYS = "project_key"
 _PROJECTIONS = ("project_query", _KEYS, "project_value", "project_out")
 
@@ -163,7 +163,7 @@ def approximation_errors(
     for qkv in inputs:
         length, dims = qkv.q.shape[2], _dims_of(qkv, causal=causal)
         measured, own_exact, note = config.comparison(dims, length)
-        exact_config = own_exact or mixer_config(_DENSE)
+        exact_config = own_exact or mixer_config(DENSE)
         exact = _attend(exact_config, dims, qkv)
         averaging = _errors(_attend(exact_config, dims, qkv._replace(q=torch.zeros_like(qkv.q))), exact)
         turned = knobs(measured, dims, length) if sweeps is None else sweeps

@@ -19,6 +19,7 @@ from typing import Any
 from subquad.benchmark.attention_picture import attention_picture
 from subquad.benchmark.probe_subject import miniature
 from subquad.benchmark.probes import ProbeResult, offered_forms
+from subquad.drawing import LONGEST
 from subquad.interface import Dims, MixerConfig
 from subquad.records.mechanisms import Mechanism, Picture
 from subquad.records.schema import ProbeRecord
@@ -189,14 +190,14 @@ def draw_pictures(
 
     Args:
         config: the mechanism.
-        length: tokens, 1 to 512.
+        length: tokens, 1 to `LONGEST`.
         keep: options whose values stay as they are; other sizes (window, block, rank ...) are made small.
 
     Raises:
         ValueError: a length out of range.
     """
-    if not 1 <= length <= 512:
-        raise ValueError(f"a picture of who attends whom has 1 to 512 tokens, got {length}")
+    if not 1 <= length <= LONGEST:
+        raise ValueError(f"a picture of who attends whom has 1 to {LONGEST} tokens, got {length}")
     small = picture_config(config, keep=keep)
     pictures: dict[bool, Picture] = {}
     sizes = Dims(embed_dim=16, num_heads=2, head_dim=8, max_length=length)  # widths don't matter in a picture

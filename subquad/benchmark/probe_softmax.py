@@ -22,11 +22,11 @@ import torch
 from subquad.benchmark.probe_subject import Finding, Subject, call, miniature
 from subquad.build import build_from_config, mixer_config
 from subquad.interface import MixerConfig, TokenMixer
+from subquad.records.conventions import DENSE
 
 LIMIT = 0.5
 INPUT_SCALE = 0.5
 _APPROXIMATION_SIZES = ("rank", "features", "landmarks")
-_DENSE = "full"  # the definition that the trait speaks of
 
 
 def approximates_softmax(subject: Subject) -> Finding:
@@ -37,7 +37,7 @@ def approximates_softmax(subject: Subject) -> Finding:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(subject.seed)
         mixer = build_from_config(judged.config, judged.dims).double().eval()
-        dense = build_from_config(mixer_config(_DENSE), judged.dims).double().eval()
+        dense = build_from_config(mixer_config(DENSE), judged.dims).double().eval()
     own, shapes = mixer.state_dict(), {name: value.shape for name, value in dense.state_dict().items()}
     if any(name not in own or own[name].shape != shape for name, shape in shapes.items()):
         return Finding(not claimed, f"approximates_softmax={claimed}: no projections to share with dense attention")

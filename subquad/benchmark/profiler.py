@@ -24,11 +24,9 @@ from subquad.build import build_from_config, check_dims, make_dims, mixer_config
 from subquad.costs import Cost
 from subquad.interface import Dims, MixerConfig, TokenMixer
 from subquad.receipt import Receipt, receipts
+from subquad.records.conventions import DENSE
 from subquad.records.schema import CostRecord, ProfilePoint, ReceiptRecord, Timing
 from subquad.training.presets import ProfileSettings
-
-DENSE = "full"
-"""The mechanism that all others are compared with."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from subquad.benchmark.mixers import NamedMixer, parse_mixer
 from subquad.benchmark.observer import Observer
 from subquad.benchmark.plan import first_line
 from subquad.benchmark.profiler import (
-    DENSE,
     Measured,
     measure_length,
     peak_bytes_in_fresh_process,
@@ -22,6 +21,7 @@ from subquad.benchmark.profiler import (
 )
 from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
 from subquad.receipt import Receipts
+from subquad.records.conventions import DENSE
 from subquad.records.schema import ProfilePoint, ProfileRecord, ReceiptRecord, Status, utc_now
 from subquad.records.store import path_of_profile, read_profile, write_profile
 from subquad.training.presets import ProfileSettings

@@ -24,10 +24,10 @@ from enum import StrEnum
 
 from subquad.records import units
 from subquad.records.comparison import Comparison, Entry
+from subquad.records.conventions import DENSE
 from subquad.records.measures import Speed, Summary
 from subquad.records.metrics import MetricKind
 from subquad.records.queries import comparisons
-from subquad.records.schema import DENSE
 from subquad.records.store import Records
 
 STANDARD_ERRORS = 2.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from subquad.benchmark.mixers import NamedMixer, parse_mixer
-from subquad.records.schema import DENSE
+from subquad.records.conventions import DENSE
 from subquad.training.presets import Preset
 
 

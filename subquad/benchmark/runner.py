@@ -18,8 +18,9 @@ from subquad.benchmark.request import Request
 from subquad.benchmark.training import Failure, Fault, Trained, train_in_worker
 from subquad.benchmark.worker import Progress, Worker, WorkerDiedError, WorkError
 from subquad.records.atomic import OutputError
+from subquad.records.conventions import DENSE
 from subquad.records.metrics import metric_kind
-from subquad.records.schema import DENSE, Budget, Environment, RunRecord, Status, utc_now
+from subquad.records.schema import Budget, Environment, RunRecord, Status, utc_now
 from subquad.records.scores import Metric, Score
 from subquad.tasks.base import TaskData
 

@@ -20,9 +20,10 @@ from subquad.benchmark.request import Request
 from subquad.benchmark.runner import discard_checkpoints, execute, guess_record, not_trained_record
 from subquad.benchmark.worker import Worker
 from subquad.config import write_option
+from subquad.records.conventions import DENSE
 from subquad.records.mechanisms import Mechanism, Mechanisms
 from subquad.records.metrics import MetricKind, metric_kind
-from subquad.records.schema import DENSE, RunRecord, Status
+from subquad.records.schema import RunRecord, Status
 from subquad.records.store import (
     MECHANISMS_FILE,
     path_of_run,

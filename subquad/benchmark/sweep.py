@@ -17,9 +17,10 @@ from subquad.benchmark.recommendation import recommend
 from subquad.benchmark.request import Request
 from subquad.benchmark.runs import PlannedRun, plan_runs, train
 from subquad.records.comparison import Comparison, Entry, protocol_of
+from subquad.records.conventions import DENSE
 from subquad.records.metrics import MetricKind
 from subquad.records.queries import entries_of, guess_of
-from subquad.records.schema import DENSE, RunRecord, utc_now
+from subquad.records.schema import RunRecord, utc_now
 from subquad.records.store import Records, read_all, read_run
 from subquad.records.sweeps import SweepRecord, TrialRecord, TunedRecord
 from subquad.tasks.base import TaskData

@@ -45,6 +45,6 @@ def print_document(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def plain_table(*, header: bool = True) -> Table:
-    """A table without frame, its heading underlined where it has one; the style of all tables here."""
-    return Table(box=None, show_header=header, header_style=f"bold {ACCENT}", padding=(0, 2, 0, 0), pad_edge=False)
+def plain_table() -> Table:
+    """A table without frame; the style of all tables here."""
+    return Table(box=None, header_style=f"bold {ACCENT}", padding=(0, 2, 0, 0), pad_edge=False)

@@ -26,8 +26,8 @@ from subquad.cli.price import Price, price_of
 from subquad.config import config_fields
 from subquad.interface import MixerConfig, Traits
 from subquad.records import units
+from subquad.records.conventions import DENSE
 from subquad.records.mechanisms import Picture
-from subquad.records.schema import DENSE
 
 
 @dataclass(frozen=True)

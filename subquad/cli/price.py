@@ -9,7 +9,7 @@ from typing import Any
 from subquad.build import check_dims, feedforward_config, make_dims, mixer_config
 from subquad.costs import Cost, overtaking_length
 from subquad.interface import Dims, MixerConfig
-from subquad.records.schema import DENSE
+from subquad.records.conventions import DENSE
 
 DTYPE_BYTES = 4
 FEEDFORWARD = "mlp"

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from subquad.cli.options import DryRun, Force, Json, MixersOption, Output
+from subquad.records.conventions import MAX_SAMPLES
 
 
 def command(
@@ -16,7 +17,7 @@ def command(
     embed_dim: Annotated[int, typer.Option(min=1, help="Width of the layer.")] = 512,
     num_heads: Annotated[int, typer.Option(min=1, help="Heads of the layer.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, max=200, help="Samples of each measurement.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, max=MAX_SAMPLES, help="Samples of each measurement.")] = 7,
     causal: Annotated[bool, typer.Option("--causal", help="Profile the causal forms.")] = False,
     output: Output = Path("subquad-results"),
     force: Force = False,

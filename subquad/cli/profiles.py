@@ -14,6 +14,7 @@ from subquad.cli.observer import BarObserver
 from subquad.cli.progress import Progress
 from subquad.records import units
 from subquad.records.atomic import check_writable
+from subquad.records.conventions import DENSE
 from subquad.records.schema import ProfilePoint, ProfileRecord
 from subquad.report.page import write_report
 from subquad.training.presets import ProfileSettings
@@ -101,6 +102,6 @@ def _cell(point: ProfilePoint | None) -> str:
 
 
 def _crossover(record: ProfileRecord) -> str:
-    if record.mixer_name == "full":
+    if record.mixer_name == DENSE:
         return ""
     return "never here" if record.crossover_length is None else f"{record.crossover_length:,.0f} tokens"

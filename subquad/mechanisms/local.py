@@ -27,7 +27,7 @@ from subquad.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.mask import Mask, continue_segments
 from subquad.ops.block_columns import BlockColumns, block_columns
-from subquad.ops.packing import append, has_gaps, put_back, take, valid_first
+from subquad.ops.packing import append, has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Causal, Window
 from subquad.patterns.blocks import BlockWindow
@@ -192,19 +192,13 @@ class Local(HeadMixer):
             mask = Mask(mask.valid, continue_segments("local", before.segment, before.length, mask, q.shape[2]))
         order = valid_first(mask.valid) if mask.valid is not None and has_gaps(mask.valid) else None
         if order is not None:
-            q, k, v, mask = *(take(tensor, order) for tensor in (q, k, v)), _reordered(mask, order)
+            q, k, v, mask = *(take(tensor, order) for tensor in (q, k, v)), in_order(mask, order)
         if before is None and (mask.segments is None or grid.size == 1):
             out, after = pattern_attention(q, k, v, grid.pattern, mask=mask), None
         else:
             nothing = self.new_state(q.shape[0], q.device, q.dtype)
             out, after = _attend_placed(q, k, v, mask, grid, nothing if before is None else before)
         return (out if order is None else put_back(out, order)), None if before is None else after
-
-
-def _reordered(mask: Mask, order: Tensor) -> Mask:
-    """The facts with the valid tokens first; the segments of the invalid ones behind them follow the last valid one."""
-    valid, segments = (None if fact is None else take(fact, order) for fact in (mask.valid, mask.segments))
-    return Mask(valid, None if segments is None else segments.cummax(dim=1).values)
 
 
 def _attend_placed(

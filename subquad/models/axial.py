@@ -66,7 +66,13 @@ class AxialPositions(nn.Module):
         super().__init__()
         self.grid = grid
         sizes = zip(grid.shape, grid.dims, strict=True)
-        self.tables = nn.ParameterList(nn.Parameter(torch.randn(side, channels)) for side, channels in sizes)
+        self.tables = nn.ParameterList(nn.Parameter(torch.empty(side, channels)) for side, channels in sizes)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Draw the tables anew."""
+        for table in self.tables:
+            nn.init.normal_(table)
 
     def forward(self, positions: Tensor) -> Tensor:
         """Positions, int64 (B, L), to vectors (B, L, D)."""

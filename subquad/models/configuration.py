@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_args, get_origin
 
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -14,15 +16,6 @@ from subquad.config import field_names, nearest
 from subquad.interface import Dims, FeedforwardConfig, MixerConfig, mixers_with
 from subquad.models.axial import AxialGrid, axial_grid
 from subquad.models.written_layers import as_dict, tiled
-
-_CHOICES = {
-    "positions": ("sinusoidal", "learned", "axial", "rotary", "none"),
-    "norm": ("pre", "post"),
-    "residual": ("standard", "reversible"),
-    "pooling": ("cls", "first", "mean", "last"),
-    "global_tokens": ("none", "first"),
-    "pair_features": ("interaction", "concat"),
-}
 
 _OF_TRANSFORMERS = (
     "attn_implementation",
@@ -130,7 +123,7 @@ class SubquadConfig(PreTrainedConfig):
         """
         _refuse_unknown(type(self), kwargs, saved=self.transformers_version is not None)
         super().__post_init__(**kwargs)
-        for field, choices in _CHOICES.items():
+        for field, choices in _choices().items():
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"SubquadConfig: {field}={value!r} is not supported; {nearest(str(value), choices)}")
@@ -279,6 +272,13 @@ class SubquadConfig(PreTrainedConfig):
             layer=layer,
             num_global=1 if self.global_tokens == "first" else 0,
         )
+
+
+@cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """The values that a field may have, for each field with a list of them."""
+    annotations = inspect.get_annotations(SubquadConfig, eval_str=True)
+    return {name: get_args(annotation) for name, annotation in annotations.items() if get_origin(annotation) is Literal}
 
 
 def _refuse_unknown(config_class: type[SubquadConfig], given: Mapping[str, Any], *, saved: bool) -> None:

@@ -39,6 +39,16 @@ class Embedding(nn.Module):
         self.positions = self._learned_positions()
         self.dropout = nn.Dropout(config.dropout)
 
+    def initialise(self) -> None:
+        """Draw anew all vectors but those of axial positions, which are initialised by themselves."""
+        nn.init.normal_(self.tokens.weight)
+        if isinstance(self.positions, nn.Embedding):
+            nn.init.normal_(self.positions.weight, std=0.02)
+        if self.cls is not None:
+            nn.init.zeros_(self.cls)
+        if self.stream is not None:
+            nn.init.normal_(self.stream)
+
     def forward(self, vectors: Tensor, mask: Mask | None, start: Tensor | None = None) -> Tensor:
         """Add the positions to vectors (B, L, D), the first of which may be `cls`; put the global stream before them.
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from subquad.labels import IGNORED
 from subquad.models.configuration import SubquadConfig
-from subquad.models.pretrained import IGNORED, SubquadPreTrainedModel, add_aux_loss
+from subquad.models.pretrained import SubquadPreTrainedModel, add_aux_loss
 from subquad.projection import Projection
 
 

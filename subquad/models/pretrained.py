@@ -13,12 +13,10 @@ from transformers import initialization as init
 
 from subquad.config import nearest
 from subquad.interface import ChannelMixer, TokenMixer
+from subquad.labels import IGNORED
 from subquad.models.axial import AxialPositions
 from subquad.models.configuration import SubquadConfig
 from subquad.models.embedding import Embedding
-
-IGNORED = -100
-"""The label of what is not to be predicted, as everywhere in Hugging Face."""
 
 _HONOURED = frozenset({"num_items_in_batch", "return_dict"})
 """What transformers 5 passes to every model beside the inputs: `Trainer` the first, `generate` the second."""
@@ -79,18 +77,7 @@ class SubquadPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, Embedding):
-            init.normal_(module.tokens.weight)
-            if isinstance(module.positions, nn.Embedding):
-                init.normal_(module.positions.weight, std=0.02)
-            if module.cls is not None:
-                init.zeros_(module.cls)
-            if module.stream is not None:
-                init.normal_(module.stream)
-        elif isinstance(module, AxialPositions):
-            for table in module.tables:
-                init.normal_(table)
-        elif isinstance(module, TokenMixer | ChannelMixer):
+        elif isinstance(module, TokenMixer | ChannelMixer | Embedding | AxialPositions):
             module.initialise()
 
 

@@ -16,12 +16,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from subquad.costs import Cost
+from subquad.labels import IGNORED
 from subquad.models.backbone import SubquadModel
 from subquad.models.block import Block, add_losses, layers_of
 from subquad.models.configuration import SubquadConfig
 from subquad.models.generation import SubquadGeneratingModel
 from subquad.models.language_head import LanguageHead, Prediction
-from subquad.models.pretrained import IGNORED
 
 
 @dataclass

@@ -6,6 +6,7 @@ take, `mm` computes the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -60,17 +61,18 @@ def logistic_product(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, a, b.T).sigmoid_()
 
 
-def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+def product_over_rows(a: Tensor, b: Tensor, *, by: Callable[[Tensor, Tensor], Tensor] = product) -> Tensor:
     """The product aᵀ b.
 
     Args:
         a: (K, M).
         b: (K, N). The operator wants one of both transposed in memory: the narrower one is copied.
+        by: what makes a product as `product` does.
 
     Returns:
         (M, N), any strides.
     """
-    return product(a.mT, b.mT) if a.shape[1] < b.shape[1] else product(b.mT, a.mT).mT
+    return by(a.mT, b.mT) if a.shape[1] < b.shape[1] else by(b.mT, a.mT).mT
 
 
 def add_product_(target: Tensor, a: Tensor, b: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops.onednn import outruns_mm, product, suits
+from subquad.ops.onednn import outruns_mm, product, product_over_rows, suits
 from subquad.ops.precision import autocast_dtype
 
 SMALLEST_PROJECTION = 2**25
@@ -57,11 +57,6 @@ class _Projection(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         return (
             project(grad, weight.mT) if wants_x else None,
-            _of_weight(rows, x.flatten(0, -2)) if wants_weight else None,
+            product_over_rows(rows, x.flatten(0, -2), by=project) if wants_weight else None,
             rows.sum(dim=0) if wants_bias else None,
         )
-
-
-def _of_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """gradᵀ x, of (R, N) and (R, K); the narrower one is copied, since the operator wants one of them transposed."""
-    return project(grad.mT, x.mT) if grad.shape[1] < x.shape[1] else project(x.mT, grad.mT).mT

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from subquad.byte_ids import MASK_TOKEN_ID
-
-IGNORED = -100
-"""A label that counts in no loss."""
+from subquad.labels import IGNORED
 
 
 class ByteText:

@@ -12,7 +12,6 @@ folder is written under another name, synced and renamed: it is there whole or n
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -28,6 +27,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import PreTrainedModel
+
+from subquad.parallel.gradients import local_part
+from subquad.records.atomic import sync
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "training.json"
 
@@ -112,7 +114,7 @@ def load_checkpoint(
         tensors = dict(_model_tensors(model))
         _check_names(checkpoint, set(tensors), set(stored.keys()))
         for name, tensor in tensors.items():
-            _local(tensor).copy_(_local(_like(stored.get_tensor(name), tensor, checkpoint, name)))
+            local_part(tensor).copy_(local_part(_like(stored.get_tensor(name), tensor, checkpoint, name)))
         if optimizer is not None:
             _load_optimizer(_open(checkpoint / OPTIMIZER_FILE, files), checkpoint, model, optimizer)
     return state
@@ -194,27 +196,15 @@ def _write(
     config.save_pretrained(temporary)
     (temporary / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
-        _sync(path)
+        sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _own_class(model: nn.Module) -> type:
     """The model's class, behind the one that `fully_shard` has put in front of it."""
     return next(found for found in type(model).__mro__ if not issubclass(found, FSDPModule))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(whole: Tensor, tensor: Tensor, checkpoint: Path, name: str) -> Tensor:

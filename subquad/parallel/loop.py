@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from subquad.labels import IGNORED
 from subquad.parallel.buffers import take_buffers_of_first_row
-from subquad.parallel.byte_text import IGNORED, ByteText, masked
+from subquad.parallel.byte_text import ByteText, masked
 from subquad.parallel.checkpoint import remove_older, save_checkpoint
 from subquad.parallel.gradients import clip_gradients
 from subquad.parallel.grid import DATA

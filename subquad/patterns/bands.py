@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.patterns.pattern import Pattern
+from subquad.patterns.pattern import And, Pattern
 from subquad.patterns.terms import UNBOUNDED, Classes, Indices, Term, check_integer, classify
 
 
@@ -78,6 +78,15 @@ class Distances(Band):
     def term(self) -> Term:
         """The bounds alone."""
         return self.bounds._replace(filters=())
+
+
+def pattern_of(term: Term) -> Pattern:
+    """The pattern of one conjunction."""
+    distances = Distances(term._replace(filters=()))
+    if not term.filters:
+        return distances
+    others = And(term.filters) if len(term.filters) > 1 else next(iter(term.filters))
+    return others if distances.term == Term() else And((distances, *term.filters))
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from subquad.patterns.bands import Distances
+from subquad.patterns.bands import pattern_of
 from subquad.patterns.blocks import CHUNK_PAIRS
 from subquad.patterns.pattern import Pattern
-from subquad.patterns.terms import Indices, Term, Tile, check_integer
+from subquad.patterns.terms import Indices, Tile, check_integer
 
 TILE = 256
 """Tokens of a tile's side, where the pattern doesn't suggest its own."""
@@ -38,7 +38,7 @@ def _count(pattern: Pattern, length: int) -> Indices:
     resolved = pattern.resolve(length)
     if length == 0:
         return np.zeros(0, dtype=np.int64)
-    terms = [_as_pattern(term) for term in resolved.terms()]
+    terms = [pattern_of(term) for term in resolved.terms()]
     by_distance = [term for term in terms if term.by_distance]
     others = [term for term in terms if not term.by_distance]
     counts = _count_distances(reduce(Pattern.__or__, by_distance), length) if by_distance else 0
@@ -46,10 +46,6 @@ def _count(pattern: Pattern, length: int) -> Indices:
         rest = reduce(Pattern.__and__, (~term for term in by_distance), reduce(Pattern.__or__, others))
         counts = counts + _count_tiles(rest, length)
     return counts + np.zeros(length, dtype=np.int64)
-
-
-def _as_pattern(term: Term) -> Pattern:
-    return reduce(Pattern.__and__, term.filters, Distances(term._replace(filters=())))
 
 
 def _count_distances(pattern: Pattern, length: int) -> Indices:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import singledispatch
 from typing import NamedTuple
 
-from subquad.drawing import Drawing, Layer, Panel
+from subquad.drawing import LONGEST, Drawing, Layer, Panel
 from subquad.patterns.bands import Band
 from subquad.patterns.blocks import BlockBand, Random
 from subquad.patterns.composition import And, Compound, Or
@@ -20,8 +20,6 @@ from subquad.patterns.tokens import Columns, Documents, Global, Sink
 
 LENGTH = 48
 """Tokens of a picture, where the pattern doesn't need more."""
-LONGEST = 512
-"""Tokens of the largest picture."""
 REPEATS = 4
 """How many windows, strides or blocks a picture has room for, where they are large."""
 
@@ -38,7 +36,7 @@ def draw_pattern(pattern: Pattern, length: int | None = None) -> Drawing:
 
     Args:
         pattern: any pattern.
-        length: tokens, 1 to 512; by default as many as show the structure.
+        length: tokens, 1 to `LONGEST`; by default as many as show the structure.
 
     Raises:
         ValueError: a length out of range, or positions in the pattern that such a sequence doesn't have.
@@ -55,7 +53,7 @@ def draw_pattern(pattern: Pattern, length: int | None = None) -> Drawing:
 
 
 def picture_length(pattern: Pattern) -> int:
-    """As many tokens as show the structure of the pattern: 48, more for large windows or blocks, at most 512."""
+    """As many tokens as show the structure of the pattern: 48, more for large windows or blocks, at most `LONGEST`."""
     leaves = _leaves(pattern)
     documents = [len(leaf.ids) for leaf in leaves if isinstance(leaf, Documents)]
     return documents[0] if documents else min(max(LENGTH, *map(_room, leaves)), LONGEST)

@@ -4,15 +4,16 @@ Runs are comparable when hardware, task with data hash, preset, budget and the s
 (`Protocol`); no figure is ever formed across two comparisons.
 """
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from subquad.config import write_option
+from subquad.records.conventions import DENSE
 from subquad.records.measures import Speed, Summary, speed_at
 from subquad.records.metrics import MetricKind
-from subquad.records.schema import DENSE, Budget, ProfileRecord, RunRecord, Status, TaskInfo
+from subquad.records.schema import Budget, ProfileRecord, RunRecord, Status, TaskInfo
 from subquad.records.scores import Metric, Score
 
 PARAMETER_TOLERANCE = 0.10
@@ -46,8 +47,8 @@ def preset_of(run: RunRecord) -> str:
     """Return the preset of a run as a user writes it: "quick", "quick:learning_rate=0.001"."""
     if not run.changed_settings:
         return run.preset
-    texts = {name: v if isinstance(v, str) else json.dumps(v) for name, v in run.changed_settings.items()}
-    return ":".join([run.preset.rpartition("-")[0], *(f"{name}={text}" for name, text in texts.items())])
+    changed = [write_option(name, value) for name, value in run.changed_settings.items()]
+    return ":".join([run.preset.rpartition("-")[0], *changed])
 
 
 def _field(run: RunRecord, name: str) -> str:

@@ -53,8 +53,6 @@ class Speed:
     Between two measured lengths every figure is interpolated log-log. Bytes are for the profile's batch.
     """
 
-    length: float
-    interpolated: bool
     seconds: float
     dense_seconds: float
     saved_bytes: float
@@ -82,8 +80,6 @@ def speed_at(profile: ProfileRecord, length: float) -> Speed | None:
         return below * (above / below) ** weight
 
     return Speed(
-        length=length,
-        interpolated=not exact,
         seconds=between(lambda p: p.forward_backward.median_seconds),
         dense_seconds=between(lambda p: p.dense_forward_backward.median_seconds),
         saved_bytes=between(lambda p: p.saved_bytes),

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from subquad.drawing import LONGEST
 from subquad.records.schema import ProbeRecord
 from subquad.records.strict import Strict
 
@@ -17,7 +18,7 @@ MECHANISMS_FILE = "mechanisms.json"
 class Picture(Strict):
     """Who attends whom: `length` rows of "0" and "1", row i the query, character j the key, "1" where i sees j."""
 
-    length: Annotated[int, Field(ge=1, le=512)]
+    length: Annotated[int, Field(ge=1, le=LONGEST)]
     rows: tuple[str, ...]
 
     @model_validator(mode="after")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pydantic import JsonValue
 
 from subquad.records.comparison import Comparison, Entry, Protocol, preset_of, protocol_of
-from subquad.records.schema import DENSE, ProfileRecord, ReceiptRecord, RunRecord, Status, TaskInfo
+from subquad.records.conventions import DENSE
+from subquad.records.schema import ProfileRecord, ReceiptRecord, RunRecord, Status, TaskInfo
 from subquad.records.store import Records, canonical_hash, run_hash
 
 

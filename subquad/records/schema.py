@@ -13,13 +13,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from subquad.records.conventions import MAX_SAMPLES
 from subquad.records.metrics import MetricKind, metric_kind
 from subquad.records.scores import CurvePoint, Metric
 from subquad.records.strict import Count, PathPart, Sample, Seconds, Strict
 
 SCHEMA_VERSION = 1
-MAX_SAMPLES = 200
-DENSE = "full"
 
 
 def utc_now() -> str:
@@ -205,7 +204,7 @@ class RunRecord(Record):
 
 
 class Timing(Strict):
-    """Wall-clock seconds of repeated measurements, at most 200 of them."""
+    """Wall-clock seconds of repeated measurements, at most `MAX_SAMPLES` of them."""
 
     samples_seconds: Annotated[tuple[Sample, ...], Field(min_length=1, max_length=MAX_SAMPLES)]
 

@@ -7,8 +7,8 @@ neutral and dark, the guess without a model grey.
 
 from dataclasses import dataclass
 
+from subquad.records.conventions import DENSE
 from subquad.records.queries import mixer_key
-from subquad.records.schema import DENSE
 from subquad.records.store import Records
 
 HUES = (

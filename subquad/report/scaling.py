@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from subquad.records import units
+from subquad.records.conventions import DENSE
 from subquad.records.measures import speed_at
 from subquad.records.queries import mixer_key, mixer_labels, red_probes
-from subquad.records.schema import DENSE, ProfilePoint, ProfileRecord, Status, Timing
+from subquad.records.schema import ProfilePoint, ProfileRecord, Status, Timing
 from subquad.records.store import Records
 from subquad.report.charts import Figure, axis, layout
 from subquad.report.html import plot_text

@@ -1,7 +1,8 @@
 """The section of one profile setting: time, memory and cost against length, and the lengths where dense is beaten."""
 
 from subquad.records import units
-from subquad.records.schema import DENSE, ProfilePoint
+from subquad.records.conventions import DENSE
+from subquad.records.schema import ProfilePoint
 from subquad.report.html import Html, element
 from subquad.report.palette import Ink
 from subquad.report.scaling import Line, Setting, drawn, flops_figure, memory_figure, time_figure

@@ -19,12 +19,13 @@ from typing import ClassVar
 import numpy as np
 
 from subquad.config import coerce_fields
+from subquad.labels import IGNORED
 from subquad.tasks.base import DataPreset
 from subquad.tasks.generated import Draw, GeneratedTask
 from subquad.tasks.identity import identity
 from subquad.tasks.kinds import CausalData
 from subquad.tasks.random_words import RandomWords
-from subquad.tasks.splits import IGNORED, LanguageSplit, Ragged
+from subquad.tasks.splits import LanguageSplit, Ragged
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """The tasks by name. A new task is its own file and one line here."""
 
-import difflib
 from types import MappingProxyType
 
+from subquad.config import nearest
 from subquad.tasks.base import Task
 from subquad.tasks.copy import CopyTask
 from subquad.tasks.duplicate import DuplicateTask
@@ -30,7 +30,5 @@ def load_task(name: str) -> Task:
         ValueError: if there is none; names the nearest and lists them all.
     """
     if name not in _TASKS:
-        nearest = difflib.get_close_matches(name, _TASKS, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise ValueError(f"unknown task {name!r}: {hint}expected one of: {', '.join(list_tasks())}")
+        raise ValueError(f"unknown task {name!r}; {nearest(name, _TASKS)}")
     return _TASKS[name]()

@@ -15,8 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-IGNORED = -100
-"""The label of a position where nothing is asked, as torch's and Hugging Face's losses have it."""
+from subquad.labels import IGNORED
 
 _COUNTED_AT_ONCE = 1 << 24
 

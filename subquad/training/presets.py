@@ -21,12 +21,10 @@ from typing import Any, Literal
 
 import subquad
 from subquad.config import coerce_fields, make_config, nearest, read_options, write_option
+from subquad.records.conventions import MAX_SAMPLES
 from subquad.tasks.base import DataPreset
 
 PRESETS_DIRECTORY = Path(subquad.__file__).parent / "presets"
-
-MAX_ROUNDS = 200
-"""Samples of a measurement; no more fit into a record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +114,7 @@ class ProfileSettings:
             raise ValueError(f"[profile]: lengths must be positive and increasing, got {list(self.lengths)}")
         for name in ("embed_dim", "num_heads", "batch_size", "rounds"):
             _require(self, "[profile]", name, getattr(self, name) >= 1, "at least 1")
-        _require(self, "[profile]", "rounds", self.rounds <= MAX_ROUNDS, f"at most {MAX_ROUNDS}")
+        _require(self, "[profile]", "rounds", self.rounds <= MAX_SAMPLES, f"at most {MAX_SAMPLES}")
 
 
 def _require(settings: object, table: str, name: str, holds: bool, expected: str) -> None:

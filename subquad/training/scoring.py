@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from subquad.labels import IGNORED
 from subquad.records.metrics import Bits, Estimate, MetricKind, Share, estimate
-from subquad.tasks.splits import IGNORED
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """Of logits (B, T, V) and labels int64 (B, T), float32 or wider (B, T), 0 where the label is ignored."""

@@ -7,6 +7,7 @@ import pytest
 from command_line import Invoke
 
 from subquad.benchmark.data import data_directory
+from subquad.cli.options import TaskOption
 from subquad.tasks.registry import list_tasks, load_task
 from subquad.training.presets import load_preset
 
@@ -87,7 +88,7 @@ def test_a_task_without_examples_reads_the_folder_that_its_error_asks_for(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--task", "listop"], "unknown task 'listop': did you mean 'listops'?"),
+        (["--task", "listop"], "unknown task 'listop'; did you mean 'listops'?"),
         (["--preset", "qick"], "unknown preset 'qick' of task 'listops'; did you mean 'quick'?"),
         (["--workers", "0"], "invalid value for '--workers'"),
         (["--data", "nowhere", "--check"], "no ListOps data in nowhere"),
@@ -98,3 +99,9 @@ def test_what_can_not_be_had_says_why(arguments: list[str], text: str, invoke: I
     assert ran.exit_code == 2
     assert ran.out == ""
     assert text in ran.err
+
+
+def test_the_help_of_the_option_names_every_task() -> None:
+    (option,) = TaskOption.__metadata__
+    named = re.findall(r"[a-z]+(?:-[a-z]+)*", option.help.partition(":")[2])
+    assert [name for name in named if name != "or"] == list_tasks()

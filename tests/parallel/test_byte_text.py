@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from subquad.byte_ids import MASK_TOKEN_ID
-from subquad.parallel.byte_text import IGNORED, ByteText, masked, standard_library
+from subquad.labels import IGNORED
+from subquad.parallel.byte_text import ByteText, masked, standard_library
 from subquad.parallel.settings import Settings
 from subquad.parallel.train import build_model
 from subquad.tasks.base import DataPreset

@@ -111,7 +111,7 @@ def fails_to_save(output: str) -> str:
 
     loop = loop_on(Grid(2), settings(output))
     loop.save(1)
-    checkpoints._sync = broken
+    checkpoints.sync = broken
     try:
         loop.save(2)
     except CheckpointError as error:

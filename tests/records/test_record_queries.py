@@ -136,7 +136,6 @@ def test_speed_is_interpolated_log_log_and_never_extrapolated(make_profile: Make
     profile = make_profile("local", {256: (2, 1), 1024: (8, 16)})
     speed = speed_at(profile, 512)
     assert speed is not None
-    assert speed.interpolated
     assert (speed.seconds, speed.dense_seconds) == (pytest.approx(0.004), pytest.approx(0.004))
     assert speed.relative == pytest.approx(1)
     assert speed_at(profile, 128) is None

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from subquad.labels import IGNORED
 from subquad.tasks.base import DataPreset, TaskData
 from subquad.tasks.mqar import draw_gaps
 from subquad.tasks.random_words import RandomWords
 from subquad.tasks.registry import load_task
-from subquad.tasks.splits import IGNORED, LanguageSplit
+from subquad.tasks.splits import LanguageSplit
 
 SEQUENCES = {"symbols": 5, "shortest": 2, "longest": 6}
 OPTIONS: dict[str, dict[str, Any]] = {

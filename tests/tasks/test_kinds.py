@@ -4,8 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from subquad.labels import IGNORED
 from subquad.tasks.kinds import CausalData, ClassificationData, MaskedData, Seq2SeqData
-from subquad.tasks.splits import IGNORED, LabelledSplit, LanguageSplit, PairedSplit, Ragged
+from subquad.tasks.splits import LabelledSplit, LanguageSplit, PairedSplit, Ragged
 
 
 def ragged(*sequences: list[int]) -> Ragged:

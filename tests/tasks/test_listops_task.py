@@ -122,9 +122,9 @@ def test_quick_has_enough_different_expressions(tmp_path: Path):
 def test_tasks_load_by_name():
     assert {name: load_task(name).name for name in list_tasks()} == {name: name for name in list_tasks()}
     assert isinstance(load_task("listops"), ListopsTask)
-    with pytest.raises(ValueError, match=r"unknown task 'listop': did you mean 'listops'\? expected one of: copy, "):
+    with pytest.raises(ValueError, match=r"unknown task 'listop'; did you mean 'listops'\? Known: copy, "):
         load_task("listop")
-    with pytest.raises(ValueError, match="unknown task 'xyz': expected one of: copy, duplicate, image-lm, listops, "):
+    with pytest.raises(ValueError, match="unknown task 'xyz'; known: copy, duplicate, image-lm, listops, "):
         load_task("xyz")
 
 

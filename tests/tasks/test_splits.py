@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from subquad.labels import IGNORED
 from subquad.tasks import splits
-from subquad.tasks.splits import IGNORED, LabelledSplit, LanguageSplit, PairedSplit, Ragged, count_ids
+from subquad.tasks.splits import LabelledSplit, LanguageSplit, PairedSplit, Ragged, count_ids
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 255), max_size=5), max_size=6)
 

@@ -3,8 +3,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from subquad.labels import IGNORED
 from subquad.tasks.base import DataPreset, hash_splits
-from subquad.tasks.splits import IGNORED, LabelledSplit, LanguageSplit, PairedSplit, Ragged
+from subquad.tasks.splits import LabelledSplit, LanguageSplit, PairedSplit, Ragged
 
 TABLE: dict[str, Any] = {
     "title": "ListOps",

@@ -11,7 +11,7 @@ import torch
 from toy_data import EXTRA, PAD, VOCABULARY, toy, trainer_of
 
 from subquad.benchmark.mixers import parse_mixer
-from subquad.tasks.splits import IGNORED
+from subquad.labels import IGNORED
 from subquad.training.objectives.base import Objective
 from subquad.training.objectives.registry import OBJECTIVES, objective_of
 from subquad.training.order import Visit

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from subquad.labels import IGNORED
 from subquad.records.metrics import metric_kind
-from subquad.tasks.splits import IGNORED
 from subquad.training.scoring import bits, bucket_bounds, measure, right_answers, score_of, sum_up
 
 LABELS = torch.tensor([[0, 2, IGNORED, 1, 1], [IGNORED] * 5])

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from subquad.benchmark.mixers import parse_mixer
+from subquad.labels import IGNORED
 from subquad.tasks.base import TaskData
 from subquad.tasks.kinds import CausalData, ClassificationData, MaskedData, Seq2SeqData
-from subquad.tasks.splits import IGNORED, LabelledSplit, LanguageSplit, PairedSplit, Ragged, Split
+from subquad.tasks.splits import LabelledSplit, LanguageSplit, PairedSplit, Ragged, Split
 from subquad.training.objectives.registry import objective_of
 from subquad.training.presets import Preset
 from subquad.training.progress import Progress

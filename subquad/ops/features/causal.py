@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from subquad.ops.chunk_products import multiply_add
 from subquad.ops.features.maps import FeatureMap
-from subquad.ops.features.segment import Inputs, Place, Segment, make_segment, multiply_add
+from subquad.ops.features.segment import Inputs, Place, Segment, make_segment
 from subquad.ops.features.slices import Room, head_groups
 from subquad.ops.features.sums import Sums, gradients_of_division, lowest, no_sums, result_like
 from subquad.ops.precision import full_precision

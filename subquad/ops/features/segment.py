@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.ops.chunk_products import multiply
 from subquad.ops.features.maps import FeatureMap
 from subquad.ops.features.slices import Heads, Room
 from subquad.ops.features.sums import lowest
@@ -183,16 +184,3 @@ def make_segment(place: Place, inputs: Inputs, feature_map: FeatureMap, before: 
     q = feature_map.queries(q_rows, room.of("q", *shape))
     factors = None if references is None or before is None else _factors(references, before)
     return Segment(q_rows, k_rows, q, k, v, factors, references, room)
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Write the products a b to out, all (N, B, H, ·, ·) and out contiguous; returns it."""
-    torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out=out.view(-1, *out.shape[-2:]))
-    return out
-
-
-def multiply_add(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Add the products a b to out, all (N, B, H, ·, ·) and out contiguous; returns it."""
-    target = out.view(-1, *out.shape[-2:])
-    torch.baddbmm(target, a.flatten(0, 2), b.flatten(0, 2), out=target)
-    return out

@@ -93,7 +93,7 @@ class _BiasedMeans(Function):
         wide_bias = None if bias is None else bias.of(*(tensor.to(wide) for tensor in tensors))
         with full_precision(q.device):
             kept, ctx.parts = _means(k.to(wide), v.to(wide), wide_bias, reach, q.shape[2])
-        ctx.bias, ctx.reach = None if bias is None else bias.of(*(tensor.new_empty(0) for tensor in tensors)), reach
+        ctx.bias = None if bias is None else bias.of(*(tensor.new_empty(0) for tensor in tensors))
         ctx.save_for_backward(q, k, v, *kept, *tensors)
         return q.to(wide).sigmoid().mul_(kept.mean).to(q.dtype)
 
@@ -107,7 +107,7 @@ class _BiasedMeans(Function):
         bias = None if ctx.bias is None else ctx.bias.of(*(tensor.to(wide) for tensor in tensors))
         upstream = Upstream(q, grad, Kept(level, mean), _real_queries(k, q.shape[2]))
         with full_precision(q.device):
-            of_q, of_k, of_v, *of_bias = _gradients(k.to(wide), v.to(wide), bias, ctx.reach, upstream, ctx.parts)
+            of_q, of_k, of_v, *of_bias = _gradients(k.to(wide), v.to(wide), bias, upstream, ctx.parts)
         of_tensors = (found.to(tensor.dtype) for found, tensor in zip(of_bias, tensors, strict=True))
         return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), None, None, *of_tensors
 
@@ -135,7 +135,7 @@ def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length
 
 
 def _gradients(
-    k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, upstream: Upstream, parts: _Parts | None
+    k: Tensor, v: Tensor, bias: PositionBias | None, upstream: Upstream, parts: _Parts | None
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and what the bias is made of.
 

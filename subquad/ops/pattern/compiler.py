@@ -26,7 +26,7 @@ from subquad.ops.pattern.strip_piece import StripPiece
 from subquad.ops.pattern.strips import Numbering, Shape, Strips, make_strips
 from subquad.ops.pattern.tile_piece import compile_tiles
 from subquad.ops.piece import Piece
-from subquad.patterns.bands import Distances
+from subquad.patterns.bands import pattern_of
 from subquad.patterns.pattern import UNBOUNDED, And, Classes, Indices, Not, Or, Pattern, Term, Tile
 
 Maker = Callable[[Term, Shape, bool], list[Piece]]
@@ -100,7 +100,7 @@ def _by_terms(pattern: Pattern, shape: Shape, *, sliced: bool) -> list[Piece]:
         for part in reduce(_without, done, [term]):
             maker = _choose_maker(part, shape)
             if maker is None:
-                homeless.append(_as_pattern(part))
+                homeless.append(pattern_of(part))
             else:
                 pieces += maker(part, shape, sliced)
         done.append(term)
@@ -135,15 +135,7 @@ def _subtract(part: Term, earlier: Term) -> list[Term]:
         return [side for side in (before, after) if not side.empty]
     if earlier.low <= part.low and part.high <= earlier.high and part.modulus % earlier.modulus == 0:
         earlier = Term(filters=earlier.filters)  # its distances hold anyway: without them tiles are classified sharper
-    return [part._replace(filters=(*part.filters, Not(_as_pattern(earlier))))]
-
-
-def _as_pattern(term: Term) -> Pattern:
-    distances = Distances(term._replace(filters=()))
-    if not term.filters:
-        return distances
-    others = And(term.filters) if len(term.filters) > 1 else next(iter(term.filters))
-    return others if distances.term == Term() else And((distances, *term.filters))
+    return [part._replace(filters=(*part.filters, Not(pattern_of(earlier))))]
 
 
 def _choose_maker(term: Term, shape: Shape) -> Maker | None:
@@ -165,7 +157,7 @@ def _choose_maker(term: Term, shape: Shape) -> Maker | None:
 
 def _band_pieces(term: Term, shape: Shape, sliced: bool) -> list[Piece]:
     """Consecutive keys, in lanes of equal residue."""
-    predicate = _as_pattern(term)
+    predicate = pattern_of(term)
     pieces: list[Piece] = []
     for numbering in lanes_of(shape, term.modulus):
         strips = band_strips(numbering, term.low, term.high, shape.offset, sliced=sliced or bool(term.filters))
@@ -190,7 +182,7 @@ def _block_pieces(term: Term, shape: Shape, sliced: bool) -> list[Piece]:
     others = tuple(part for part in term.filters if part is not blocks)
     if not others:
         strips = replace(strips, causal=_triangles(strips, shape, term, sliced=sliced))
-    rest = _as_pattern(term._replace(filters=others))
+    rest = pattern_of(term._replace(filters=others))
     piece = StripPiece(Numbering(shape.queries, shape.keys), strips, rest, invariant=not others)
     return [piece.without_hidden(rest, shape.offset)]
 
@@ -208,7 +200,7 @@ def _key_pieces(term: Term, shape: Shape, sliced: bool) -> list[Piece]:
     lists = [keys for part in term.filters if (keys := part.chosen_keys(shape.keys)) is not None]
     keys = reduce(np.intersect1d, lists)
     others = tuple(part for part in term.filters if part.chosen_keys(shape.keys) is None)
-    rest = _as_pattern(term._replace(filters=others))
+    rest = pattern_of(term._replace(filters=others))
     numbering = Numbering(shape.queries, len(keys), keys=keys)
     size = rest.block if rest.block is not None and 32 <= rest.block <= 512 else SLICE_ROWS
     size = max(1, min(size, SLICE_PAIRS // max(1, len(keys))))
@@ -224,7 +216,7 @@ def _query_pieces(term: Term, shape: Shape, sliced: bool) -> list[Piece]:
     queries = reduce(np.intersect1d, lists) - shape.offset
     queries = queries[(queries >= 0) & (queries < shape.queries)]
     others = tuple(part for part in term.filters if part.chosen_queries(end) is None)
-    rest = _as_pattern(term._replace(filters=others))
+    rest = pattern_of(term._replace(filters=others))
     numbering = Numbering(len(queries), shape.keys, queries=queries)
     size = max(1, min(SLICE_ROWS, SLICE_PAIRS // shape.keys))
     row0 = np.arange(0, len(queries), size)

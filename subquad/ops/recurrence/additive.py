@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from subquad.ops.chunk_products import multiply_add
 from subquad.ops.precision import full_precision
 from subquad.ops.recurrence.chunk_scan import decay_gradient, scan, scan_back
-from subquad.ops.recurrence.chunks import add_scaled, in_chunks, multiply_add, put_chunks, scaled, segments
+from subquad.ops.recurrence.chunks import add_scaled, in_chunks, put_chunks, scaled, segments
 from subquad.ops.recurrence.decayed_pairs import Factors, decayed_pairs, decayed_pairs_gradient, factors
 
 

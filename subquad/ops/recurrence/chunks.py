@@ -66,13 +66,6 @@ def put_chunks(x: Tensor, part: slice, chunks: Tensor) -> None:
         target[:, :, whole * chunk :] = tokens[:, :, whole, : target.shape[2] - whole * chunk]
 
 
-def multiply_add(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """X += first @ second, in place; all (N, B, H, ·, ·), x contiguous. Returns x."""
-    target = x.flatten(0, 2)
-    torch.baddbmm(target, first.flatten(0, 2), second.flatten(0, 2), out=target)
-    return x
-
-
 def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
     """X times the factor; x itself where there is none."""
     return x if factor is None else x * factor

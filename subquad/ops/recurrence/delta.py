@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from subquad.ops.chunk_products import multiply_add
 from subquad.ops.precision import full_precision
 from subquad.ops.recurrence.chunk_scan import decay_gradient, step
 from subquad.ops.recurrence.chunks import (
     add_scaled,
     in_chunks,
-    multiply_add,
     put_chunks,
     scaled,
     segments,

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EPSILON = 1e-6
+"""Added to a squared length before a vector is divided by it."""
+
 
 def short_convolution_by_tokens(x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
     """The definition, one token after the other. Arguments and result as in `short_convolution`."""
@@ -40,6 +43,6 @@ def short_convolution(x: Tensor, weight: Tensor, before: Tensor | None = None) -
     return y
 
 
-def unit_vectors(x: Tensor, *, epsilon: float = 1e-6) -> Tensor:
+def unit_vectors(x: Tensor) -> Tensor:
     """X (..., E) divided by its length in the last dimension; a vector of 0 stays 0, with a finite gradient."""
-    return x * (x.square().sum(dim=-1, keepdim=True) + epsilon).rsqrt()
+    return x * (x.square().sum(dim=-1, keepdim=True) + EPSILON).rsqrt()

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from subquad.costs import Cost
 from subquad.interface import MixerConfig
+from subquad.labels import IGNORED
 from subquad.models.configuration import SubquadConfig
 from subquad.models.pretrained import SubquadPreTrainedModel
 from subquad.records.metrics import MetricKind, metric_kind
 from subquad.tasks.base import TaskData
-from subquad.tasks.splits import IGNORED
 from subquad.training.dataset import Collator, Example
 from subquad.training.order import Visit
 from subquad.training.scoring import Bounds, Sums, score_of

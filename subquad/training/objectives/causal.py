@@ -8,10 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from subquad.costs import Cost
+from subquad.labels import IGNORED
 from subquad.models.causal_lm import SubquadForCausalLM
 from subquad.models.pretrained import SubquadPreTrainedModel
 from subquad.tasks.kinds import CausalData
-from subquad.tasks.splits import IGNORED, LanguageSplit
+from subquad.tasks.splits import LanguageSplit
 from subquad.training.dataset import Example
 from subquad.training.objectives.base import Objective
 from subquad.training.order import Visit

@@ -13,10 +13,11 @@ import numpy as np
 from torch import Tensor
 
 from subquad.costs import Cost
+from subquad.labels import IGNORED
 from subquad.models.masked_lm import SubquadForMaskedLM
 from subquad.models.pretrained import SubquadPreTrainedModel
 from subquad.tasks.kinds import MaskedData
-from subquad.tasks.splits import IGNORED, LanguageSplit
+from subquad.tasks.splits import LanguageSplit
 from subquad.training.dataset import Example
 from subquad.training.objectives.base import Objective
 from subquad.training.order import Visit

@@ -13,6 +13,7 @@ from subquad.interface import MixerConfig
 from subquad.models.configuration import SubquadConfig
 from subquad.models.pretrained import SubquadPreTrainedModel
 from subquad.models.seq2seq_lm import SubquadForSeq2SeqLM
+from subquad.records.conventions import DENSE
 from subquad.tasks.kinds import Seq2SeqData
 from subquad.tasks.splits import PairedSplit
 from subquad.training.dataset import Example
@@ -30,7 +31,7 @@ class Seq2SeqObjective(Objective[Seq2SeqData, SubquadForSeq2SeqLM]):
     @classmethod
     def model_settings(cls, sizes: Mapping[str, Any], mixer: MixerConfig) -> dict[str, Any]:
         """As in `Objective`, with the mixers of the encoder and between encoder and decoder."""
-        settings = super().model_settings(sizes, mixer) | {"encoder_mixer": "full", "cross_mixer": "full"}
+        settings = super().model_settings(sizes, mixer) | {"encoder_mixer": DENSE, "cross_mixer": DENSE}
         if mixer.placement == "block":
             settings["encoder_feedforward"] = "mlp"  # the decoder has none, since its mixer owns the channels too
         return settings
