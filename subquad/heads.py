@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from subquad.costs import Cost
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
 from subquad.mask import Mask, token_positions
+from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.rotary import rotate
 from subquad.parting import Parting
 from subquad.projection import Projection
@@ -93,12 +94,12 @@ class HeadMixer(TokenMixer):
             q, k = self._rotate(q, k, mask, key_mask, state)
         heads = Heads(x, q, k, v, mask or Mask(), key_mask or Mask())
         out, new_state, *aux_loss = self.attend(heads, state)
-        y = self.project_out(out.to(x.dtype).transpose(1, 2).flatten(2))
+        y = self.project_out(merge_heads(out.to(x.dtype)))
         return Mixed(self.dropout(y), new_state, *aux_loss)
 
     def split(self, x: Tensor) -> Tensor:
         """(B, L, H * E) -> (B, H, L, E)."""
-        return x.unflatten(-1, (self.dims.num_heads, -1)).transpose(1, 2)
+        return split_heads(x, self.dims.num_heads)
 
     def _rotate(
         self, q: Tensor, k: Tensor | None, mask: Mask | None, key_mask: Mask | None, state: State | None

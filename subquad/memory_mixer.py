@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from subquad.heads import HeadMixer, Heads
 from subquad.interface import Dims, MixerConfig
+from subquad.ops.head_split import merge_heads
 from subquad.ops.memory.attention import Memory, project_memory
 from subquad.ops.memory.sinusoids import distance_sinusoids
 from subquad.ops.packing import has_gaps, take, valid_first
@@ -81,8 +82,7 @@ class MemoryMixer(HeadMixer):
             joined.append(torch.cat([heads for _, heads in parts], dim=2) if len(parts) > 1 else new)
             if apart and torch.is_grad_enabled():
                 again = [
-                    self.split(project_memory(heads.transpose(1, 2).flatten(2), x, layer.weight, layer.bias))
-                    for x, heads in parts
+                    self.split(project_memory(merge_heads(heads), x, layer.weight, layer.bias)) for x, heads in parts
                 ]
                 past.append(torch.cat(again, dim=2))
         return joined[0], joined[1], Memory(*past) if past else None

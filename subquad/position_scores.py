@@ -124,11 +124,6 @@ def head_projection(dims: Dims) -> nn.Linear:
     return projection
 
 
-def split_heads(x: Tensor, dims: Dims) -> Tensor:
-    """(B, L, H * E) -> (B, H, L, E)."""
-    return x.unflatten(-1, (dims.num_heads, -1)).transpose(1, 2)
-
-
 def projections_cost(dims: Dims, length: int, dtype_bytes: int, *, count: int) -> Cost:
     """The price of so many projections into heads, whose results are kept."""
     weights = dims.embed_dim * dims.inner_dim

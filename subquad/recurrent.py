@@ -20,6 +20,7 @@ from subquad.costs import Cost
 from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
 from subquad.mask import Mask
+from subquad.ops.head_split import split_heads
 from subquad.ops.recomputed import recomputed
 from subquad.ops.recurrence.chunks import chunk_size, segment_chunks
 from subquad.ops.recurrence.linear import recurrence
@@ -143,9 +144,7 @@ class RecurrentMixer(TokenMixer):
 
     def split(self, x: Tensor) -> Tensor:
         """(B, L, H * E) -> (B, H, L, E), float32 or wider."""
-        return (
-            x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.dims.num_heads, -1)).transpose(1, 2)
-        )
+        return split_heads(x.to(torch.promote_types(x.dtype, torch.float32)), self.dims.num_heads)
 
     def _norm_and_gate(self, out: Tensor, x: Tensor) -> Tensor:
         """(B, L, H, Ev) -> (B, L, H * Ev)."""

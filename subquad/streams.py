@@ -19,6 +19,7 @@ from subquad.costs import Cost, visible_pairs
 from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
 from subquad.mask import Mask
+from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.memory.relative import RelativeTable, kept_tokens, stream_attention
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Window
@@ -176,7 +177,7 @@ class StreamMixer(TokenMixer):
                 k, v = self._keys_and_values(options.long_rows, stretches)
             rows.append(self._attend(long_q, k, v, valid, self.long_scores, options.radius))
         outputs = zip(rows, options.outputs, strict=False)  # there may be no long rows
-        y = [self.project_out[name](out.to(x.dtype).transpose(1, 2).flatten(2)) for out, name in outputs]
+        y = [self.project_out[name](merge_heads(out.to(x.dtype))) for out, name in outputs]
         return Mixed(self.dropout(torch.cat(y, dim=1)))
 
     def _keys_and_values(self, names: tuple[str, str], stretches: Stretches) -> tuple[Tensor, Tensor]:
@@ -189,7 +190,7 @@ class StreamMixer(TokenMixer):
             projected = layers[first](stretches.both)
         else:
             projected = torch.cat((layers[first](stretches.first), layers[second](stretches.second)), dim=1)
-        return projected.unflatten(-1, (self.dims.num_heads, -1)).transpose(1, 2)
+        return split_heads(projected, self.dims.num_heads)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scores: RelativeScores | None, radius: int | None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from subquad.costs import Cost
 from subquad.interface import Dims
+from subquad.ops.head_split import split_heads
 from subquad.position_scores import (
     HeadLinear,
     Places,
@@ -23,7 +24,6 @@ from subquad.position_scores import (
     head_projection,
     longest_input,
     projections_cost,
-    split_heads,
 )
 
 
@@ -70,11 +70,11 @@ class DotProduct(Component):
 
     def prepare(self, x: Tensor, places: Places) -> Tensor:
         """Queries."""
-        return split_heads(self.project_query(x), self.dims)
+        return split_heads(self.project_query(x), self.dims.num_heads)
 
     def keys(self, x: Tensor) -> Tensor:
         """Keys."""
-        return split_heads(self.project_key(x), self.dims)
+        return split_heads(self.project_key(x), self.dims.num_heads)
 
     def scores(self, made_of: Tensor, k: Tensor) -> Tensor:
         """Scaled products."""
@@ -97,7 +97,7 @@ class Dense(Component):
 
     def prepare(self, x: Tensor, places: Places) -> Tensor:
         """The hidden layer."""
-        return split_heads(self.project_hidden(x).relu(), self.dims)
+        return split_heads(self.project_hidden(x).relu(), self.dims.num_heads)
 
     def initialise(self) -> None:
         """Draw the outer layer."""
@@ -129,7 +129,7 @@ class FactorisedDense(Component):
 
     def prepare(self, x: Tensor, places: Places) -> Tensor:
         """The two short vectors."""
-        hidden = split_heads(self.project_hidden(x).relu(), self.dims)
+        hidden = split_heads(self.project_hidden(x).relu(), self.dims.num_heads)
         return torch.cat((self.stretched(hidden), self.tiled(hidden)), dim=-1)
 
     def initialise(self) -> None:

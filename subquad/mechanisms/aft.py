@@ -40,6 +40,7 @@ from subquad.key_positions import (
     remembered,
 )
 from subquad.mask import Mask
+from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.means.biased_means import biased_means
 from subquad.ops.means.running_means import NOTHING
 from subquad.ops.means.strip_geometry import Reach, strips
@@ -217,11 +218,11 @@ class Aft(TokenMixer):
         bias = None if self.positions is None else self.positions.bias(starts, x.shape[1], stored)
         out = biased_means(q, k, v, bias, reach)
         out = out if order is None else put_back(out, order)
-        return Mixed(self.dropout(self.project_out(out.transpose(1, 2).flatten(2))), new_state)
+        return Mixed(self.dropout(self.project_out(merge_heads(out))), new_state)
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, L, ·) -> (B, G, L, ·)."""
-        return x.unflatten(-1, (self.groups, -1)).transpose(1, 2)
+        return split_heads(x, self.groups)
 
     def _check_length(self, lengths: Tensor) -> None:
         longest = max([0, *lengths.tolist()])

@@ -30,6 +30,7 @@ from subquad.costs import Cost, visible_pairs
 from subquad.heads import Heads, attention_cost, initialise_projection, projection_cost
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.mask import Mask
+from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.local_recurrence.network import GATES, CellName, local_recurrence
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.patterns.bands import Causal
@@ -229,7 +230,7 @@ class RTransformer(TokenMixer):
     def _attend(self, x: Tensor, facts: Mask, state: RTransformerState | None) -> tuple[Tensor, KeyValueCache | None]:
         """Causal attention of the normed stream x (B, L, D), whose invalid tokens stand last, and the longer cache."""
         q, k, v = (
-            projection(x).unflatten(-1, (self.dims.num_heads, -1)).transpose(1, 2)
+            split_heads(projection(x), self.dims.num_heads)
             for projection in (self.project_query, self.project_key, self.project_value)
         )
         if state is None:
@@ -237,7 +238,7 @@ class RTransformer(TokenMixer):
         else:
             cache = KeyValueCache(state.length, state.keys, state.values, state.segments)
             out, cache = attend_cached("r_transformer", Heads(x, q, k, v, facts, facts), Causal(), cache)
-        return self.project_out(out.to(x.dtype).transpose(1, 2).flatten(2)), cache
+        return self.project_out(merge_heads(out.to(x.dtype))), cache
 
     def _networks(self) -> list[LocalNetwork]:
         return cast("list[LocalNetwork]", list(self.local_networks))

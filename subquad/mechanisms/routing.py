@@ -39,6 +39,7 @@ from subquad.ops.clusters.causal_window import cluster_window_attention
 from subquad.ops.clusters.kmeans import Centroids, commitment, members, moved, nearest, standardise
 from subquad.ops.clusters.member_attention import member_attention
 from subquad.ops.clusters.rings import RingOrder, Rings
+from subquad.ops.head_split import merge_heads
 from subquad.ops.packing import has_gaps, put_back, take, token_counts, valid_first
 from subquad.ops.precision import full_precision
 from subquad.ops.projection import project
@@ -190,7 +191,7 @@ class Routing(HeadMixer):
         facts = mask or Mask()
         heads = Heads(x, *self.project(x, context), facts, facts)
         out, after, loss = self._attend_routed(heads, state if isinstance(state, RoutingState) else None)
-        y = self.project_out(out.to(x.dtype).transpose(1, 2).flatten(2))
+        y = self.project_out(merge_heads(out.to(x.dtype)))
         return Mixed(self.dropout(y), after, loss)
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:

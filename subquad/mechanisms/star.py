@@ -33,6 +33,7 @@ from subquad.costs import Cost
 from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.mask import Mask
+from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.precision import full_precision
 from subquad.projection import Projection
@@ -151,10 +152,10 @@ class Attention(nn.Module):
 
     def merge(self, out: Tensor) -> Tensor:
         """(B, H, L, E) -> (B, L, D)."""
-        return self.project_out(out.transpose(1, 2).flatten(2))
+        return self.project_out(merge_heads(out))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return split_heads(x, self.num_heads)
 
 
 class Step(nn.Module):

@@ -34,9 +34,10 @@ from subquad.costs import Cost, visible_pairs
 from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.mask import Mask
+from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.precision import full_precision
-from subquad.position_scores import Places, ScoreOptions, head_projection, longest_input, projections_cost, split_heads
+from subquad.position_scores import Places, ScoreOptions, head_projection, longest_input, projections_cost
 from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State
@@ -157,7 +158,7 @@ class Synthesizer(TokenMixer):
         order = valid_first(facts.valid) if facts.valid is not None and has_gaps(facts.valid) else None
         if order is not None:
             x, facts = take(x[:, None], order)[:, 0], in_order(facts, order)
-        k, v, valid = self._keys(x), split_heads(self.project_value(x), self.dims), facts.valid
+        k, v, valid = self._keys(x), split_heads(self.project_value(x), self.dims.num_heads), facts.valid
         starts, new_state = (0,), None
         if isinstance(state, KeyValueCache):
             new_state, _, _ = store_keys("synthesizer", state, k, v, facts)
@@ -167,7 +168,7 @@ class Synthesizer(TokenMixer):
         places = Places(starts if len(set(starts)) > 1 else (*starts, 0)[:1], x.shape[1])
         out = self._attend(x, k, v, valid, places).to(x.dtype)
         out = out if order is None else put_back(out, order)
-        return Mixed(self.dropout(self.project_out(out.transpose(1, 2).flatten(2))), new_state)
+        return Mixed(self.dropout(self.project_out(merge_heads(out))), new_state)
 
     def _attend(self, x: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, places: Places) -> Tensor:
         """Slices of queries against all keys; the scores of a slice are made again in the backward pass."""

@@ -1,4 +1,9 @@
-"""The steps of a run on many processes."""
+"""The steps of a run on many processes.
+
+This isn't transformers' Trainer: its tensor parallelism follows plans for transformers' own layers and can't express
+mixers and experts that the processes of a row share out among them, all of which need the same examples. Gradients are
+clipped and checkpoints written here so that each number counts once, wherever its parts and copies lie.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from subquad.divergence import DivergenceError
 from subquad.labels import IGNORED
 from subquad.parallel.buffers import take_buffers_of_first_row
 from subquad.parallel.byte_text import ByteText, masked
@@ -22,10 +28,6 @@ from subquad.parallel.checkpoint import remove_older, save_checkpoint
 from subquad.parallel.gradients import clip_gradients
 from subquad.parallel.grid import DATA
 from subquad.parallel.settings import Settings
-
-
-class DivergedError(ValueError):
-    """The loss is no number any more."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Loop:
         """Steps from `start` to the end, a checkpoint now and then and at the end.
 
         Raises:
-            DivergedError: a loss that is no number, on all processes; the last checkpoint is from before.
+            DivergenceError: a loss that is not finite, on all processes; the last checkpoint is from before.
         """
         settings, since, seconds = self.settings, start, time.perf_counter()
         for step in range(start, settings.steps):
@@ -104,7 +106,7 @@ class Loop:
                 continue
             mean = self.mean(loss)
             if not math.isfinite(mean):
-                raise DivergedError(f"the loss of step {done} is {mean}; choose a smaller --learning-rate")
+                raise DivergenceError("training", done, mean)
             if reports:
                 now, count = time.perf_counter(), (done - since) * settings.batch * settings.length
                 report(Progress(done, mean, float(norm), count / (now - seconds)))

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from subquad.byte_ids import MASKED_VOCABULARY, PAD_TOKEN_ID, UNMASKED_VOCABULARY
+from subquad.divergence import DivergenceError
 from subquad.models import SubquadConfig, SubquadForCausalLM, SubquadForMaskedLM
 from subquad.parallel.byte_text import ByteText, standard_library
 from subquad.parallel.check import check_model
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LostProcessError as error:
         print(f"{error}. Start again with --resume to go on from the last checkpoint.", file=sys.stderr, flush=True)
         return FAILED
-    except (ValueError, OSError) as error:
+    except (DivergenceError, ValueError, OSError) as error:
         print(f"error, process {here.rank}: {error}", file=sys.stderr, flush=True)
         return FAILED
     return 0

@@ -1,18 +1,10 @@
-"""How a training ends: with scores, or with a loss that is not finite."""
+"""What a finished training is worth."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from subquad.training.scoring import Measured
-
-
-class DivergenceError(Exception):
-    """A loss was not finite."""
-
-    def __init__(self, split: str, step: int, loss: float) -> None:
-        super().__init__(f"the {split} loss became {loss} at step {step}; try a lower learning rate")
-        self.step = step
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_callback import PrinterCallback
 
+from subquad.divergence import DivergenceError
 from subquad.models.pretrained import SubquadPreTrainedModel
 from subquad.tasks.splits import Split
 from subquad.training.arguments import SCORE, training_arguments
@@ -31,7 +32,7 @@ from subquad.training.checkpoint import (
 from subquad.training.dataset import BEFORE
 from subquad.training.feeding import evaluation_dataset, first_batch, longest_context, training_dataset
 from subquad.training.objectives.base import Objective
-from subquad.training.outcome import DivergenceError, Outcome
+from subquad.training.outcome import Outcome
 from subquad.training.presets import TrainingSettings
 from subquad.training.progress import Progress, ProgressCallback, read_seconds
 from subquad.training.scoring import Measured, measure

@@ -2,6 +2,7 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from command_line import Invoke
@@ -102,6 +103,6 @@ def test_what_can_not_be_had_says_why(arguments: list[str], text: str, invoke: I
 
 
 def test_the_help_of_the_option_names_every_task() -> None:
-    (option,) = TaskOption.__metadata__
+    (option,) = get_args(TaskOption)[1:]
     named = re.findall(r"[a-z]+(?:-[a-z]+)*", option.help.partition(":")[2])
     assert [name for name in named if name != "or"] == list_tasks()

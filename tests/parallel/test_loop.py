@@ -12,9 +12,10 @@ from processes import run_on
 from small_runs import EXPERTS, loop_on, settings, text, whole_parameters
 from torch import Tensor
 
+from subquad.divergence import DivergenceError
 from subquad.parallel.checkpoint import last_checkpoint
 from subquad.parallel.grid import DATA, Grid
-from subquad.parallel.loop import DivergedError, batch_of, learning_rate
+from subquad.parallel.loop import batch_of, learning_rate
 from subquad.parallel.settings import Settings
 from subquad.parallel.train import build_model
 
@@ -118,18 +119,18 @@ def diverged(output: str) -> str:
     loop = loop_on(Grid(2), settings(output, learning_rate=1e30, warm_up=1, steps=9, checkpoint_every=1))
     try:
         loop.run(0, lambda _: None)
-    except DivergedError as error:
+    except DivergenceError as error:
         return str(error)
     return "went on"
 
 
 def test_a_run_that_diverges_stops_everywhere_and_is_not_saved(tmp_path: Path) -> None:
     first, second = run_on(2, diverged, str(tmp_path))
-    assert re.fullmatch(r"the loss of step \d is (nan|inf); choose a smaller --learning-rate", first)
+    assert re.fullmatch(r"the training loss became (nan|inf) at step \d; try a lower learning rate", first)
     assert first == second
     found = last_checkpoint(tmp_path)
     assert found is not None
-    assert f"step-{int(first.split()[4]) - 1:08d}" == found.name
+    assert f"step-{int(first.partition('step ')[2][0]) - 1:08d}" == found.name
 
 
 def moved_buffers() -> dict[str, Tensor]:

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toy_data import trainer_of
 
+from subquad.divergence import DivergenceError
 from subquad.records.metrics import Estimate
 from subquad.tasks.kinds import ClassificationData
 from subquad.training.checkpoint import DamagedCheckpointError, checkpoint_path
 from subquad.training.objectives.registry import objective_of
 from subquad.training.order import Visit
-from subquad.training.outcome import DivergenceError, Outcome
+from subquad.training.outcome import Outcome
 from subquad.training.presets import Preset
 from subquad.training.progress import Progress
 from subquad.training.scoring import Measured
