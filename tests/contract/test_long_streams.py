@@ -11,7 +11,7 @@ from cases import small_config
 from subquad.build import build_from_config, list_mixers, make_dims
 from subquad.interface import MixerConfig
 
-LENGTH, CALL = 100_000, 4_000
+LENGTH, CALL = 100_000, 1_000
 DIMS = make_dims(embed_dim=4, num_heads=2, causal=True, max_length=LENGTH)
 CONSTANT = [
     config for config in map(small_config, list_mixers(causal=True, state=True)) if config.traits.constant_state
