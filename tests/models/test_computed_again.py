@@ -89,12 +89,17 @@ def test_layers_that_change_their_buffers_have_the_gradients_of_plain_autograd(
 def test_ties_of_the_top_scores_are_those_of_the_forward_pass_in_float32(
     residual: str, model_class: Callable[..., SubquadPreTrainedModel]
 ) -> None:
+    """Every score has 1000 added to it, which leaves steps of 1e-4 between them: many tie, and rounding undoes that."""
     mixer = {"name": "topk", "top_k": 4}
-    model = build(model_class, mixer=mixer, residual=residual, positions="none", pooling="mean", num_hidden_layers=4)
-    (found,), (expected,) = computed_again_and_not(model.train(), length=64, steps=1)
+    model = build(model_class, mixer=mixer, residual=residual, pooling="mean", num_hidden_layers=4).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("project_query.bias", "project_key.bias")):
+                parameter += 1000**0.5 / 8**0.25
+    (found,), (expected,) = computed_again_and_not(model, length=128, steps=1)
     largest = max(float(gradient.norm()) for gradient in expected.values())
     for name, gradient in expected.items():
-        assert float((found[name] - gradient).norm()) <= 1e-4 * largest, name
+        assert float((found[name] - gradient).norm()) <= 1e-3 * largest, name
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
