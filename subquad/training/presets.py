@@ -72,6 +72,9 @@ class TrainingSettings:
     epsilon: float = 1e-8
     gradient_clip: float = 0.0
     """Largest norm of the gradient; 0 leaves it alone."""
+    label_smoothing: float = 0.0
+    """Probability ε of the target that is spread evenly over all V tokens, q = (1 - ε) onehot + ε / V, in the training
+    loss of sequence to sequence (arXiv 1706.03762, 5.4); scores are those of the plain target."""
     stream: bool = False
     """Whether consecutive windows of a document follow each other in a row of the batch; mechanisms whose state has a
     constant size then carry it from step to step."""
@@ -85,7 +88,7 @@ class TrainingSettings:
             _require(self, "[training]", name, 0 < getattr(self, name) < math.inf, "positive")
         for name in ("warmup_steps", "weight_decay", "gradient_clip"):
             _require(self, "[training]", name, 0 <= getattr(self, name) < math.inf, "at least 0")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "label_smoothing"):
             _require(self, "[training]", name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         if self.steps % self.evaluate_every:
             raise ValueError(

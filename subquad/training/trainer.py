@@ -36,6 +36,7 @@ from subquad.training.outcome import Outcome
 from subquad.training.presets import TrainingSettings
 from subquad.training.progress import Progress, ProgressCallback, read_seconds
 from subquad.training.scoring import Measured, measure
+from subquad.training.smoothing import check_smoothing, smoothing_term
 from subquad.training.stream import StreamMemory, memory_of
 
 _SPLITS = {"eval": "validation", "test": "test"}
@@ -54,6 +55,7 @@ class SubquadTrainer(Trainer):
         directory: Path,
         progress: Progress | None = None,
     ) -> None:
+        check_smoothing(objective, settings)
         super().__init__(
             model=model,
             args=training_arguments(settings, objective.kind, directory, objective.seed),
@@ -89,13 +91,15 @@ class SubquadTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss; with a memory, of windows that go on where the step before ended."""
+        """The loss, in training with smoothed labels; with a memory, of windows that go on where others ended."""
         arguments = {name: value for name, value in inputs.items() if name != BEFORE}
         if self._memory is not None:
             arguments |= {"past_key_values": self._memory.before(inputs[BEFORE] > 0), "use_cache": True}
         loss, outputs = cast(Any, super().compute_loss(model, arguments, True, num_items_in_batch))
         if self._memory is not None:
             self._memory.after(outputs["past_key_values"])
+        if model.training and (smoothing := self._settings.label_smoothing):
+            loss = loss + smoothing_term(outputs["logits"], inputs["labels"], smoothing, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(

@@ -88,6 +88,7 @@ def test_edited_training_is_another_preset_and_other_edits_are_seen_elsewhere(tm
         ("steps = 24", "", r"option 'steps' is required"),
         ("batch_size = 8", "batch_size = 0", r"\[training\]: batch_size must be at least 1, got 0"),
         ("5e-3", "nan", r"learning_rate must be positive, got nan"),
+        ("[training]", "[training]\nlabel_smoothing = 1.0", r"label_smoothing must be at least 0 and below 1, got 1.0"),
         ("5e-3", "-1.0", r"learning_rate must be positive, got -1.0"),
         ("warmup_steps = 4", "warmup_steps = -4", r"warmup_steps must be at least 0, got -4"),
         ("'cosine'", "'cosin'", r"option 'schedule' must be one of .*'cosine'.*, got 'cosin'"),

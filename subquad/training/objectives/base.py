@@ -35,6 +35,8 @@ class Objective(ABC, Generic[DataT, ModelT]):
     model_class: ClassVar[type[SubquadPreTrainedModel]]
     causal: ClassVar[bool]
     """Whether mixers have to see the past only, whatever else they can do."""
+    smooths_labels: ClassVar[bool] = False
+    """Whether its training loss can have smoothed labels."""
 
     def __init__(self, data: DataT, *, seed: int) -> None:
         self.data = data

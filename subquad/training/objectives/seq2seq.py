@@ -27,6 +27,7 @@ class Seq2SeqObjective(Objective[Seq2SeqData, SubquadForSeq2SeqLM]):
 
     model_class: ClassVar[type[SubquadPreTrainedModel]] = SubquadForSeq2SeqLM
     causal: ClassVar[bool] = True
+    smooths_labels: ClassVar[bool] = True
 
     @classmethod
     def model_settings(cls, sizes: Mapping[str, Any], mixer: MixerConfig) -> dict[str, Any]:
