@@ -31,11 +31,12 @@ _HOMES = {
     "receipts": "subquad.receipt",
     "register": "subquad.registry",
 }
-_SUBPACKAGES = ("models", "ops")
+_SUBPACKAGES = ("models", "ops", "patterns")
 
 if TYPE_CHECKING:  # what the lazy names are, for editors and type checkers
     from subquad import models as models
     from subquad import ops as ops
+    from subquad import patterns as patterns
     from subquad.build import build_feedforward as build_feedforward
     from subquad.build import build_mixer as build_mixer
     from subquad.build import cost as cost

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import subquad.feedforward
 import subquad.mechanisms  # noqa: F401 - both are imported for their effect: they fill the registry
-from subquad.config import make_config, nearest
+from subquad.config import check_count, make_config, nearest
 from subquad.costs import Cost
 from subquad.interface import (
     TRAIT_NAMES,
@@ -120,23 +120,24 @@ def check_dims(config: MixerConfig, dims: Dims) -> None:
     config.check(dims)
 
 
-def make_dims(*, embed_dim: int, num_heads: int, head_dim: int | None = None, **circumstances: Any) -> Dims:
-    """Dims with the default head width.
+def make_dims(
+    *, embed_dim: int, num_heads: int, head_dim: int | None = None, owner: str = "build_mixer", **circumstances: Any
+) -> Dims:
+    """Dims with the default head width; `owner` is the function that was called, for messages.
 
     Raises:
         ValueError: embed_dim is no multiple of num_heads and head_dim is not given, or a value out of range.
     """
-    for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads)):
-        if type(size) is not int:
-            raise ValueError(f"build_mixer: option {name!r} must be int, got {size!r}")
+    check_count(owner, "embed_dim", embed_dim)
+    check_count(owner, "num_heads", num_heads)
     if head_dim is None:
-        if num_heads < 1 or embed_dim % num_heads:
+        if embed_dim % num_heads:
             raise ValueError(
-                f"build_mixer: embed_dim={embed_dim} is not divisible by num_heads={num_heads}; "
+                f"{owner}: embed_dim={embed_dim} is not divisible by num_heads={num_heads}; "
                 "choose another number of heads or pass head_dim"
             )
         head_dim = embed_dim // num_heads
-    return Dims(embed_dim=embed_dim, num_heads=num_heads, head_dim=head_dim, **circumstances)
+    return Dims(embed_dim=embed_dim, num_heads=num_heads, head_dim=head_dim, owner=owner, **circumstances)
 
 
 def list_mixers(**traits: bool) -> list[str]:
@@ -201,8 +202,8 @@ def cost(
     Raises:
         ValueError: as `build_mixer`, a length below 1, or a context_length without cross=True.
     """
-    if length < 1:
-        raise ValueError(f"cost: length must be at least 1 token, got {length}")
+    check_count("cost", "length", length)
+    check_count("cost", "dtype_bytes", dtype_bytes)
     config = mixer_config(name, **options)
     dims = make_dims(
         embed_dim=embed_dim,
@@ -212,6 +213,7 @@ def cost(
         cross=cross,
         max_length=max_length,
         context_length=context_length,
+        owner="cost",
     )
     check_dims(config, dims)
     longest = max(length, dims.key_length(length))
@@ -226,6 +228,5 @@ def build_feedforward(name: str, *, embed_dim: int, **options: Any) -> ChannelMi
     Raises:
         ValueError: unknown name or option, or a bad value.
     """
-    if embed_dim < 1:
-        raise ValueError(f"build_feedforward: embed_dim must be at least 1, got {embed_dim}")
+    check_count("build_feedforward", "embed_dim", embed_dim)
     return feedforward_config(name, **options).build(embed_dim)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass, fields, replace
+from dataclasses import Field, InitVar, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Protocol
 
-from subquad.config import coerce_fields
+from subquad.config import check_count, coerce_fields
 from subquad.registry import MIXERS
 
 
@@ -57,6 +57,7 @@ class Dims:
         layer: index of the layer; with the config's seed it determines fixed random structure.
         num_global: tokens per example that the model will ask to be global; used for the price alone.
         context_length: S, tokens of the context of a cross mixer, None for as many as x has; for the price alone.
+        owner: the function that was called with these, for messages; not kept.
     """
 
     embed_dim: int
@@ -71,29 +72,30 @@ class Dims:
     layer: int = 0
     num_global: int = 0
     context_length: int | None = None
+    owner: InitVar[str] = "build_mixer"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, owner: str) -> None:
         """Check ranges.
 
         Raises:
             ValueError: naming the argument, what was expected and what was got.
         """
-        coerce_fields(self, "build_mixer")
+        coerce_fields(self, owner)
         for name in ("embed_dim", "num_heads", "head_dim", "max_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"build_mixer: {name} must be at least 1, got {value}")
+            if value is not None:
+                check_count(owner, name, value)
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"build_mixer: dropout must be in [0, 1), got {self.dropout}")
+            raise ValueError(f"{owner}: dropout must be in [0, 1), got {self.dropout}")
         if self.causal and self.cross:
-            raise ValueError("build_mixer: cross=True excludes causal=True; the context has no order relative to x")
+            raise ValueError(f"{owner}: cross=True excludes causal=True; the context has no order relative to x")
         if self.context_length is not None and not (self.cross and self.context_length >= 0):
             raise ValueError(
-                "build_mixer: context_length is the number of tokens of a cross mixer's context, at least 0; "
+                f"{owner}: context_length is the number of tokens of a cross mixer's context, at least 0; "
                 f"got {self.context_length} with cross={self.cross}"
             )
         if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(f"build_mixer: positions='rotary' needs an even head_dim, got {self.head_dim}")
+            raise ValueError(f"{owner}: positions='rotary' needs an even head_dim, got {self.head_dim}")
 
     @property
     def inner_dim(self) -> int:

@@ -115,6 +115,18 @@ def coerce_fields(config: Any, owner: str) -> None:
             object.__setattr__(config, field.name, fitted)
 
 
+def check_count(owner: str, name: str, count: object) -> None:
+    """Check a whole number of at least 1.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was got.
+    """
+    if type(count) is not int:  # exact, so that True is not an int
+        raise ValueError(f"{owner}: {name} must be int, got {count!r}")
+    if count < 1:
+        raise ValueError(f"{owner}: {name} must be at least 1, got {count}")
+
+
 _MISFIT = object()
 
 

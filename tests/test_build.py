@@ -31,7 +31,7 @@ def test_head_dim_is_free() -> None:
     ("arguments", "message"),
     [
         ({"embed_dim": 10, "num_heads": 3}, "embed_dim=10 is not divisible by num_heads=3; .* or pass head_dim"),
-        ({"embed_dim": 10, "num_heads": 0}, "embed_dim=10 is not divisible by num_heads=0"),
+        ({"embed_dim": 10, "num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"embed_dim": 0, "num_heads": 2}, "embed_dim must be at least 1, got 0"),
         ({**SIZES, "head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({**SIZES, "max_length": 0}, "max_length must be at least 1, got 0"),
@@ -39,14 +39,36 @@ def test_head_dim_is_free() -> None:
         ({**SIZES, "dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
         ({**SIZES, "causal": 1}, "option 'causal' must be bool, got 1"),
         ({**SIZES, "positions": "sinusoidal"}, "option 'positions' must be one of 'none', 'rotary', got 'sinusoidal'"),
-        ({"embed_dim": "8", "num_heads": 2}, "option 'embed_dim' must be int, got '8'"),
-        ({"embed_dim": 8, "num_heads": 2.0}, "option 'num_heads' must be int, got 2.0"),
+        ({"embed_dim": "8", "num_heads": 2}, "build_mixer: embed_dim must be int, got '8'"),
+        ({"embed_dim": 8, "num_heads": 2.0}, "build_mixer: num_heads must be int, got 2.0"),
         ({**SIZES, "windw": 3}, "full: unknown option 'windw'; known: none"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_built(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_mixer("full", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"embed_dim": "512"}, "embed_dim must be int, got '512'"),
+        ({"embed_dim": 10, "num_heads": 3}, "embed_dim=10 is not divisible by num_heads=3"),
+        ({"length": "8"}, "length must be int, got '8'"),
+        ({"dtype_bytes": 0}, "dtype_bytes must be at least 1, got 0"),
+        ({"max_length": True}, "option 'max_length' must be int or None, got True"),
+        ({"causal": True, "cross": True}, "cross=True excludes causal=True"),
+    ],
+)
+def test_a_refused_price_names_the_function_that_was_called(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^cost: {message}"):
+        cost("full", **{"length": 8, **SIZES, **arguments})
+
+
+@pytest.mark.parametrize(("width", "message"), [("512", "must be int, got '512'"), (0, "must be at least 1, got 0")])
+def test_a_refused_feedforward_names_the_function_that_was_called(width: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^build_feedforward: embed_dim {message}"):
+        build_feedforward("mlp", embed_dim=width)
 
 
 def test_an_unknown_mechanism_proposes_the_nearest() -> None:
@@ -95,7 +117,7 @@ def test_the_price_of_a_cross_mixer_counts_its_context() -> None:
 
 def test_a_price_is_refused_like_a_module() -> None:
     for none in (0, -1):
-        with pytest.raises(ValueError, match=f"length must be at least 1 token, got {none}"):
+        with pytest.raises(ValueError, match=f"length must be at least 1, got {none}"):
             cost("full", length=none, **SIZES)
     with pytest.raises(ValueError, match="linformer: causal=True is not supported"):
         cost("linformer", length=4, causal=True, **SIZES)

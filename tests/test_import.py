@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import subquad
 
 
@@ -29,6 +31,11 @@ def test_mixers_load_torch_and_not_transformers() -> None:
     loaded = loaded_after("import subquad; subquad.build_mixer('full', embed_dim=8, num_heads=2)")
     assert "torch" in loaded
     assert not loaded & {"transformers", "pydantic", "plotly"}
+
+
+@pytest.mark.parametrize("name", ["models", "ops", "patterns"])
+def test_a_subpackage_loads_on_first_use(name: str) -> None:
+    assert "torch" in loaded_after(f"import subquad; subquad.{name}.__name__")
 
 
 def test_the_package_is_typed() -> None:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from subquad.cli.options import Data, DryRun, Force, Json, MixersOption, Output, PresetOption, Seed, Seeds, TaskOption
+from subquad.cli.options import (
+    DEFAULT_OUTPUT,
+    Data,
+    DryRun,
+    Force,
+    Json,
+    MixersOption,
+    Output,
+    PresetOption,
+    Seed,
+    Seeds,
+    TaskOption,
+)
 
 
 def command(
@@ -13,7 +23,7 @@ def command(
     mixers: MixersOption = None,
     seeds: Seeds = 1,
     seed: Seed = 0,
-    output: Output = Path("subquad-results"),
+    output: Output = DEFAULT_OUTPUT,
     data: Data = None,
     force: Force = False,
     dry_run: DryRun = False,

@@ -7,15 +7,16 @@ from typing import Annotated
 
 import typer
 
-from subquad.cli.options import Json, PresetOption, TaskOption
+from subquad.cli.options import DEFAULT_OUTPUT, Json, Output, PresetOption, TaskOption
 
 
 def command(
     task: TaskOption = "listops",
     preset: PresetOption = "quick",
+    output: Output = DEFAULT_OUTPUT,
     directory: Annotated[
         Path | None,
-        typer.Option("--data", help="Folder of the files.", show_default="subquad-results/data/<task>/<preset>"),
+        typer.Option("--data", help="Folder of the files.", show_default="<output>/data/<task>/<preset>"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the generator; the same seed gives the same files.")] = 0,
     workers: Annotated[
@@ -28,7 +29,7 @@ def command(
     from subquad.cli.console import output_console, print_document
     from subquad.cli.task_facts import document, obtain, render
 
-    facts = obtain(task, preset, directory, seed=seed, workers=workers, check=check)
+    facts = obtain(task, preset, directory, output=output, seed=seed, workers=workers, check=check)
     if as_json:
         print_document(document(facts))
     else:

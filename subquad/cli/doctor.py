@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from subquad.cli.console import ACCENT, BAD, GOOD, WARNING, output_console, print_document, waiting
-from subquad.cli.options import Json, Output
+from subquad.cli.options import DEFAULT_OUTPUT, Json, Output
 
 if TYPE_CHECKING:
     from subquad.cli.machine import Check
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 _MARKS = {"good": ("✓", GOOD), "warning": ("!", WARNING), "bad": ("✗", BAD)}
 
 
-def command(output: Output = Path("subquad-results"), as_json: Json = False) -> None:
+def command(output: Output = DEFAULT_OUTPUT, as_json: Json = False) -> None:
     """Check this machine, this installation and the results folder; exit code 1 where something is broken."""
     from subquad.cli.machine import Level, checks
 

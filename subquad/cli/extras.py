@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import re
 
-_IMPORT_NAMES = {"PIL": "pillow"}
+_IMPORT_NAMES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 """Modules that are called otherwise than their package."""
 
-_PACKAGES_OF_USERS = ("models", "cli")
-"""The extras that a user needs; the others are for working on subquad."""
+_EXTRAS_OF_USERS = ("models", "cli", "data")
+"""The extras for using subquad; the others are for working on it."""
 
 
 def optional_packages() -> dict[str, str]:
@@ -21,7 +21,7 @@ def optional_packages() -> dict[str, str]:
     found = {}
     for requirement in requirements:
         match = re.match(r"([A-Za-z0-9._-]+).*;\s*extra\s*==\s*['\"](\w+)['\"]", requirement)
-        if match and match[2] in _PACKAGES_OF_USERS:
+        if match and match[2] in _EXTRAS_OF_USERS:
             found[match[1].lower()] = match[2]
     return found
 

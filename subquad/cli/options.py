@@ -34,6 +34,7 @@ MixersOption = Annotated[
 Seeds = Annotated[int, typer.Option(min=1, help="Runs of each set-up, one a seed.")]
 Seed = Annotated[int, typer.Option(min=0, help="First seed of initialisation, data order and dropout.")]
 Output = Annotated[Path, typer.Option(help="Folder of records and report.")]
+DEFAULT_OUTPUT = Path("subquad-results")
 Data = Annotated[Path | None, typer.Option(help="Folder with the task's own files, instead of generated ones.")]
 Force = Annotated[bool, typer.Option("--force", help="Measure again what is recorded already.")]
 DryRun = Annotated[

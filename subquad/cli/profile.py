@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from subquad.cli.options import DryRun, Force, Json, MixersOption, Output
+from subquad.cli.options import DEFAULT_OUTPUT, DryRun, Force, Json, MixersOption, Output
 from subquad.records.conventions import MAX_SAMPLES
 
 
@@ -19,7 +18,7 @@ def command(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, max=MAX_SAMPLES, help="Samples of each measurement.")] = 7,
     causal: Annotated[bool, typer.Option("--causal", help="Profile the causal forms.")] = False,
-    output: Output = Path("subquad-results"),
+    output: Output = DEFAULT_OUTPUT,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,

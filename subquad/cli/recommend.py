@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from subquad.cli.options import Json, OfPreset, OfTask, Output
+from subquad.cli.options import DEFAULT_OUTPUT, Json, OfPreset, OfTask, Output
 
 
 def command(
-    task: OfTask = None, preset: OfPreset = None, output: Output = Path("subquad-results"), as_json: Json = False
+    task: OfTask = None, preset: OfPreset = None, output: Output = DEFAULT_OUTPUT, as_json: Json = False
 ) -> None:
     """Say of every comparison that is recorded which mechanism to use, and why; dense attention is an answer."""
     from subquad.cli.console import output_console, print_document

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from subquad.cli.options import Data, DryRun, Force, Json, Output, PresetOption, Seed, TaskOption
+from subquad.cli.options import DEFAULT_OUTPUT, Data, DryRun, Force, Json, Output, PresetOption, Seed, TaskOption
 
 
 def command(
@@ -20,7 +20,7 @@ def command(
     task: TaskOption = "listops",
     preset: PresetOption = "quick",
     seed: Seed = 0,
-    output: Output = Path("subquad-results"),
+    output: Output = DEFAULT_OUTPUT,
     data: Data = None,
     save_model: Annotated[
         Path | None,

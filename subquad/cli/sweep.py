@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from subquad.cli.options import Data, DryRun, Force, Json, MixersOption, Output, PresetOption, Seed, Seeds, TaskOption
+from subquad.cli.options import (
+    DEFAULT_OUTPUT,
+    Data,
+    DryRun,
+    Force,
+    Json,
+    MixersOption,
+    Output,
+    PresetOption,
+    Seed,
+    Seeds,
+    TaskOption,
+)
 
 
 def command(
@@ -24,7 +35,7 @@ def command(
     mixers: MixersOption = None,
     seeds: Seeds = 1,
     seed: Seed = 0,
-    output: Output = Path("subquad-results"),
+    output: Output = DEFAULT_OUTPUT,
     data: Data = None,
     force: Force = False,
     dry_run: DryRun = False,

@@ -33,13 +33,16 @@ class TaskFacts:
     data: TaskData[Any]
 
 
-def obtain(task: str, preset: str, directory: Path | None, *, seed: int, workers: int | None, check: bool) -> TaskFacts:
+def obtain(
+    task: str, preset: str, directory: Path | None, *, output: Path, seed: int, workers: int | None, check: bool
+) -> TaskFacts:
     """Read the data of a task, generating it first where that is wanted, with a progress bar.
 
     Args:
         task: its name.
         preset: name of the preset.
-        directory: of the files; None for the place where `compare` looks, too.
+        directory: of the files; None for the place where `compare` with this output looks, too.
+        output: folder of records, under which generated data lie.
         seed: of the generator.
         workers: processes that generate; None for one a core.
         check: read what is there and generate nothing; so it is, too, with a folder for a task without examples.
@@ -49,7 +52,7 @@ def obtain(task: str, preset: str, directory: Path | None, *, seed: int, workers
     """
     loader, settings = load_task(task), load_preset(task, preset)
     check = check or (directory is not None and not loader.has_examples)
-    directory = directory or data_directory(Path("subquad-results"), settings)
+    directory = directory or data_directory(output, settings)
     with Progress(progress_console()) as bars:
         if check:
             bar = bars.start(f"reading {directory}")

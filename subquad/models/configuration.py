@@ -271,6 +271,7 @@ class SubquadConfig(PreTrainedConfig):
             dropout=self.dropout,
             layer=layer,
             num_global=1 if self.global_tokens == "first" else 0,
+            owner="SubquadConfig",
         )
 
 

@@ -87,7 +87,7 @@ def _digits() -> np.ndarray:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ValueError(
-            "image-lm: the digits come with scikit-learn; install it with: pip install 'subquad[all]', or name images "
+            "image-lm: the digits come with scikit-learn; install it with: pip install 'subquad[data]', or name images "
             "of your own with --data PATH"
         ) from error
     pixels, _ = load_digits(return_X_y=True)

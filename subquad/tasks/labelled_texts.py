@@ -102,7 +102,7 @@ def _of_parquet(path: Path) -> Iterable[LabelledText]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ValueError(f"{path}: Parquet files need pyarrow; install it with: pip install 'subquad[all]'") from error
+        raise ValueError(f"{path}: Parquet files need pyarrow; install it with: pip install 'subquad[data]'") from error
     try:
         with ParquetFile(path) as table:
             names = table.schema_arrow.names

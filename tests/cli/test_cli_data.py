@@ -60,6 +60,9 @@ def test_the_default_folder_is_the_one_that_compare_uses(
     assert expected == Path("subquad-results/data/listops/quick")
     shutil.copytree(quick, expected)
     assert invoke("data", "--json").document["directory"] == str(tmp_path / expected)
+    (tmp_path / "subquad-results").rename(tmp_path / "elsewhere")
+    moved = invoke("data", "--output", "elsewhere", "--check", "--json").document["directory"]
+    assert moved == str(tmp_path / "elsewhere/data/listops/quick")
 
 
 def test_files_of_the_users_own_are_checked_and_never_replaced(quick: Path, tmp_path: Path, invoke: Invoke) -> None:

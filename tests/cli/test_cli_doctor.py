@@ -48,6 +48,23 @@ def test_a_missing_package_names_the_command_that_installs_it(
     assert "torch>=2.13 is needed: pip install --upgrade subquad" in ran.out
 
 
+def test_a_missing_package_that_few_tasks_need_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke
+) -> None:
+    missing = ("pyarrow", "scikit-learn")
+    monkeypatch.setattr(machine, "installed_version", lambda package: "" if package in missing else "999")
+    monkeypatch.setattr(machine, "required_version", lambda package: "")
+    ran = invoke("doctor", "--output", str(tmp_path), "--json")
+    found = {check["name"]: check for check in ran.document["checks"]}
+    assert ran.exit_code == 0
+    for package in missing:
+        assert found[package]["level"] == "warning"
+        expected = (
+            f"{package} is needed for Parquet files and the digits of image-lm: pip install --upgrade 'subquad[data]'"
+        )
+        assert found[package]["remedy"] == expected
+
+
 def test_a_busy_machine_is_a_warning() -> None:
     assert load_check(0.3, 2).level is Level.GOOD
     busy = load_check(1.7, 2)

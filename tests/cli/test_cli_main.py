@@ -172,8 +172,10 @@ def test_the_extras_are_those_of_the_metadata() -> None:
     packages = optional_packages()
     assert packages["transformers"] == "models"
     assert packages["typer"] == "cli"
+    assert packages["pyarrow"] == packages["scikit-learn"] == "data"
     assert "pytest" not in packages
     assert extra_of_module("PIL") == "cli"
+    assert extra_of_module("sklearn") == "data"
     assert extra_of_module("nonsense") is None
     assert required_version("torch") == ">=2.13"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,12 @@ def test_digits_are_rows_of_pixels_behind_a_token_that_begins_them() -> None:
         assert all(tokens[0] == 17 and tuple(tokens[1:].tolist()) in digits for tokens in split.inputs)
     assert [len(split) for split in data.splits.values()] == [100, 20, 30]
     assert (data.vocab_size, data.pad_token_id, data.metric) == (19, 18, "bits_per_dimension")
+
+
+def test_digits_without_their_package_name_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'subquad\[data\]', or name images of your own"):
+        load_task("image-lm").prepare(Path("unused"), preset())
 
 
 @pytest.mark.parametrize("zipped", [False, True])

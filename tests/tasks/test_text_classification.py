@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -136,3 +137,12 @@ def test_a_folder_needs_a_folder_for_each_class(tmp_path: Path) -> None:
     (tmp_path / "pos").mkdir()
     with pytest.raises(ValueError, match="holds 1 folders: expected one for each class, at least two"):
         read(tmp_path)
+
+
+def test_a_parquet_file_without_its_package_names_what_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = as_parquet(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r"Parquet files need pyarrow; .* pip install 'subquad\[data\]'"):
+        read(path)
