@@ -167,10 +167,11 @@ ENDLESS = ("--steps", "1000000", "--checkpoint-every", "1")
 
 
 @pytest.mark.slow
-def test_a_killed_worker_stops_the_others_of_its_machine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_worker_stops_the_others_of_its_machine(victim: int, tmp_path: Path) -> None:
     with started(command(tmp_path, *ENDLESS)) as program:
         wait_for(program, "step 3 ")
-        os.kill(workers_of(program)[1], signal.SIGKILL)
+        os.kill(workers_of(program)[victim], signal.SIGKILL)
         said = said_by(program, limit_seconds=60)
         assert program.returncode != 0
     assert "SIGKILL" in said or "exitcode  : -9" in said or "exitcode: -9" in said, said
@@ -197,7 +198,8 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_a_machine_that_dies_is_noticed_by_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", [0, 1])  # the first machine has the store through which processes find one another
+def test_a_machine_that_dies_is_noticed_by_the_others(victim: int, tmp_path: Path) -> None:
     port = free_port()
     agents = [
         f"--nnodes 2 --node-rank {rank} --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port}"
@@ -205,13 +207,14 @@ def test_a_machine_that_dies_is_noticed_by_the_others(tmp_path: Path) -> None:
     ]
     output = tmp_path / "run"
     first, second = (command(output, *ENDLESS, agent=agent) for agent in agents)
-    with started(first) as kept, started(second) as lost:
-        wait_for(kept, "step 3 ")
+    with started(first) as leader, started(second) as follower:
+        wait_for(leader, "step 3 ")
+        kept, lost = (follower, leader) if victim == 0 else (leader, follower)
         for process in (lost.pid, *workers_of(lost)):
             os.kill(process, signal.SIGKILL)
         said = said_by(kept, limit_seconds=60)
         assert kept.returncode != 0
-    assert "process 0 of 2 has lost another one" in said
+    assert f"process {1 - victim} of 2 has lost another one" in said
     assert "Start again with --resume to go on from the last checkpoint." in said
     assert_last_checkpoint_loads(output)
 
