@@ -13,11 +13,12 @@ from subquad.benchmark.plan import RunPlan, build_model, first_line, objective_o
 from subquad.benchmark.profiler import receipt_record
 from subquad.benchmark.saving import save_model
 from subquad.benchmark.worker import Progress
+from subquad.divergence import DivergenceError
 from subquad.receipt import receipts
 from subquad.records.metrics import MetricKind
 from subquad.records.schema import ReceiptRecord
 from subquad.records.scores import CurvePoint, Metric, PositionBucket, Score
-from subquad.training.outcome import DivergenceError, Outcome
+from subquad.training.outcome import Outcome
 
 _SIGNS_OF_A_FULL_DISK = ("No space left", "Disk quota exceeded", "PytorchStreamWriter", "inline_container.cc")
 """What the system says, and what torch says instead when it can't write a file to its end."""

@@ -87,7 +87,9 @@ def read_listops(
         max_length=max_length,
         metric="accuracy",
         data_hash=hash_splits(splits["train"], splits["validation"], splits["test"]),
-        **splits,
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits["test"],
     )
 
 
