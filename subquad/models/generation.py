@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationMixin
 
 from subquad.models.block import Block
@@ -40,6 +41,19 @@ class SubquadGeneratingModel(SubquadLanguageModel, GenerationMixin, ABC):
     def _supports_default_dynamic_cache(cls) -> bool:
         """No cache of keys and values."""
         return False
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self,
+        inputs_tensor: Tensor,
+        model_kwargs: dict[str, Any],
+        model_input_name: str | None,
+        generation_config: Any,
+    ) -> dict[str, Any]:
+        """Run the encoder without the labels, which `Seq2SeqTrainer` passes to `generate` and no encoder can honour."""
+        encoder_facts = {name: value for name, value in model_kwargs.items() if name != "labels"}
+        return super()._maybe_prepare_encoder_kwargs_for_generation(  # pyright: ignore[reportAttributeAccessIssue] - its self is typed as a protocol
+            inputs_tensor, encoder_facts, model_input_name, generation_config
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

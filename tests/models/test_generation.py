@@ -141,7 +141,11 @@ def test_what_needs_a_cache_of_keys_and_values_is_refused() -> None:
 
 
 def test_the_private_names_of_transformers_are_as_this_was_written_for() -> None:
-    overridden = {"_supports_default_dynamic_cache", "_prepare_cache_for_generation"}
+    overridden = {
+        "_supports_default_dynamic_cache",
+        "_prepare_cache_for_generation",
+        "_maybe_prepare_encoder_kwargs_for_generation",
+    }
     assert overridden <= set(vars(GenerationMixin))
     assert overridden <= set(vars(SubquadGeneratingModel))
     assert SubquadForCausalLM._is_stateful
