@@ -96,22 +96,15 @@ class SubquadLanguageModel(SubquadPreTrainedModel, ABC):
         return labels
 
     def _loss_in_chunks(
-        self,
-        x: Tensor,
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
-        **kwargs: Any,
+        self, x: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
     ) -> Tensor:
         """The same loss, of which autograd keeps x alone: each chunk's logits are made again in the backward pass."""
-        size = self.config.loss_chunk
-        if shift_labels is None:
-            shift_labels = self.predicted(labels)
+        size, labels = self.config.loss_chunk, self.predicted(labels)
+        x = x[:, : labels.shape[1]]
         if num_items_in_batch is None:
-            num_items_in_batch = (shift_labels != IGNORED).sum()
+            num_items_in_batch = (labels != IGNORED).sum()
         loss_of = partial(self._loss_of_chunk, num_items_in_batch=num_items_in_batch, **kwargs)
-        x = x[:, : shift_labels.shape[1]]
-        parts = zip(x.split(size, dim=1), shift_labels.split(size, dim=1), strict=True)
+        parts = zip(x.split(size, dim=1), labels.split(size, dim=1), strict=True)
         losses = [checkpoint(loss_of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         return torch.stack(losses).sum()
 
