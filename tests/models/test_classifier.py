@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import MIXERS, batch, blocks_of, classifier, config, small
+from small_models import MIXERS, batch, blocks_of, classifier, config, feedforwards_beside, small
 from torch import nn
 
 from subquad import receipts
@@ -14,6 +14,7 @@ from subquad.build import list_mixers
 from subquad.models import SubquadForSequenceClassification, SubquadModel
 
 BY_MIXER = pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+BESIDE_FEEDFORWARDS = {name: mixer for name, mixer in MIXERS.items() if any(feedforwards_beside(mixer))}
 
 
 def test_the_release_listops_model_has_its_published_number_of_parameters() -> None:
@@ -163,7 +164,7 @@ def test_global_tokens_leave_a_receipt_where_they_are_ignored() -> None:
     assert [(receipt.where, receipt.count) for receipt in ignored] == [("local", 3)]
 
 
-@BY_MIXER
+@pytest.mark.parametrize("mixer", BESIDE_FEEDFORWARDS.values(), ids=BESIDE_FEEDFORWARDS)
 @pytest.mark.parametrize("chunk", [1, 5, 100])
 def test_a_chunked_feedforward_gives_the_same(mixer: Any, chunk: int) -> None:
     whole, chunked = (classifier(mixer=mixer, feedforward_chunk=size).double() for size in (0, chunk))
