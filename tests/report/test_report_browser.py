@@ -148,7 +148,7 @@ def test_hostile_text_is_shown_and_not_run(tmp_path: Path, open_page: OpenPage) 
 
 def test_a_page_of_bits_draws_its_positions_and_fits_a_narrow_screen(bits_results: Path, open_page: OpenPage) -> None:
     page = open_page(write_report(bits_results), width=390, scheme="dark")
-    drawn = {trace["name"]: trace for trace in traces(page, "Test bits per byte by position in the context")}
+    drawn = {trace["name"]: trace for trace in traces(page, "Test bits per byte by position in the stream")}
     assert set(drawn) == {"full", "local", "linear", "performer", "linformer", "aft"}
     assert len(drawn["full"]["x"]) == len(BUCKETS)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

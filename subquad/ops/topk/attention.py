@@ -72,6 +72,7 @@ def topk_attention_by_pairs(
     return softmax_attention(q, k, v, visible & (scores >= smallest_kept))
 
 
+@torch.compiler.disable()  # ties decide sizes, and the compiler of torch 2.13 fails on what stands between
 def topk_attention(
     q: Tensor,
     k: Tensor,
