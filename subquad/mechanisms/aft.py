@@ -43,7 +43,7 @@ from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.means.biased_means import biased_means
 from subquad.ops.means.running_means import NOTHING
-from subquad.ops.means.strip_geometry import Reach, strips
+from subquad.ops.means.strip_geometry import Reach, count_pairs
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.position_scores import longest_input
 from subquad.projection import Projection
@@ -151,7 +151,7 @@ class AftConfig(MixerConfig):
         if self.kind != "simple" or dims.causal:
             total += Cost(activation_bytes=wide * length * (inner + keys))
         if self.kind != "simple":
-            pairs = sum(strip.pairs for strip in strips(length, length, reach))
+            pairs = count_pairs(length, reach)
             total += Cost(flops=2 * pairs * (inner + keys)) + self._position_cost(dims, pairs, wide)
         if dims.causal:
             stored = length if self.kind == "full" else reach.left or 0

@@ -25,6 +25,7 @@ def test_the_claim_of_the_probe_holds(subject: Subject, probe: Probe) -> None:
     assert finding.passed, finding.detail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_claims_hold_with_other_numbers(seed: int) -> None:
     for label, subject in subjects().items():

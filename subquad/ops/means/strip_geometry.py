@@ -117,7 +117,7 @@ def strips(length: int, total: int, reach: Reach) -> list[Strips]:
     """The strips of `length` queries, the last of `total` columns, one by one."""
     left, right, causal = reach
     reached = total if left is None or right is None else left + right + 1
-    size, offset = min(LONGEST, max(SHORTEST, 1 << (reached - 1).bit_length())), total - length
+    size, offset = _size(reached), total - length
     found: list[Strips] = []
     begin = 0
     for number, first in enumerate(range(0, length, size)):
@@ -130,6 +130,26 @@ def strips(length: int, total: int, reach: Reach) -> list[Strips]:
             Strips(range(number, number + 1), queries, columns, offset, reach, begin > 0, not causal and end < total)
         )
     return found
+
+
+def count_pairs(length: int, reach: Reach) -> int:
+    """Pairs of all strips of `length` queries and as many columns, in a time that doesn't grow with a bounded reach."""
+
+    def listed(size: int) -> int:
+        return sum(strip.pairs for strip in strips(size, size, reach))
+
+    if reach.left is None or reach.right is None or not length:
+        return listed(length)
+    size = _size(reach.left + reach.right + 1)
+    ends = 2 * size * (4 + (reach.left + reach.right) // size)  # before and behind which all strips are alike
+    repeated = max(0, length - ends) // size
+    shorter = length - repeated * size
+    return listed(shorter) + (repeated * (listed(shorter + size) - listed(shorter)) if repeated else 0)
+
+
+def _size(reached: int) -> int:
+    """Queries of a strip that reaches so many columns."""
+    return min(LONGEST, max(SHORTEST, 1 << (reached - 1).bit_length()))
 
 
 def together(singles: Sequence[Strips]) -> list[Strips]:

@@ -72,7 +72,6 @@ def topk_attention_by_pairs(
     return softmax_attention(q, k, v, visible & (scores >= smallest_kept))
 
 
-@torch.compiler.disable()  # ties decide sizes, and the compiler of torch 2.13 fails on what stands between
 def topk_attention(
     q: Tensor,
     k: Tensor,
@@ -120,7 +119,10 @@ def topk_attention(
         )
         for example in range(min(1, q.shape[0]) if one_for_all else q.shape[0])
     ]
-    return _TopkAttention.apply(q, k, v, top_k, ranges)  # pyright: ignore[reportReturnType] - apply has no types
+    attend: Any = _TopkAttention.apply
+    if torch.compiler.is_compiling():  # ties decide sizes, and the compiler of torch 2.13 fails on what stands between
+        attend = torch.compiler.disable(attend)
+    return attend(q, k, v, top_k, ranges)
 
 
 def kept_slots(top_k: int, key_length: int) -> int:

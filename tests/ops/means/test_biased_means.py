@@ -15,7 +15,7 @@ from subquad.ops.means.biased_means import biased_means, biased_means_by_pairs
 from subquad.ops.means.far_means import Far
 from subquad.ops.means.gated import Kept
 from subquad.ops.means.position_bias import FactorisedBias, KernelBias, PositionBias
-from subquad.ops.means.strip_geometry import Reach, strips, together
+from subquad.ops.means.strip_geometry import Reach, count_pairs, strips, together
 from subquad.ops.means.strip_means import Tokens, strip_means
 from subquad.ops.means.weighted_columns import Columns, column_groups
 
@@ -109,6 +109,12 @@ def test_strips_of_one_size_are_handled_together(reach: Reach) -> None:
         for i, strip in enumerate(some.singles()):
             assert torch.equal(some.of_queries(x)[:, :, i], x[:, :, strip.queries])
             assert torch.equal(some.of_columns(x)[:, :, i], x[:, :, strip.columns])
+
+
+@given(length=st.integers(0, 5000), left=st.integers(0, 700), right=st.integers(0, 700), causal=st.booleans())
+def test_pairs_are_counted_as_they_are_listed(length: int, left: int, right: int, causal: bool) -> None:
+    reach = Reach(left, 0 if causal else right, causal)
+    assert count_pairs(length, reach) == sum(strip.pairs for strip in strips(length, length, reach))
 
 
 def takes_products(tokens: Tokens, reach: Reach) -> bool:
