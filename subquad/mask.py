@@ -71,7 +71,7 @@ class Mask:
                 raise ValueError(f"{where} must have shape (B, L) = {expected}, got {tuple(tensor.shape)}")
             if tensor.device != x.device:
                 raise ValueError(f"{where} is on {tensor.device} but the input is on {x.device}; move it there")
-        if self.segments is not None and not in_order(self.segments):
+        if self.segments is not None and not _never_decrease(self.segments):
             raise ValueError(f"{owner}: {name}.segments must not decrease along a sequence; number documents in order")
 
     def zero_invalid(self, x: Tensor) -> Tensor:
@@ -97,11 +97,6 @@ def _check_field(field: str, given: object) -> None:
 def holds_integers(tensor: Tensor) -> bool:
     """Whether a tensor's dtype is an integer one; bool isn't."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-
-
-def in_order(segments: Tensor) -> bool:
-    """Whether integers (B, L) never decrease along L; differences of unsigned ones would never be negative."""
-    return bool((segments[:, 1:] >= segments[:, :-1]).all())
 
 
 def token_positions(
@@ -140,3 +135,8 @@ def continue_segments(owner: str, last: Tensor, seen: Tensor, mask: Mask, length
     if bool(((mask.segments < last[:, None]) & (seen[:, None] > 0)).any()):
         raise ValueError(f"{owner}: segment numbers must not decrease along a stream; go on from {last.tolist()}")
     return mask.segments.long()
+
+
+def _never_decrease(segments: Tensor) -> bool:
+    """Whether integers (B, L) never decrease along L; differences of unsigned ones would never be negative."""
+    return bool((segments[:, 1:] >= segments[:, :-1]).all())

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from subquad.mask import Mask, token_positions
+from subquad.mask import Mask, holds_integers, token_positions
 from subquad.models.axial import AxialPositions
 from subquad.models.configuration import SubquadConfig
 
@@ -124,7 +124,7 @@ def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
     """
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(f"{name} must have shape (B, L) with at least one token, got {tuple(tokens.shape)}")
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+    if not holds_integers(tokens):
         raise ValueError(f"{name} must hold integers, got {tokens.dtype}; pass vectors as inputs_embeds")
     if tokens.numel() and not tokens.is_meta:
         smallest, largest = (int(bound) for bound in tokens.aminmax())

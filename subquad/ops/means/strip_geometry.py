@@ -133,7 +133,10 @@ def strips(length: int, total: int, reach: Reach) -> list[Strips]:
 
 
 def count_pairs(length: int, reach: Reach) -> int:
-    """Pairs of all strips of `length` queries and as many columns, in a time that doesn't grow with a bounded reach."""
+    """Pairs of all strips of `length` queries and as many columns.
+
+    Where the reach is bounded, all strips but those at the ends are alike, so that they are counted and not listed.
+    """
 
     def listed(size: int) -> int:
         return sum(strip.pairs for strip in strips(size, size, reach))
@@ -141,7 +144,7 @@ def count_pairs(length: int, reach: Reach) -> int:
     if reach.left is None or reach.right is None or not length:
         return listed(length)
     size = _size(reach.left + reach.right + 1)
-    ends = 2 * size * (4 + (reach.left + reach.right) // size)  # before and behind which all strips are alike
+    ends = 2 * size * (4 + (reach.left + reach.right) // size)  # queries of both ends, with room to spare
     repeated = max(0, length - ends) // size
     shorter = length - repeated * size
     return listed(shorter) + (repeated * (listed(shorter + size) - listed(shorter)) if repeated else 0)
