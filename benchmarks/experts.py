@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
-from subquad import stacked_experts
 from subquad.benchmark.memory import saved_bytes
 from subquad.build import build_feedforward
 from subquad.cli.console import BAD, GOOD, plain_table
-from subquad.expert_mixer import ExpertMixer
 from subquad.interface import Mixed
+from subquad.layers import stacked_experts
+from subquad.layers.expert_mixer import ExpertMixer
 from subquad.ops.experts.grouped import Activation, ExpertWeights
 from subquad.ops.experts.routing import ExpertRows
 from subquad.records import units

@@ -16,7 +16,7 @@ from transformers import BigBirdConfig, LongformerConfig
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
-from subquad.heads import HeadMixer
+from subquad.layers.heads import HeadMixer
 
 
 @final

@@ -15,7 +15,7 @@ from attention_rows import BATCH, HEADS, WIDTH, Attention, Method
 from torch import Tensor
 
 from subquad.build import build_mixer
-from subquad.heads import HeadMixer, Heads, projection_cost
+from subquad.layers.heads import HeadMixer, Heads, projection_cost
 from subquad.mask import Mask
 from subquad.ops.recurrence.linear import recurrence
 

@@ -36,7 +36,7 @@ from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAtt
 import subquad
 from subquad.benchmark.memory import saved_bytes
 from subquad.cli.console import plain_table, waiting
-from subquad.heads import HeadMixer
+from subquad.layers.heads import HeadMixer
 from subquad.records.units import size
 
 WIDTH, HEADS = 512, 8

@@ -22,7 +22,7 @@ _HOMES = {
     "FeedforwardConfig": "subquad.interface",
     "TokenMixer": "subquad.interface",
     "ChannelMixer": "subquad.interface",
-    "HeadMixer": "subquad.heads",
+    "HeadMixer": "subquad.layers.heads",
     "Mask": "subquad.mask",
     "State": "subquad.state",
     "state_dataclass": "subquad.state",
@@ -44,7 +44,6 @@ if TYPE_CHECKING:  # what the lazy names are, for editors and type checkers
     from subquad.build import list_mixers as list_mixers
     from subquad.build import traits as traits
     from subquad.costs import Cost as Cost
-    from subquad.heads import HeadMixer as HeadMixer
     from subquad.interface import ChannelMixer as ChannelMixer
     from subquad.interface import Dims as Dims
     from subquad.interface import FeedforwardConfig as FeedforwardConfig
@@ -52,6 +51,7 @@ if TYPE_CHECKING:  # what the lazy names are, for editors and type checkers
     from subquad.interface import MixerConfig as MixerConfig
     from subquad.interface import TokenMixer as TokenMixer
     from subquad.interface import Traits as Traits
+    from subquad.layers.heads import HeadMixer as HeadMixer
     from subquad.mask import Mask as Mask
     from subquad.receipt import Receipt as Receipt
     from subquad.receipt import receipts as receipts

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subquad.build import build_mixer, cost
-from subquad.heads import HeadMixer
+from subquad.layers.heads import HeadMixer
 from subquad.ops.pattern.attention import pattern_attention
 
 SCRIPTS = (

@@ -27,8 +27,6 @@ from subquad.records.comparison import Comparison, Entry
 from subquad.records.conventions import DENSE
 from subquad.records.measures import Speed, Summary
 from subquad.records.metrics import MetricKind
-from subquad.records.queries import comparisons
-from subquad.records.store import Records
 
 STANDARD_ERRORS = 2.0
 EQUAL_SPEED = 0.02
@@ -52,11 +50,6 @@ class Recommendation:
     winner: Entry | None
     equals: tuple[Entry, ...]
     sentences: tuple[str, ...]
-
-
-def recommendations(records: Records) -> tuple[tuple[Comparison, Recommendation], ...]:
-    """Return the recommendation of every comparison in the records."""
-    return tuple((comparison, recommend(comparison)) for comparison in comparisons(records))
 
 
 def recommend(comparison: Comparison) -> Recommendation:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from subquad.costs import Cost
 from subquad.interface import ChannelMixer, FeedforwardConfig, Mixed
+from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.recomputed import recomputed
 from subquad.parting import Parting
-from subquad.projection import Projection
 from subquad.registry import register
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from subquad.costs import Cost
-from subquad.expert_mixer import ExpertMixer, ExpertMixerConfig
+from subquad.layers.expert_mixer import ExpertMixer, ExpertMixerConfig
 from subquad.ops.experts.routing import z_loss
 from subquad.registry import register
 

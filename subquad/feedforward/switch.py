@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from subquad.expert_mixer import ExpertMixer, ExpertMixerConfig
+from subquad.layers.expert_mixer import ExpertMixer, ExpertMixerConfig
 from subquad.ops.experts.jitter import draw_levels, jittered_logits
 from subquad.registry import register
 

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from subquad.costs import Cost, window_sides
-from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
-from subquad.key_positions import (
+from subquad.layers.heads import initialise_projection
+from subquad.layers.key_positions import (
     FactorisedPositions,
     KernelPositions,
     KeyMemory,
@@ -39,14 +39,14 @@ from subquad.key_positions import (
     extended,
     remembered,
 )
+from subquad.layers.position_scores import longest_input
+from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.means.biased_means import biased_means
 from subquad.ops.means.running_means import NOTHING
 from subquad.ops.means.strip_geometry import Reach, count_pairs
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
-from subquad.position_scores import longest_input
-from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State
 

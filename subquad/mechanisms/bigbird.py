@@ -28,8 +28,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from subquad.costs import Cost, visible_pairs
-from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, TokenMixer, Traits
+from subquad.layers.global_stream import Sharing, StreamMixer, StreamOptions, stream_cost
+from subquad.layers.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.blocks import BlockWindow, Random
@@ -37,7 +38,6 @@ from subquad.patterns.pattern import Pattern
 from subquad.patterns.tokens import Global
 from subquad.registry import register
 from subquad.state import State
-from subquad.streams import Sharing, StreamMixer, StreamOptions, stream_cost
 
 _OF_KIND = {
     "itc": ("block", "window_blocks", "num_random", "seed"),

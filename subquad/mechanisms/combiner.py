@@ -41,10 +41,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.combiner_stream import CombinerState, empty_stream, extend, known, left
 from subquad.costs import Cost
-from subquad.heads import BY_HEADS, HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.layers.combiner_stream import CombinerState, empty_stream, extend, known, left
+from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, projection_cost
+from subquad.layers.row_summary import RowSummary
 from subquad.mask import Mask
 from subquad.ops.combiner.attention import Summarize, combiner_attention, combiner_attention_with_summaries
 from subquad.ops.combiner.grid import Horizontal, Rowmajor, Vertical
@@ -56,7 +57,6 @@ from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.blocks import Block
 from subquad.registry import register
-from subquad.row_summary import RowSummary
 from subquad.state import State
 
 PlanName = Literal["fixed", "logsparse", "vertical", "horizontal", "rowmajor", "mixture"]

@@ -34,13 +34,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from subquad.compression import Decoder, Kind, compression, convolution_cost
-from subquad.compressive_price import attention_loss_price, attention_price, decoding_loss_price
-from subquad.compressive_stream import CompressiveState, Sizes, Stream, begin, note_untaught, store
 from subquad.costs import Cost
-from subquad.heads import Attended, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.memory_mixer import DEVIATION, MemoryMixer, Packed
+from subquad.layers.compression import Decoder, Kind, compression, convolution_cost
+from subquad.layers.compressive_price import attention_loss_price, attention_price, decoding_loss_price
+from subquad.layers.compressive_stream import CompressiveState, Sizes, Stream, begin, note_untaught, store
+from subquad.layers.heads import Attended, Heads, projection_cost
+from subquad.layers.memory_mixer import DEVIATION, MemoryMixer, Packed
 from subquad.ops.memory.attention import Distances, Reach
 from subquad.ops.memory.compressed import CompressedRows, Sight, compressed_attention
 from subquad.ops.memory.evictions import Eviction, tally

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from subquad.costs import Cost
-from subquad.feature_sums import FeatureSumMixer, feature_sum_cost
-from subquad.heads import BY_HEADS, Heads
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.layers.feature_sums import FeatureSumMixer, feature_sum_cost
+from subquad.layers.heads import BY_HEADS, Heads
 from subquad.mask import Mask, token_positions
 from subquad.ops.features.attention import DENOMINATOR_EPSILON
 from subquad.ops.features.causal import CHUNK

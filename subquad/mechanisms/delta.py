@@ -30,14 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.heads import initialise_projection
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.mask import Mask
-from subquad.ops.packing import has_gaps, put_back, take, valid_first
-from subquad.ops.recomputed import recomputed
-from subquad.ops.recurrence.short_convolution import short_convolution, unit_vectors
-from subquad.projection import Projection
-from subquad.recurrent import (
+from subquad.layers.heads import initialise_projection
+from subquad.layers.projection import Projection
+from subquad.layers.recurrent import (
     RecurrentHeads,
     RecurrentMixer,
     RecurrentState,
@@ -47,6 +43,10 @@ from subquad.recurrent import (
     refuse_rotary,
     scaled_width,
 )
+from subquad.mask import Mask
+from subquad.ops.packing import has_gaps, put_back, take, valid_first
+from subquad.ops.recomputed import recomputed
+from subquad.ops.recurrence.short_convolution import short_convolution, unit_vectors
 from subquad.registry import register
 from subquad.state import State, state_dataclass
 

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.cache import KeyValueCache, attend_cached, empty_cache, empty_context, read_context
 from subquad.costs import Cost, visible_pairs
-from subquad.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.layers.cache import KeyValueCache, attend_cached, empty_cache, empty_context, read_context
+from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Causal, Strided

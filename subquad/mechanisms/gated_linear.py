@@ -27,13 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.costs import Cost
-from subquad.heads import initialise_projection
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.mask import Mask
-from subquad.ops.projection import project
-from subquad.ops.recomputed import recomputed
-from subquad.projection import Projection
-from subquad.recurrent import (
+from subquad.layers.heads import initialise_projection
+from subquad.layers.projection import Projection
+from subquad.layers.recurrent import (
     RecurrentHeads,
     RecurrentMixer,
     additive_cost,
@@ -42,6 +39,9 @@ from subquad.recurrent import (
     refuse_rotary,
     scaled_width,
 )
+from subquad.mask import Mask
+from subquad.ops.projection import project
+from subquad.ops.recomputed import recomputed
 from subquad.registry import register
 from subquad.state import State
 

@@ -26,15 +26,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost, visible_pairs
-from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
+from subquad.layers.heads import initialise_projection
+from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.packing import append, has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.positions.causal_toeplitz import causal_product_flops, causal_toeplitz_product
 from subquad.ops.positions.toeplitz import toeplitz_product, transform_flops, transform_length
 from subquad.ops.positions.token_product import token_product
 from subquad.ops.precision import full_precision
-from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State, state_dataclass
 

@@ -19,9 +19,9 @@ from typing import ClassVar
 import torch
 
 from subquad.costs import Cost
-from subquad.feature_sums import FeatureSumMixer, feature_sum_cost
-from subquad.heads import BY_HEADS
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.layers.feature_sums import FeatureSumMixer, feature_sum_cost
+from subquad.layers.heads import BY_HEADS
 from subquad.ops.features.attention import DENOMINATOR_EPSILON
 from subquad.ops.features.maps import EluPlusOne, FeatureMap
 from subquad.registry import register

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Comparison, Dims, MixerConfig, Traits
+from subquad.layers.heads import HeadMixer, Heads, projection_cost
 from subquad.ops.compress import block_maxima, block_means, block_sums, compress
 from subquad.ops.packing import has_gaps, take, valid_first
 from subquad.registry import register

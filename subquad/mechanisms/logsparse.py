@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.cache import KeyValueCache, attend_cached, empty_cache
 from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.layers.cache import KeyValueCache, attend_cached, empty_cache
+from subquad.layers.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask, continue_segments, token_positions
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.pattern.attention import pattern_attention

@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from subquad.costs import Cost, visible_pairs, window_sides
-from subquad.heads import HeadMixer, Heads, attention_cost, initialise_projection, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.layers.heads import HeadMixer, Heads, attention_cost, initialise_projection, projection_cost
+from subquad.layers.projection import Projection
 from subquad.mask import Mask, token_positions
 from subquad.ops.packing import take, valid_first
 from subquad.ops.pattern.attention import pattern_attention
@@ -37,7 +38,6 @@ from subquad.ops.rotary import rotate
 from subquad.patterns.bands import Dilated
 from subquad.patterns.pattern import Pattern
 from subquad.patterns.tokens import Sink
-from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State
 

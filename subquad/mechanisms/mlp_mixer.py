@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
+from subquad.layers.heads import initialise_projection
+from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.projection import project
-from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State
 

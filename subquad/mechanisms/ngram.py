@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from subquad.costs import Cost, visible_pairs
-from subquad.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask, continue_segments
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.pattern.attention import pattern_attention

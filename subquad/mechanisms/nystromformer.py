@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Comparison, Dims, MixerConfig, Traits
+from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.ops.convolution import convolve_heads
 from subquad.ops.landmarks import landmark_attention
 from subquad.ops.packing import has_gaps, put_back, take, valid_first

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from subquad.costs import Cost
-from subquad.feature_sums import FeatureSumMixer, feature_sum_cost
-from subquad.heads import Heads
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.layers.feature_sums import FeatureSumMixer, feature_sum_cost
+from subquad.layers.heads import Heads
 from subquad.ops.backward_pass import is_recomputing
 from subquad.ops.features.maps import (
     FeatureMap,

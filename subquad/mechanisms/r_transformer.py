@@ -25,16 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.cache import KeyValueCache, attend_cached, empty_cache
 from subquad.costs import Cost, visible_pairs
-from subquad.heads import Heads, attention_cost, initialise_projection, projection_cost
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
+from subquad.layers.cache import KeyValueCache, attend_cached, empty_cache
+from subquad.layers.heads import Heads, attention_cost, initialise_projection, projection_cost
+from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.local_recurrence.network import GATES, CellName, local_recurrence
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.patterns.bands import Causal
-from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State, state_dataclass
 

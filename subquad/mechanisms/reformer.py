@@ -34,10 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.cache import KeyValueCache, empty_cache, store_keys
 from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads
 from subquad.interface import Comparison, Dims, MixerConfig, Traits
+from subquad.layers.cache import KeyValueCache, empty_cache, store_keys
+from subquad.layers.heads import HeadMixer, Heads
 from subquad.mask import Mask
 from subquad.ops.lsh.attention import continue_in_buckets, list_rule
 from subquad.ops.lsh.hash import (

@@ -27,15 +27,15 @@ from torch import Tensor
 
 from subquad.costs import Cost
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.mask import Mask, token_positions
-from subquad.ops.rotary import rotate
-from subquad.recurrent import (
+from subquad.layers.recurrent import (
     RecurrentHeads,
     RecurrentMixer,
     additive_cost,
     check_chunk,
     recurrent_cost,
 )
+from subquad.mask import Mask, token_positions
+from subquad.ops.rotary import rotate
 from subquad.registry import register
 from subquad.state import State
 

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from subquad.costs import Cost, visible_pairs
-from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Comparison, Dims, Mixed, MixerConfig, Traits
+from subquad.layers.heads import HeadMixer, Heads, projection_cost
 from subquad.mask import Mask
 from subquad.ops.backward_pass import is_recomputing
 from subquad.ops.clusters.causal_window import cluster_window_attention

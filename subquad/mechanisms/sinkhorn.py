@@ -36,17 +36,17 @@ import torch
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, initialise_projection, projection_cost
 from subquad.interface import Comparison, Dims, MixerConfig, Traits
+from subquad.layers.heads import HeadMixer, Heads, initialise_projection, projection_cost
+from subquad.layers.projection import Projection
+from subquad.layers.sinkhorn_stream import Known, SinkhornState, empty_stream
 from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.precision import full_precision
 from subquad.ops.sorted_blocks.attention import NullKey, SortedBlocks, sorted_block_attention, sorted_cut_attention
 from subquad.ops.sorted_blocks.sorting import BlockScores, Sorting, block_descriptors, later_rows, sorting_logits
 from subquad.ops.sorted_blocks.stream import Arrivals, attend_arrivals
-from subquad.projection import Projection
 from subquad.registry import register
-from subquad.sinkhorn_stream import Known, SinkhornState, empty_stream
 from subquad.state import State
 
 

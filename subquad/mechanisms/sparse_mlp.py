@@ -33,14 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
+from subquad.layers.heads import initialise_projection
+from subquad.layers.projection import Projection
+from subquad.layers.routed_experts import RoutedExperts, Routing, routed_cost
 from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.projection import project
-from subquad.projection import Projection
 from subquad.registry import register
-from subquad.routed_experts import RoutedExperts, Routing, routed_cost
 from subquad.state import State
 
 

@@ -27,10 +27,10 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.cache import KeyValueCache, attend_cached, empty_cache
 from subquad.costs import Cost, visible_pairs
-from subquad.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.layers.cache import KeyValueCache, attend_cached, empty_cache
+from subquad.layers.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.pattern.attention import pattern_attention

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from subquad.costs import Cost
-from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
+from subquad.layers.heads import initialise_projection
+from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.packing import has_gaps, put_back, take, valid_first
 from subquad.ops.precision import full_precision
-from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State
 

@@ -29,19 +29,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from subquad.cache import KeyValueCache, empty_cache, store_keys
 from subquad.costs import Cost, visible_pairs
-from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
+from subquad.layers.cache import KeyValueCache, empty_cache, store_keys
+from subquad.layers.heads import initialise_projection
+from subquad.layers.position_scores import Places, ScoreOptions, head_projection, longest_input, projections_cost
+from subquad.layers.projection import Projection
+from subquad.layers.synthesis import COMPONENTS, Component, attend_slice
 from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
 from subquad.ops.precision import full_precision
-from subquad.position_scores import Places, ScoreOptions, head_projection, longest_input, projections_cost
-from subquad.projection import Projection
 from subquad.registry import register
 from subquad.state import State
-from subquad.synthesis import COMPONENTS, Component, attend_slice
 
 SLICE_PAIRS = 2**20
 """Scores of a slice, of all examples and heads; at least one query runs at a time."""

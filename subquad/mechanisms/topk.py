@@ -23,10 +23,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from subquad.cache import KeyValueCache, Stored, attend_stored, empty_cache, empty_context, read_context
 from subquad.costs import Cost
-from subquad.heads import BY_HEADS, HeadMixer, Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.layers.cache import KeyValueCache, Stored, attend_stored, empty_cache, empty_context, read_context
+from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, projection_cost
 from subquad.ops.topk.attention import kept_slots, topk_attention
 from subquad.registry import register
 from subquad.state import State

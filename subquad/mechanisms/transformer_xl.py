@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from subquad.costs import Cost
-from subquad.heads import Heads, projection_cost
 from subquad.interface import Dims, MixerConfig, Traits
-from subquad.memory_mixer import MemoryMixer, Packed, recent_inputs, recent_rows
-from subquad.memory_price import Rule, segment_pairs
+from subquad.layers.heads import Heads, projection_cost
+from subquad.layers.memory_mixer import MemoryMixer, Packed, recent_inputs, recent_rows
+from subquad.layers.memory_price import Rule, segment_pairs
 from subquad.ops.memory.attention import Distances, Memory, Reach, memory_attention
 from subquad.ops.packing import put_back
 from subquad.registry import register

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from subquad.labels import IGNORED
+from subquad.layers.projection import Projection
 from subquad.models.configuration import SubquadConfig
 from subquad.models.pretrained import SubquadPreTrainedModel, add_aux_loss
-from subquad.projection import Projection
 
 
 class LanguageHead(nn.Module):

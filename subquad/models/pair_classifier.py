@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from subquad.layers.projection import Projection
 from subquad.models.backbone import SubquadModel
 from subquad.models.configuration import SubquadConfig
 from subquad.models.pretrained import SubquadPreTrainedModel, add_aux_loss
-from subquad.projection import Projection
 
 
 @dataclass

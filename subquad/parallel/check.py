@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from subquad.expert_mixer import ExpertMixer
 from subquad.interface import ChannelMixer, TokenMixer
+from subquad.layers.expert_mixer import ExpertMixer
 from subquad.models.block import Block
 from subquad.parallel.grid import Grid
 

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from subquad.layers.stacked_experts import StackedExperts
 from subquad.ops.experts.grouped import ACTIVATIONS, ExpertWeights, experts
 from subquad.ops.experts.routing import ExpertRows
 from subquad.ops.precision import autocast_dtype
 from subquad.parallel.collectives import enter_parts, exchange_counts, exchange_rows, scale_gradient, sum_parts
 from subquad.parallel.grid import DATA, MODEL, Grid, grid_of
 from subquad.parallel.randomness import apart
-from subquad.stacked_experts import StackedExperts
 
 PLACEMENTS: dict[str, tuple[Placement, Placement]] = {
     "expand": (Shard(0), Shard(1)),

@@ -11,10 +11,8 @@ from subquad.records import units
 from subquad.records.comparison import Comparison, Entry
 from subquad.records.measures import Summary, pareto_front
 from subquad.records.metrics import MetricKind
-from subquad.records.queries import comparisons
 from subquad.records.schema import RunRecord
 from subquad.records.scores import Score
-from subquad.records.store import Records
 
 COLUMNS = (
     ("mechanism", "Mechanism"),
@@ -69,11 +67,6 @@ class Row:
     def has_figures(self) -> bool:
         """Whether the row has a score; a failed or red one has none."""
         return self.best is not None
-
-
-def comparison_rows(records: Records) -> list[Row]:
-    """Return the rows of every comparison in `records`, in order; dense attention first, the guess last."""
-    return [row for comparison in comparisons(records) for row in rows_of(comparison)]
 
 
 def rows_of(comparison: Comparison) -> list[Row]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from subquad.costs import Cost
-from subquad.heads import Heads
 from subquad.interface import Dims, MixerConfig, TokenMixer, Traits
+from subquad.layers.heads import Heads
 from subquad.mask import Mask
 from subquad.mechanisms.full import Full, FullConfig
 from subquad.state import State

@@ -21,8 +21,8 @@ from subquad.benchmark.approximation_error import (
 )
 from subquad.build import list_mixers, make_dims, mixer_config
 from subquad.costs import Cost
-from subquad.heads import Heads
 from subquad.interface import Dims, MixerConfig, TokenMixer, Traits
+from subquad.layers.heads import Heads
 from subquad.mechanisms.full import Full, FullConfig
 from subquad.ops.softmax import softmax_attention
 from subquad.registry import register

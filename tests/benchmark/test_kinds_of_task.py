@@ -12,7 +12,7 @@ from subquad.benchmark import plan as plan_module
 from subquad.benchmark import profiling, proving
 from subquad.benchmark.compare import compare
 from subquad.benchmark.mixers import parse_mixer
-from subquad.benchmark.recommendation import recommendations
+from subquad.benchmark.recommendation import recommend
 from subquad.benchmark.request import Request
 from subquad.records.queries import comparisons
 from subquad.records.schema import RunRecord, Status
@@ -68,7 +68,7 @@ def test_every_kind_is_compared(kind: str, guess: str, metric: str, causal: bool
     (comparison,) = comparisons(records)
     assert comparison.guess_score == toy_data(kind).guess().test
     assert all(entry.speed is None or entry.profile is not None for entry in comparison.entries)
-    ((_, answer),) = recommendations(records)
+    answer = recommend(*comparisons(records))
     assert comparison.kind.unit in answer.sentences[0]
 
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from subquad.benchmark.recommendation import Recommendation, Verdict, recommend, recommendations
+from subquad.benchmark.recommendation import Recommendation, Verdict, recommend
+from subquad.records.queries import comparisons
 from subquad.records.schema import ProfileRecord, RunRecord
 from subquad.records.store import Records
 
@@ -123,8 +124,7 @@ MAJORITY = runs("majority_class", 0.1, parameters=0, model={}, placement="none")
 
 
 def answer(records: list[RunRecord], *profiles: ProfileRecord) -> Recommendation:
-    ((_, found),) = recommendations(Records(runs=tuple(records), profiles=(FULL_PROFILE, *profiles)))
-    return found
+    return recommend(*comparisons(Records(runs=tuple(records), profiles=(FULL_PROFILE, *profiles))))
 
 
 def test_the_fastest_of_the_equally_good_is_recommended() -> None:
@@ -284,7 +284,8 @@ def test_every_answer_has_one_to_three_sentences() -> None:
 
 def test_recommend_takes_one_comparison() -> None:
     records = Records(runs=(*MAJORITY, *runs("full", 0.5, 0.5)), profiles=(FULL_PROFILE,))
-    ((comparison, found),) = recommendations(records)
+    (comparison,) = comparisons(records)
+    found = recommend(comparison)
     assert recommend(comparison) == found
 
 

@@ -181,6 +181,14 @@ def run(*arguments: str) -> Ran:
     return Ran(ran.returncode, ran.stdout, ran.stderr)
 
 
+@pytest.fixture
+def commands_hear_interrupts() -> Iterator[None]:
+    """A shell that runs the tests in the background makes them, and what they start, ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(*arguments: str) -> subprocess.Popen[str]:
     """A command in its own process group, as a shell starts it."""
     return subprocess.Popen(
@@ -225,6 +233,7 @@ def assert_none_is_left(group: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.usefixtures("commands_hear_interrupts")
 def test_an_interrupted_or_killed_comparison_leaves_nothing_behind_and_is_completed(tmp_path: Path) -> None:
     options = ["compare", "--preset", TINY, "--output", str(tmp_path), "--mixers", f"{UNPROVED}:seconds=0.3", "--json"]
     with start(*options) as early:

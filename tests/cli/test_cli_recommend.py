@@ -3,12 +3,13 @@ from pathlib import Path
 
 from command_line import Invoke
 
-from subquad.benchmark.recommendation import recommendations
+from subquad.benchmark.recommendation import recommend
+from subquad.records.queries import comparisons
 from subquad.records.store import read_all
 
 
 def test_the_recommendation_is_that_of_the_report(results: Path, invoke: Invoke) -> None:
-    ((_, expected),) = recommendations(read_all(results))
+    expected = recommend(*comparisons(read_all(results)))
     ran = invoke("recommend", "--output", str(results))
     text = " ".join(ran.out.split())
     assert "ListOps, short trees" in text

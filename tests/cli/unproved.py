@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from subquad.benchmark import proving
-from subquad.heads import Heads
 from subquad.interface import Dims
+from subquad.layers.heads import Heads
 from subquad.mechanisms.full import Full, FullConfig
 from subquad.state import State
 

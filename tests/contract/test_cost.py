@@ -19,8 +19,8 @@ from torch import Tensor
 from subquad import Mask
 from subquad.build import build_from_config, list_mixers, make_dims, mixer_config
 from subquad.costs import Cost, overtaking_length
-from subquad.heads import projection_cost
 from subquad.interface import Dims, TokenMixer
+from subquad.layers.heads import projection_cost
 from subquad.registry import MIXERS
 
 CASES = [

@@ -16,8 +16,8 @@ from torch import Tensor
 from subquad.benchmark.probes import run_probes
 from subquad.build import make_dims
 from subquad.costs import Cost
-from subquad.heads import Heads
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
+from subquad.layers.heads import Heads
 from subquad.mask import Mask
 from subquad.mechanisms.full import Full, FullConfig, KeyValueCache
 from subquad.mechanisms.local import LocalConfig

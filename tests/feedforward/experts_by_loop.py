@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad import Mask
-from subquad.expert_mixer import ExpertMixer
+from subquad.layers.expert_mixer import ExpertMixer
 
 Choose = Callable[[Tensor], dict[int, Tensor]]
 """From the probabilities (X,) of a token, its experts in the order of their choice, and their gates."""

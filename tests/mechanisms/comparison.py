@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from subquad import Mask
-from subquad.heads import HeadMixer
 from subquad.interface import TokenMixer
+from subquad.layers.heads import HeadMixer
 
 Sees = Callable[[int, int, int], bool]
 """Whether, in example b, token i sees token j."""

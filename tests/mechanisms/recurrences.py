@@ -13,7 +13,7 @@ from torch import Tensor
 from subquad import Mask
 from subquad.benchmark.probes import run_probes
 from subquad.build import build_mixer, make_dims, mixer_config
-from subquad.recurrent import RecurrentMixer
+from subquad.layers.recurrent import RecurrentMixer
 
 Mixer = TypeVar("Mixer", bound=RecurrentMixer)
 Recur = Callable[[Mixer, Tensor], Tensor]

@@ -14,7 +14,7 @@ from torch import Tensor
 from subquad import Mask
 from subquad.build import build_mixer, make_dims, mixer_config
 from subquad.interface import TokenMixer
-from subquad.key_positions import FactorisedPositions, KernelPositions, KeyMemory
+from subquad.layers.key_positions import FactorisedPositions, KernelPositions, KeyMemory
 from subquad.mechanisms.aft import Aft
 from subquad.state import State
 

@@ -26,7 +26,7 @@ from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAtt
 
 from subquad import Mask
 from subquad.build import build_mixer, cost, make_dims, mixer_config
-from subquad.heads import projection_cost
+from subquad.layers.heads import projection_cost
 from subquad.mechanisms.bigbird import BigBird, BigBirdConfig, random_seed
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.blocks import Random

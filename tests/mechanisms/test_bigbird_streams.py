@@ -15,7 +15,7 @@ from transformers.models.pegasus_x.modeling_pegasus_x import PegasusXGlobalLocal
 from subquad import Mask
 from subquad.benchmark.probes import run_probes
 from subquad.build import build_mixer, make_dims, mixer_config
-from subquad.streams import StreamMixer
+from subquad.layers.global_stream import StreamMixer
 
 
 def streams(**form: Any) -> StreamMixer:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from subquad import Mask
 from subquad.build import build_mixer, traits
-from subquad.combiner_stream import CombinerState
+from subquad.layers.combiner_stream import CombinerState
+from subquad.layers.row_summary import RowSummary
 from subquad.mechanisms.combiner import Combiner
 from subquad.ops.combiner import stream
 from subquad.ops.combiner.attention import Summarize, combiner_attention_by_regions
-from subquad.row_summary import RowSummary
 
 BOTH_FORMS = pytest.mark.parametrize("causal", [False, True])
 OPTIONS: list[dict[str, Any]] = [

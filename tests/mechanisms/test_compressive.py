@@ -14,7 +14,7 @@ from torch import Tensor
 
 from subquad import Mask, receipts
 from subquad.build import build_mixer, make_dims
-from subquad.compressive_stream import CompressiveState
+from subquad.layers.compressive_stream import CompressiveState
 from subquad.mechanisms.compressive import Compressive, CompressiveConfig
 
 COMPRESSIONS = ("max", "mean", "convolution", "dilated", "most_used")

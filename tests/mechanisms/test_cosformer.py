@@ -21,7 +21,7 @@ from torch import Tensor
 
 from subquad import Mask
 from subquad.build import build_mixer
-from subquad.heads import HeadMixer
+from subquad.layers.heads import HeadMixer
 from subquad.ops.features.attention import DENOMINATOR_EPSILON
 
 LENGTHS = st.sampled_from([1, 2, 3, 5, 9, 13])

@@ -17,8 +17,8 @@ from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from subquad.build import build_mixer
+from subquad.layers.recurrent import NORM_EPSILON
 from subquad.mechanisms.delta import Delta, DeltaState
-from subquad.recurrent import NORM_EPSILON
 
 LENGTHS = st.sampled_from([1, 2, 3, 5, 9, 13])
 

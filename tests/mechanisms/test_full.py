@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from subquad import Mask
 from subquad.build import build_mixer
-from subquad.cache import ContextCache, KeyValueCache
-from subquad.heads import HeadMixer
+from subquad.layers.cache import ContextCache, KeyValueCache
+from subquad.layers.heads import HeadMixer
 
 LENGTHS = st.sampled_from([1, 2, 5, 11])
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from subquad import Mask
 from subquad.build import build_mixer
-from subquad.feature_sums import FeatureSums
-from subquad.heads import HeadMixer
+from subquad.layers.feature_sums import FeatureSums
+from subquad.layers.heads import HeadMixer
 from subquad.ops.features.attention import DENOMINATOR_EPSILON
 
 LENGTHS = st.sampled_from([1, 2, 3, 4, 5, 9, 13])

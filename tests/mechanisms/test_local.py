@@ -25,8 +25,8 @@ from transformers.masking_utils import chunked_causal_mask_function
 
 from subquad import Mask
 from subquad.build import build_mixer
-from subquad.heads import projection_cost
 from subquad.interface import Dims
+from subquad.layers.heads import projection_cost
 from subquad.mechanisms.local import Local, LocalConfig, WindowState
 
 

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from subquad import Mask
 from subquad.build import build_mixer, make_dims
-from subquad.heads import HeadMixer
+from subquad.layers.heads import HeadMixer
 from subquad.mechanisms.logsparse import Convolution, ConvolutionCache, LogSparse, LogSparseConfig
 from subquad.ops.rotary import rotate
 from subquad.patterns import Causal, Log, Tile

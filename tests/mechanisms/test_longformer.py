@@ -28,8 +28,8 @@ from transformers.models.longformer.modeling_longformer import LongformerSelfAtt
 
 from subquad import Mask
 from subquad.build import build_mixer
-from subquad.heads import projection_cost
 from subquad.interface import Dims
+from subquad.layers.heads import projection_cost
 from subquad.mechanisms import longformer as module
 from subquad.mechanisms.longformer import Longformer, LongformerConfig
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from subquad import Mask
 from subquad.build import build_mixer, cost
-from subquad.heads import HeadMixer
+from subquad.layers.heads import HeadMixer
 from subquad.mechanisms.ngram import NgramState
 
 

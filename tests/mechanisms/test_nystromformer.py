@@ -21,7 +21,7 @@ from torch import Tensor
 
 from subquad import Mask
 from subquad.build import build_mixer
-from subquad.heads import HeadMixer
+from subquad.layers.heads import HeadMixer
 from subquad.mechanisms.nystromformer import Nystromformer
 from subquad.ops.landmarks import pseudo_inverse
 

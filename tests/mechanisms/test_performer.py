@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from subquad import Mask
 from subquad.build import build_mixer
-from subquad.feature_sums import FeatureSums
+from subquad.layers.feature_sums import FeatureSums
 from subquad.mechanisms.performer import Performer
 from subquad.ops.features.random_features import (
     hyperbolic_features,

@@ -13,8 +13,8 @@ from recurrences import assert_claims_hold, assert_equals_recurrence, in_heads, 
 from torch import Tensor
 
 from subquad.build import build_mixer, cost
+from subquad.layers.recurrent import RecurrentState
 from subquad.mechanisms.retention import Retention
-from subquad.recurrent import RecurrentState
 
 LENGTHS = st.sampled_from([1, 2, 3, 5, 9, 13])
 

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from subquad import Mask
 from subquad.build import build_mixer, traits
+from subquad.layers.sinkhorn_stream import SinkhornState
 from subquad.mechanisms.sinkhorn import Sinkhorn
 from subquad.ops.sorted_blocks.sorting import sinkhorn as normalise
-from subquad.sinkhorn_stream import SinkhornState
 
 OPTIONS = [
     {},

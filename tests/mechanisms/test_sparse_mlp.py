@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from subquad import Mask, receipts, routed_experts
+from subquad import Mask, receipts
 from subquad.build import build_mixer, cost, make_dims
+from subquad.layers import routed_experts
+from subquad.layers.routed_experts import RoutedExperts
 from subquad.mechanisms.mlp_mixer import MlpMixer, MlpMixerConfig
 from subquad.mechanisms.sparse_mlp import SparseMlp, SparseMlpConfig
 from subquad.ops.experts.noisy_routing import importance_load_loss_by_items
-from subquad.routed_experts import RoutedExperts
 
 LONGEST = 8
 REPRESENT = st.sampled_from(["tokens", "block", "none"])
@@ -66,7 +67,7 @@ def routed(
     module: RoutedExperts, items: list[Item], noise: dict[tuple[int, int], Tensor]
 ) -> tuple[dict[Any, Tensor], list[Tensor]]:
     """One item after the other takes its experts: results by example and place, and the losses of groups."""
-    routing, results, losses = module.routing, {}, []
+    routing, experts, results, losses = module.routing, module.experts, {}, []
     groups = [items]
     if routing.group == "sequence":
         groups = [[item for item in items if item.example == b] for b in sorted({item.example for item in items})]
@@ -87,8 +88,8 @@ def routed(
                 if taken[expert] >= seats:
                     continue
                 taken[expert] += 1
-                hidden = F.gelu(module.expand[expert][:, : len(x)] @ x + module.expand_bias[expert])
-                out = module.contract[expert][: len(x)] @ hidden + module.contract_bias[expert][: len(x)]
+                hidden = F.gelu(experts.expand[expert][:, : len(x)] @ x + experts.expand_bias[expert])
+                out = experts.contract[expert][: len(x)] @ hidden + experts.contract_bias[expert][: len(x)]
                 y = y + probabilities[n][expert] * out
             results[group[n][:2]] = y
         if group:
@@ -212,10 +213,10 @@ def test_with_one_expert_and_no_other_representation_it_is_mlp_mixer(represent: 
             ((peer.gather_tokens, peer.spread_tokens), mixer.token_experts, peer.token_norm),
             ((peer.expand, peer.contract), mixer.channel_experts, peer.channel_norm),
         ):
-            layer[0].weight.copy_(experts.expand[0])
-            layer[0].bias.copy_(experts.expand_bias[0])
-            layer[1].weight.copy_(experts.contract[0])
-            layer[1].bias.copy_(experts.contract_bias[0])
+            layer[0].weight.copy_(experts.experts.expand[0])
+            layer[0].bias.copy_(experts.experts.expand_bias[0])
+            layer[1].weight.copy_(experts.experts.contract[0])
+            layer[1].bias.copy_(experts.experts.contract_bias[0])
             own = mixer.token_norm if first is peer.token_norm else mixer.channel_norm
             first.load_state_dict(own.state_dict())
     x = torch.randn(2, length, 4, dtype=torch.float64)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from subquad import Mask
 from subquad.build import build_mixer, make_dims
-from subquad.heads import projection_cost
 from subquad.interface import Dims
+from subquad.layers.heads import projection_cost
 from subquad.mechanisms.sparse_transformer import SparseTransformer, SparseTransformerConfig
 
 

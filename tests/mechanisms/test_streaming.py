@@ -14,7 +14,7 @@ from torch import Tensor
 
 from subquad import Mask
 from subquad.build import build_mixer, make_dims
-from subquad.heads import HeadMixer
+from subquad.layers.heads import HeadMixer
 from subquad.mechanisms.streaming import Streaming, StreamingConfig, StreamingState
 from subquad.ops.rotary import rotate
 from subquad.patterns import Causal, Sink, Window

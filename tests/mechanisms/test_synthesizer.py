@@ -14,10 +14,10 @@ from torch import Tensor
 
 from subquad import Mask
 from subquad.build import build_mixer
-from subquad.cache import KeyValueCache
+from subquad.layers.cache import KeyValueCache
+from subquad.layers.synthesis import COMPONENTS
 from subquad.mechanisms import synthesizer as module
 from subquad.mechanisms.synthesizer import Synthesizer
-from subquad.synthesis import COMPONENTS
 
 KINDS = (*((name,) for name in COMPONENTS), *combinations(COMPONENTS, 2), tuple(COMPONENTS))
 LENGTHS = st.sampled_from([1, 2, 6])

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import ChannelMixer, Dims, FeedforwardConfig, Mixed, MixerConfig, Traits
+from subquad.layers.heads import HeadMixer, Heads, projection_cost
 from subquad.mask import Mask
 from subquad.receipt import leave_receipt
 from subquad.state import State

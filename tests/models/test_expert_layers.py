@@ -12,8 +12,8 @@ from torch import Tensor
 
 from subquad import receipts
 from subquad.build import list_feedforwards, list_mixers, mixer_config
-from subquad.expert_mixer import ExpertMixer
 from subquad.feedforward.switch import Switch
+from subquad.layers.expert_mixer import ExpertMixer
 from subquad.models import SubquadConfig, SubquadForSequenceClassification, reversible
 
 SUBLAYERS = [name for name in list_mixers(bidirectional=True) if mixer_config(name).placement == "sublayer"]

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.layers.projection import Projection
 from subquad.ops import onednn, projection
 from subquad.ops.projection import SMALLEST_PROJECTION, project
-from subquad.projection import Projection
 
 ROWS, WIDTH, OUT = 2 * 512, 192, 256
 """Of a projection large enough for oneDNN."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from subquad import Mask, receipts
-from subquad.expert_mixer import ExpertMixer
 from subquad.interface import FeedforwardConfig
+from subquad.layers.expert_mixer import ExpertMixer
 from subquad.ops.experts.routing import ExpertRows
 from subquad.parallel.expert_exchange import ShardedExperts, arrived_rows, rows_of_first
 from subquad.parallel.grid import DATA, Grid, make_mesh

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from subquad import Mask
 from subquad.benchmark.probe_subject import miniature
 from subquad.build import build_from_config, list_mixers, make_dims, mixer_config
-from subquad.heads import BY_HEADS
 from subquad.interface import ChannelMixer, Dims, FeedforwardConfig, TokenMixer
+from subquad.layers.heads import BY_HEADS
 from subquad.parallel.grid import MODEL, Grid, make_mesh
 from subquad.parallel.randomness import ApartDropout
 from subquad.parallel.tensor_parallel import part_mixer

@@ -12,7 +12,7 @@ from test_report_page import HOSTILE, hostile_records
 from subquad.records.queries import comparisons
 from subquad.records.store import Records
 from subquad.report.page import render, write_report
-from subquad.report.tables import COLUMNS, cells, comparison_rows
+from subquad.report.tables import COLUMNS, cells, rows_of
 
 pytestmark = pytest.mark.browser
 OpenPage = Callable[..., Page]
@@ -52,7 +52,7 @@ def test_the_scaling_curves_are_the_records(report: Path, open_page: OpenPage) -
 
 def test_the_table_shows_the_same_text_as_the_rows(report: Path, records: Records, open_page: OpenPage) -> None:
     page = open_page(report)
-    for index, row in enumerate(comparison_rows(records)):
+    for index, row in enumerate(rows_of(*comparisons(records))):
         shown = page.locator(".results tbody tr").nth(index)
         text = cells(row)
         assert shown.locator(".name").inner_text().removesuffix(" ◆") == row.label

@@ -18,8 +18,8 @@ from subquad.report.charts import bubble_figure, score_curves
 from subquad.report.page import render
 from subquad.report.palette import GUESS_INK, inks
 from subquad.report.pictures import seed_dots
-from subquad.report.png import write_bubble_picture
 from subquad.report.positions import position_curves, position_note, positions_of
+from subquad.report.still_picture import write_bubble_picture
 from subquad.report.tables import cells, column_titles, rows_of, stream_note
 
 

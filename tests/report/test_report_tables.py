@@ -11,12 +11,12 @@ from subquad.records.store import Records
 from subquad.report.bubbles import bubble_chart
 from subquad.report.labels import Bubble, place
 from subquad.report.palette import DENSE_INK, inks
-from subquad.report.png import write_bubble_picture
-from subquad.report.tables import COLUMNS, cells, comparison_rows
+from subquad.report.still_picture import write_bubble_picture
+from subquad.report.tables import COLUMNS, cells, rows_of
 
 
 def test_rows_hold_the_figures_of_the_records(records: Records) -> None:
-    rows = {row.label: row for row in comparison_rows(records)}
+    rows = {row.label: row for row in rows_of(*comparisons(records))}
     assert next(iter(rows)) == "full"
     assert list(rows)[-2:] == ["reformer", "majority class"]
     for spec in SPECS:
@@ -34,7 +34,7 @@ def test_rows_hold_the_figures_of_the_records(records: Records) -> None:
 
 
 def test_cells_write_each_column_for_a_reader(records: Records) -> None:
-    text = {row.label: cells(row) for row in comparison_rows(records)}
+    text = {row.label: cells(row) for row in rows_of(*comparisons(records))}
     assert all(list(cell) and set(cell) == {name for name, _ in COLUMNS} for cell in text.values())
     assert text["local"]["best"] == "40.1 ± 0.9 %"
     assert text["local"]["step_time"] == "11.5 ms"
@@ -47,11 +47,11 @@ def test_cells_write_each_column_for_a_reader(records: Records) -> None:
 
 def test_training_memory_without_a_peak_is_a_lower_bound() -> None:
     records = Records(runs=(run(SPECS[0], 0).model_copy(update={"peak_bytes": None}),))
-    assert cells(comparison_rows(records)[0])["memory"] == "≥ 52.4 MB"
+    assert cells(rows_of(*comparisons(records))[0])["memory"] == "≥ 52.4 MB"
 
 
 def test_the_pareto_front_holds_no_beaten_and_no_broken_row(records: Records) -> None:
-    assert {row.label for row in comparison_rows(records) if row.on_pareto_front} == {"full", "local", "linear"}
+    assert {row.label for row in rows_of(*comparisons(records)) if row.on_pareto_front} == {"full", "local", "linear"}
 
 
 def test_each_mechanism_has_its_own_colour_and_full_is_neutral(records: Records) -> None:

@@ -38,8 +38,20 @@ class StackedExperts(nn.Module):
         self.contract_bias = nn.Parameter(torch.empty(count, embed_dim))
 
     def forward(self, x: Tensor, gates: Tensor, rows: ExpertRows) -> Tensor:
-        """Tokens x (N, D) through the experts of their `rows`, times their gates (N, k); (N, D), the dtype of x."""
-        weights = ExpertWeights(self.expand, self.expand_bias, self.contract, self.contract_bias)
+        """Tokens x through the experts of their `rows`, times their gates.
+
+        Args:
+            x: (N, W), W at most D: what is missing of a token counts as 0, and isn't computed.
+            gates: (N, k).
+            rows: which token goes where.
+
+        Returns:
+            (N, W), the dtype of x.
+        """
+        width = x.shape[1]
+        weights = ExpertWeights(
+            self.expand[:, :, :width], self.expand_bias, self.contract[:, :width], self.contract_bias[:, :width]
+        )
         dropout = self.dropout if self.training else 0.0
         return experts(x, gates, weights, rows, ACTIVATIONS[self.activation], dropout)
 

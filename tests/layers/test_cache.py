@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subquad import Mask
-from subquad.cache import KeyValueCache, attend_cached, empty_cache, store_keys
-from subquad.heads import Heads
 from subquad.interface import Dims
+from subquad.layers.cache import KeyValueCache, attend_cached, empty_cache, store_keys
+from subquad.layers.heads import Heads
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns import Causal, Strided, Window
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.heads import Heads
 from subquad.interface import Dims
+from subquad.layers.heads import Heads
 from subquad.mask import Mask, continue_segments, token_positions
 from subquad.ops.packing import append, has_gaps, put_back, take, valid_first
 from subquad.ops.pattern.attention import pattern_attention

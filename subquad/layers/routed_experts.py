@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.ops.experts.grouped import ACTIVATIONS, ExpertWeights, experts
+from subquad.layers.expert_seats import Group, Seats
+from subquad.layers.stacked_experts import StackedExperts
 from subquad.ops.experts.noisy_routing import add_noise, importance_load_loss
-from subquad.ops.experts.routing import expert_rows, router_logits, seats
-from subquad.receipt import leave_receipt
+from subquad.ops.experts.routing import router_logits
 
 LEAST_SEATS = 1
 
@@ -43,7 +43,7 @@ class Routing:
     noise: bool
     capacity_factor: float | None
     priority: Literal["score", "order"]
-    group: Literal["batch", "sequence"]
+    group: Group
     balance_weight: float
 
 
@@ -65,20 +65,18 @@ class RoutedExperts(nn.Module):
     def __init__(self, routing: Routing, width: int, hidden: int) -> None:
         super().__init__()
         self.routing, count = routing, routing.experts
+        self.seats = Seats(owner=routing.owner, item="item", experts=count, group=routing.group, least=LEAST_SEATS)
         self.router = nn.Parameter(torch.empty(count, width))
-        self.expand = nn.Parameter(torch.empty(count, hidden, width))
-        self.expand_bias = nn.Parameter(torch.empty(count, hidden))
-        self.contract = nn.Parameter(torch.empty(count, width, hidden))
-        self.contract_bias = nn.Parameter(torch.empty(count, width))
+        self.experts = StackedExperts(count, width, hidden, activation="gelu", dropout=0.0)
         self.initialise()
 
     def initialise(self) -> None:
         """Xavier-uniform weights, of every expert for itself, and zero biases."""
         nn.init.xavier_uniform_(self.router)
-        for stacked in (self.expand, self.contract):
+        for stacked in (self.experts.expand, self.experts.contract):
             for weight in stacked:
                 nn.init.xavier_uniform_(weight)
-        for bias in (self.expand_bias, self.contract_bias):
+        for bias in (self.experts.expand_bias, self.experts.contract_bias):
             nn.init.zeros_(bias)
 
     def forward(self, items: Tensor, valid: Tensor | None = None) -> Routed:
@@ -88,43 +86,17 @@ class RoutedExperts(nn.Module):
             items: (B, N, W), W at most the width that the experts are built for.
             valid: bool (B, N); the other items go nowhere and come back as 0.
         """
-        routing, width = self.routing, items.shape[2]
-        x, grouped = self._grouped(items), None if valid is None else self._grouped(valid)
-        logits = router_logits(x, self.router[:, :width])
+        routing, grouped = self.routing, None if valid is None else self.seats.groups(valid)
+        logits = router_logits(self.seats.groups(items), self.router[:, : items.shape[2]])
         noisy = add_noise(logits) if routing.noise and self.training else logits
         gates, chosen = noisy.softmax(dim=-1).topk(routing.top_k, dim=-1)
-        capacity = self._capacity(chosen, grouped)
-        priority = gates.detach()[..., 0] if routing.priority == "score" and capacity is not None else None
-        rows = expert_rows(chosen, routing.experts, valid=grouped, capacity=capacity, priority=priority)
-        if rows.dropped:
-            leave_receipt(
-                routing.owner,
-                asked="an expert for every item",
-                ran="0 for an item whose expert is full",
-                reason="the expert's capacity",
-                count=rows.dropped,
-            )
-        weights = ExpertWeights(
-            self.expand[:, :, :width], self.expand_bias, self.contract[:, :width], self.contract_bias[:, :width]
-        )
-        y = experts(items.flatten(0, 1), gates.flatten(0, 1), weights, rows, ACTIVATIONS["gelu"])
+        priority = gates.detach()[..., 0] if routing.priority == "score" else None
+        rows = self.seats.taken(chosen, grouped, routing.capacity_factor, priority)
+        y = self.experts(items.flatten(0, 1), gates.flatten(0, 1), rows)
         loss = None
         if self.training and routing.balance_weight:
             loss = routing.balance_weight * importance_load_loss(logits, noisy, routing.top_k, grouped)
         return Routed(y.view_as(items), loss)
-
-    def _grouped(self, items: Tensor) -> Tensor:
-        """(B, N, ...) -> (G, N', ...)."""
-        return items if self.routing.group == "sequence" else items.flatten(0, 1)[None]
-
-    def _capacity(self, chosen: Tensor, valid: Tensor | None) -> Tensor | None:
-        """Seats of every expert, (G,); None where there is no limit."""
-        routing = self.routing
-        if routing.capacity_factor is None:
-            return None
-        items = chosen.new_full(chosen.shape[:1], chosen.shape[1]) if valid is None else valid.sum(dim=1)
-        factor = routing.capacity_factor
-        return seats(items, experts=routing.experts, top_k=routing.top_k, factor=factor, least=LEAST_SEATS)
 
 
 def routed_cost(routing: Routing, items: int, width: int, hidden: int, full_width: int, dtype_bytes: int) -> Cost:

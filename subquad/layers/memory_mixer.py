@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from subquad.heads import HeadMixer, Heads
 from subquad.interface import Dims, MixerConfig
+from subquad.layers.heads import HeadMixer, Heads
 from subquad.ops.head_split import merge_heads
 from subquad.ops.memory.attention import Memory, project_memory
 from subquad.ops.memory.sinusoids import distance_sinusoids

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.heads import initialise_projection
 from subquad.interface import Dims
-from subquad.projection import Projection
+from subquad.layers.heads import initialise_projection
+from subquad.layers.projection import Projection
 
 
 @dataclass(frozen=True, kw_only=True)

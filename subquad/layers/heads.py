@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from subquad.costs import Cost
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
+from subquad.layers.projection import Projection
 from subquad.mask import Mask, token_positions
 from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.rotary import rotate
 from subquad.parting import Parting
-from subquad.projection import Projection
 from subquad.state import State
 
 BY_HEADS = Parting(("project_query", "project_key", "project_value"), ("project_out",))

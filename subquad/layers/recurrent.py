@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
+from subquad.layers.heads import initialise_projection
+from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.head_split import split_heads
 from subquad.ops.recomputed import recomputed
 from subquad.ops.recurrence.chunks import chunk_size, segment_chunks
 from subquad.ops.recurrence.linear import recurrence
-from subquad.projection import Projection
 from subquad.state import State, state_dataclass
 
 NORM_EPSILON = 1e-5

@@ -12,10 +12,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from subquad.cache import reads_stored_context
 from subquad.costs import Cost
-from subquad.heads import HeadMixer, Heads, projection_cost
 from subquad.interface import Dims
+from subquad.layers.cache import reads_stored_context
+from subquad.layers.heads import HeadMixer, Heads, projection_cost
 from subquad.ops.features.causal import Settings, causal_sums, segments
 from subquad.ops.features.maps import FeatureMap
 from subquad.ops.features.sums import Sums, lowest, read_sums, sum_keys

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from subquad.compression import Convolution, Decoder, Kind, compression, convolution_cost
+from subquad.layers.compression import Convolution, Decoder, Kind, compression, convolution_cost
 
 
 def test_equal_tokens_are_reproduced_by_pooling() -> None:

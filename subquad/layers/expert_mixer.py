@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from subquad.costs import Cost
 from subquad.interface import ChannelMixer, FeedforwardConfig, Mixed
+from subquad.layers.expert_seats import Group, Seats
+from subquad.layers.stacked_experts import StackedExperts
 from subquad.mask import Mask
-from subquad.ops.experts.routing import ExpertRows, balance_loss, expert_rows, router_logits, seats
-from subquad.receipt import leave_receipt
-from subquad.stacked_experts import StackedExperts
+from subquad.ops.experts.routing import balance_loss, router_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class ExpertMixerConfig(FeedforwardConfig):
     """The same in evaluation, where there is one in training; None for the same number."""
     min_capacity: int = 4
     """Choices that an expert takes in any case."""
-    group: Literal["batch", "sequence"] = "batch"
+    group: Group = "batch"
     """What shares the capacity and is to be balanced: all tokens of a call, or each sequence for itself."""
     balance_weight: float = 0.01
     """α, weight of the load-balancing loss."""
@@ -106,6 +106,9 @@ class ExpertMixer(ChannelMixer):
     def __init__(self, config: ExpertMixerConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
+        self.seats = Seats(
+            owner=config.name, item="token", experts=config.experts, group=config.group, least=config.min_capacity
+        )
         self.router = nn.Parameter(torch.empty(config.experts, embed_dim))
         self.experts = StackedExperts(
             config.experts,
@@ -151,40 +154,18 @@ class ExpertMixer(ChannelMixer):
         if mask is not None:
             mask.check(self.config.name, x)
             x = mask.zero_invalid(x)
-        valid = None if mask is None or mask.valid is None else self._grouped(mask.valid)
-        logits = self.logits(self._grouped(x))
+        valid = None if mask is None or mask.valid is None else self.seats.groups(mask.valid)
+        logits = self.logits(self.seats.groups(x))
         probabilities = logits.softmax(dim=-1)
         chosen, gates = self.choose(probabilities)
-        rows = expert_rows(chosen, self.config.experts, valid=valid, capacity=self._capacity(chosen, valid))
-        if rows.dropped:
-            self._note(rows)
+        rows = self.seats.taken(chosen, valid, self._capacity_factor())
         y = self.experts(x.flatten(0, 1), gates.flatten(0, 1), rows)
         loss = self.auxiliary_loss(logits, probabilities, chosen, valid) if self.training else None
         return Mixed(self.dropout(y.view_as(x)), None, None if loss is None else loss.float())
 
-    def _grouped(self, tokens: Tensor) -> Tensor:
-        """(B, L, ...) -> (G, N, ...)."""
-        return tokens if self.config.group == "sequence" else tokens.flatten(0, 1)[None]
-
-    def _capacity(self, chosen: Tensor, valid: Tensor | None) -> Tensor | None:
-        """Seats of every expert, (G,); None where there is no limit."""
+    def _capacity_factor(self) -> float | None:
         factor = self.config.capacity_factor
-        if not self.training:
-            factor = self.config.evaluation_capacity_factor or factor
-        if factor is None:
-            return None
-        tokens = chosen.new_full(chosen.shape[:1], chosen.shape[1]) if valid is None else valid.sum(dim=1)
-        count, top_k = self.config.experts, self.config.choices
-        return seats(tokens, experts=count, top_k=top_k, factor=factor, least=self.config.min_capacity)
-
-    def _note(self, rows: ExpertRows) -> None:
-        leave_receipt(
-            self.config.name,
-            asked="an expert for every token",
-            ran="0 for a token whose expert is full",
-            reason="the expert's capacity",
-            count=rows.dropped,
-        )
+        return factor if self.training else self.config.evaluation_capacity_factor or factor
 
     def extra_repr(self) -> str:
         """The config, for `print(module)`."""

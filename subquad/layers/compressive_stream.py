@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.memory_mixer import recent_inputs
+from subquad.layers.memory_mixer import recent_inputs
 from subquad.ops.memory.compressed import Sight
 from subquad.ops.memory.evictions import Eviction, Stand
 from subquad.ops.memory.stream_layout import Example, Layout

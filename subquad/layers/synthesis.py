@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from subquad.costs import Cost
 from subquad.interface import Dims
-from subquad.ops.head_split import split_heads
-from subquad.position_scores import (
+from subquad.layers.position_scores import (
     HeadLinear,
     Places,
     PositionTable,
@@ -25,6 +24,7 @@ from subquad.position_scores import (
     longest_input,
     projections_cost,
 )
+from subquad.ops.head_split import split_heads
 
 
 class Component(nn.Module, ABC):

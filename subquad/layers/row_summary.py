@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from subquad.heads import initialise_projection
 from subquad.interface import Dims
-from subquad.projection import Projection
+from subquad.layers.heads import initialise_projection
+from subquad.layers.projection import Projection
 
 
 class RowSummary(nn.Module):

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from subquad.costs import Cost, visible_pairs
-from subquad.heads import initialise_projection
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
+from subquad.layers.heads import initialise_projection
+from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.memory.relative import RelativeTable, kept_tokens, stream_attention
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Window
 from subquad.patterns.tokens import Sink
-from subquad.projection import Projection
 from subquad.state import State
 
 Sharing = Literal["none", "kv", "qkv"]
