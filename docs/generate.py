@@ -1,17 +1,20 @@
 """Writes what follows from the code: the tables in the README, a page for each mechanism, and the pictures of patterns.
 
-The pictures of `docs/patterns.md` are drawn from the expressions that stand there as the text of the image; those of
-mechanisms are read off the modules.
+The tables of `docs/speed.md` follow from the figures under `results/speed/`. The pictures of `docs/patterns.md` are
+drawn from the expressions that stand there as the text of the image; those of mechanisms are read off the modules.
 
 `python docs/generate.py` writes; with `--check` it names the files that are out of date and exits with 1.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
 from pathlib import Path
+
+from speed_tables import speed_sections
 
 from subquad.benchmark.mechanism_card import describe_options, draw_pictures, picture_config, read_documentation
 from subquad.build import list_feedforwards, list_mixers, mixer_config
@@ -50,13 +53,23 @@ def main() -> int:
 
 def generated() -> dict[Path, str]:
     """Every generated file and its text."""
+    contributing = ROOT / "CONTRIBUTING.md"
+    guide = _filled(contributing.read_text(encoding="utf-8"), "packages", package_table())
     readme = ROOT / "README.md"
     text = _filled(readme.read_text(encoding="utf-8"), "mechanisms", readme_table())
     text = _filled(text, "channel mixers", channel_mixer_table())
     text = _filled(text, "tasks", task_table())
     pages = {ROOT / "docs" / "mechanisms" / f"{name}.md": mechanism_page(name) for name in list_mixers()}
+    speed = ROOT / "docs" / "speed.md"
+    measured = _filled(speed.read_text(encoding="utf-8"), "measurements", speed_sections(ROOT / "results" / "speed"))
     others = {ROOT / "docs" / "feedforward" / f"{name}.md": channel_mixer_page(name) for name in list_feedforwards()}
-    return {readme: text} | pages | others | pattern_pictures() | mechanism_pictures()
+    return (
+        {readme: text, contributing: guide, speed: measured}
+        | pages
+        | others
+        | pattern_pictures()
+        | mechanism_pictures()
+    )
 
 
 def _filled(text: str, place: str, content: str) -> str:
@@ -64,6 +77,17 @@ def _filled(text: str, place: str, content: str) -> str:
     begin, end = (mark.format(place) for mark in MARKS)
     before, _, rest = text.partition(begin)
     return f"{before}{begin}{content}{end}{rest.partition(end)[2]}"
+
+
+def package_table() -> str:
+    """Every package of the library: its first sentence."""
+    rows = ["| folder | what lies there |", "| --- | --- |"]
+    for folder in sorted(path.parent for path in (ROOT / "subquad").glob("*/__init__.py")):
+        sentence = (ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or "").split(
+            "\n\n"
+        )[0]
+        rows.append(f"| `subquad/{folder.name}/` | {' '.join(sentence.split())} |")
+    return "\n".join(rows) + "\n"
 
 
 def task_table() -> str:

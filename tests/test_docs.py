@@ -1,9 +1,11 @@
 """What is generated from the registry is up to date, and what the documents show runs."""
 
-import importlib.util
+import importlib
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,18 +18,16 @@ from subquad.patterns.expression import CONSTRUCTORS
 ROOT = Path(__file__).parents[1]
 
 
-def load_generator():
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def generator() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "docs")
+        yield importlib.import_module("generate")
 
 
 @pytest.fixture(scope="module")
-def generated() -> dict[Path, str]:
-    return load_generator().generated()
+def generated(generator: ModuleType) -> dict[Path, str]:
+    return generator.generated()
 
 
 def python_blocks(document: str) -> list[str]:
@@ -45,17 +45,17 @@ def test_nothing_is_left_of_what_is_gone(folder, ending, generated):
     assert set((ROOT / "docs" / folder).rglob(f"*.{ending}")) == expected
 
 
-def test_every_constructor_is_drawn_from_the_expression_that_stands_beside_its_picture():
+def test_every_constructor_is_drawn_from_the_expression_that_stands_beside_its_picture(generator):
     text = (ROOT / "docs" / "patterns.md").read_text(encoding="utf-8").replace(r"\|", "|")
-    drawn = [match["expression"] for match in load_generator().PATTERN_PICTURE.finditer(text)]
+    drawn = [match["expression"] for match in generator.PATTERN_PICTURE.finditer(text)]
     assert {expression.partition("(")[0] for expression in drawn} >= set(CONSTRUCTORS)
     assert [expression for expression in drawn if f"`{expression}`" not in text] == []
 
 
-def test_pages_of_sparse_mechanisms_show_their_picture():
-    page = load_generator().mechanism_page("local")
+def test_pages_of_sparse_mechanisms_show_their_picture(generator):
+    page = generator.mechanism_page("local")
     assert "![Who attends whom in local](../pictures/mechanisms/local.svg)" in page
-    assert "![" not in load_generator().mechanism_page("linear")
+    assert "![" not in generator.mechanism_page("linear")
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/concepts.md", "docs/parallel.md", "docs/patterns.md"])

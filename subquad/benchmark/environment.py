@@ -44,13 +44,23 @@ def _accelerator() -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name, as the operating system tells it."""
+    """The processor's name, as the operating system tells it.
+
+    A name without a number, as virtual machines show it, tells no generation, and gets that of its family and model.
+    """
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            return re.sub(r"\s+", " ", re.sub(r"\((R|TM)\)|CPU|@.*", "", found[1])).strip()
-    return platform.processor() or platform.machine() or "unknown processor"
+    facts = _first_processor(cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else {}
+    name = re.sub(r"\s+", " ", re.sub(r"\((R|TM)\)|CPU|@.*", "", facts.get("model name", ""))).strip()
+    if not name:
+        return platform.processor() or platform.machine() or "unknown processor"
+    if re.search(r"\d", name) or not {"cpu family", "model"} <= facts.keys():
+        return name
+    return f"{name} family {facts['cpu family']} model {facts['model']}"
+
+
+def _first_processor(cpuinfo: str) -> dict[str, str]:
+    lines = cpuinfo.partition("\n\n")[0].splitlines()
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def memory_bytes() -> int:

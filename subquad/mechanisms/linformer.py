@@ -13,15 +13,15 @@ P is drawn with variance 1 / max_length, so that compressed rows keep their scal
 one for each valid token: an invalid token takes no position. Pooling and convolution, which the paper names without
 details: blocks are counted over valid tokens, a last block that is not full has its own mean or maximum, one without a
 token is not attended; the convolution, kernel and stride c, is one for each channel of a head. A rank that falls over
-depth, as the paper proposes, is a list of mixers; with sharing="layerwise" those of equal rank share one P. One that
-differs by head is not offered: all heads of a layer attend together, to equally many rows.
+depth, as the paper proposes, is a list of mixers; with sharing="layerwise" those of equal rank share one P.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from itertools import groupby
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,9 @@ class LinformerConfig(MixerConfig):
 
     family: ClassVar[str] = "factorised"
 
-    rank: int = 256
-    """R, rows kept (k in the paper, where quality depends on it and not on R / L); of blocks, at most."""
+    rank: int | tuple[int, ...] = 256
+    """R, rows kept (k in the paper, where quality depends on it and not on R / L); of blocks, at most. One for each
+    head where each has a P of its own (compression="linear", sharing="none")."""
     sharing: Literal["none", "headwise", "key_value", "layerwise"] = "headwise"
     """Which P are one: each head its own P and P'; all heads share P and P'; also P = P'; also over all layers."""
     compression: Literal["linear", "mean", "max", "convolution"] = "linear"
@@ -53,13 +54,35 @@ class LinformerConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        if self.rank < 1:
+        if any(rank < 1 for rank in self._ranks):
             raise ValueError(f"linformer: rank must be at least 1, got {self.rank}")
+        if isinstance(self.rank, tuple) and (self.compression, self.sharing) != ("linear", "none"):
+            raise ValueError(
+                f"linformer: a rank for each head, {self.rank}, goes with compression='linear' and sharing='none' "
+                f"alone, got {self.compression!r} and {self.sharing!r}; give one rank for all heads"
+            )
         if not self.learned and self.sharing != "headwise":
             raise ValueError(
                 f"linformer: compression={self.compression!r} learns nothing that could be shared; leave out sharing, "
                 f"got {self.sharing!r}, or choose compression='linear' or 'convolution'"
             )
+
+    @property
+    def _ranks(self) -> tuple[int, ...]:
+        return self.rank if isinstance(self.rank, tuple) else (self.rank,)
+
+    def check(self, dims: Dims) -> None:
+        """Refuse ranks that aren't one for each head."""
+        super().check(dims)
+        if isinstance(self.rank, tuple) and len(self.rank) != dims.num_heads:
+            raise ValueError(
+                f"linformer: rank={self.rank} must have one entry for each head, expected {dims.num_heads}, "
+                f"got {len(self.rank)}"
+            )
+
+    def ranks(self, num_heads: int) -> tuple[int, ...]:
+        """Of each head."""
+        return self._ranks * (num_heads // len(self._ranks))
 
     @property
     def learned(self) -> bool:
@@ -83,35 +106,48 @@ class LinformerConfig(MixerConfig):
     def block(self, dims: Dims) -> int:
         """c, tokens of a block."""
         assert dims.max_length is not None
-        return -(-dims.max_length // self.rank)
+        return -(-dims.max_length // self._ranks[0])
 
     def parameter_shapes(self, dims: Dims) -> list[tuple[int, int, int]]:
-        """Shapes of what compresses keys and, where that is something else, values."""
+        """Shapes of what compresses keys and, where that is something else, values; several ranks lie in one matrix."""
         if not self.learned:
             return []
         assert dims.max_length is not None
         heads = dims.num_heads if self.sharing == "none" else 1
-        linear = self.compression == "linear"
-        shape = (heads, self.rank, dims.max_length) if linear else (heads, self.block(dims), dims.head_dim)
+        shape = (heads, self.block(dims), dims.head_dim)
+        if self.compression == "linear":
+            shape = (heads // len(self._ranks), sum(self._ranks), dims.max_length)
         return [shape] * (2 if self.sharing in ("none", "headwise") else 1)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
         """Compression of k and v by a matrix (by blocks it is elementwise work), and attention of every query to rows.
 
         Autograd keeps the compressed rows and the log-sum-exp besides what the projections keep; for means neither k
-        nor v but the sizes of the blocks; otherwise blocks are kept filled up.
+        nor v but the sizes of the blocks; otherwise blocks are kept filled up. Results of heads that attend apart are
+        kept a second time, beside each other.
         """
         keys = dims.key_length(length)
-        rows = self.rank if self.compression == "linear" else -(-keys // self.block(dims))
-        products = keys if self.compression == "linear" else 0
-        kept = {"linear": 2 * keys * dims.inner_dim, "mean": 2 * rows}
-        blocks = 2 * rows * self.block(dims) * dims.inner_dim
+        blocks, linear = -(-keys // self.block(dims)), self.compression == "linear"
+        rows = sum(self.ranks(dims.num_heads)) if linear else blocks * dims.num_heads  # of all heads
+        kept = {"linear": 2 * keys * dims.inner_dim, "mean": 2 * blocks}
+        filled = 2 * rows * self.block(dims) * dims.head_dim
+        apart = length * dims.inner_dim if len(set(self._ranks)) > 1 else 0
         return projection_cost(dims, length, dtype_bytes, kept="q") + Cost(
-            flops=2 * 2 * (products + length) * rows * dims.inner_dim,
-            activation_bytes=dtype_bytes * (2 * rows * dims.inner_dim + kept.get(self.compression, blocks))
+            flops=2 * 2 * (length + (keys if linear else 0)) * rows * dims.head_dim,
+            activation_bytes=dtype_bytes * (2 * rows * dims.head_dim + kept.get(self.compression, filled) + apart)
             + max(4, dtype_bytes) * dims.num_heads * length,
             parameters=sum(math.prod(shape) for shape in self.parameter_shapes(dims)),
         )
+
+
+class _Run(NamedTuple):
+    """Some heads: what attends, and what compresses their keys and values."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    of_keys: Tensor | None
+    of_values: Tensor | None
 
 
 class Linformer(HeadMixer):
@@ -145,12 +181,35 @@ class Linformer(HeadMixer):
         if valid is not None and has_gaps(valid):
             order = valid_first(valid)
             k, v, valid = take(k, order), take(v, order), take(valid, order)
-        compress_value = self.compress_key if self.compress_value is None else self.compress_value
-        k, v = self._compress(k, valid, self.compress_key), self._compress(v, valid, compress_value)
         visible = None
         if valid is not None and self.config.compression != "linear":
             visible = _filled_blocks(valid, self.config.block(self.dims))[:, None, None]
-        return F.scaled_dot_product_attention(heads.q, k, v, attn_mask=visible), None
+        runs = self._runs(heads.q, k, v)
+        out = [
+            F.scaled_dot_product_attention(
+                run.q, self._compress(run.k, valid, run.of_keys), self._compress(run.v, valid, run.of_values), visible
+            )
+            for run in runs
+        ]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1), None
+
+    def _runs(self, q: Tensor, k: Tensor, v: Tensor) -> list[_Run]:
+        """Neighbouring heads of equal rank, which attend together; where all ranks are equal, all heads."""
+        of_keys, of_values = (
+            self.compress_key,
+            self.compress_key if self.compress_value is None else self.compress_value,
+        )
+        if not isinstance(self.config.rank, tuple):
+            return [_Run(q, k, v, of_keys, of_values)]
+        assert of_keys is not None
+        assert of_values is not None
+        runs = [(rank, len(list(run))) for rank, run in groupby(self.config.rank)]
+        sizes = [size for _, size in runs]
+        matrices = [
+            [rows.unflatten(0, (size, rank)) for rows, (rank, size) in zip(split, runs, strict=True)]
+            for split in (x[0].split([rank * size for rank, size in runs]) for x in (of_keys, of_values))
+        ]
+        return [_Run(*run) for run in zip(*(x.split(sizes, dim=1) for x in (q, k, v)), *matrices, strict=True)]
 
     def _compress(self, x: Tensor, valid: Tensor | None, learned: Tensor | None) -> Tensor:
         """Rows (B, H, R, E) of keys or values x (B, H, S, E), the valid ones first."""

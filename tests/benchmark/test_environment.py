@@ -32,10 +32,21 @@ def test_an_accelerator_is_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None
     assert this_environment().accelerator == "NVIDIA H200"
 
 
-def test_the_processors_name_has_no_ornaments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: Intel(R) Xeon(R) CPU E5-2670 @ 2.60GHz\n")
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("Intel(R) Xeon(R) CPU E5-2670 @ 2.60GHz", "Intel Xeon E5-2670"),
+        ("AMD EPYC", "AMD EPYC family 25 model 1"),  # two generations share this name, and their figures no table
+        ("AMD EPYC 7B13", "AMD EPYC 7B13"),
+    ],
+)
+def test_the_processors_name_has_no_ornaments_and_tells_its_generation(
+    told: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: {told}\n"
+    (tmp_path / "cpuinfo").write_text(f"{first}\n{first.replace('25', '26')}")
     monkeypatch.setattr(environment, "Path", lambda path: tmp_path / "cpuinfo")
-    assert cpu_name() == "Intel Xeon E5-2670"
+    assert cpu_name() == name
 
 
 def test_a_package_that_is_not_there_says_so() -> None:

@@ -54,6 +54,22 @@ def by_matrix(x: Tensor, matrix: Tensor) -> Tensor:
     return torch.einsum("hrn,nhe->rhe", matrix.expand(x.shape[1], -1, -1)[..., : x.shape[0]], x)
 
 
+def by_head(mixer: Linformer, ranks: tuple[int, ...], x: Tensor, mask: Mask | None) -> Tensor:
+    """Head by head, each to as many rows as it has, its matrix behind those of the heads before it."""
+    q, k, v = qkv(mixer, x, x)
+    out = torch.zeros_like(q)
+    for b in range(x.shape[0]):
+        tokens = [j for j in range(x.shape[1]) if is_valid(mask, b, j)]
+        for head, rank in enumerate(ranks):
+            first = sum(ranks[:head])
+            rows = [
+                matrix[0, first : first + rank, : len(tokens)] @ y[b, tokens, head]
+                for matrix, y in zip(compressions(mixer), (k, v), strict=True)
+            ]
+            out[b, :, head] = (q[b, :, head] @ rows[0].T / q.shape[-1] ** 0.5).softmax(dim=-1) @ rows[1]
+    return finish(mixer, out, mask)
+
+
 def by_blocks(x: Tensor, compression: str, weights: Tensor | None) -> Tensor:
     """Blocks of three tokens, a convolution's last one filled up with zeros."""
     rows = []
@@ -99,6 +115,17 @@ def test_it_equals_the_definition(sharing: str, length: int, data: st.DataObject
     assert_same_values_and_gradients(
         mixer, lambda: mixer(x, mask=mask).y, lambda: definition(mixer, x, x, mask, mask), [x]
     )
+
+
+@pytest.mark.parametrize("ranks", [(3, 1), (2, 2), (1, 5)], ids=str)
+@given(length=st.sampled_from([1, 4, 12]), data=st.data())
+def test_heads_of_different_ranks_equal_the_definition(
+    ranks: tuple[int, ...], length: int, data: st.DataObject
+) -> None:
+    mixer, mask = linformer(rank=ranks), data.draw(masks(2, length, segments=False))
+    assert [tuple(matrix.shape) for matrix in compressions(mixer)] == [(1, sum(ranks), 12)] * 2
+    x = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
+    assert_same_values_and_gradients(mixer, lambda: mixer(x, mask=mask).y, lambda: by_head(mixer, ranks, x, mask), [x])
 
 
 @pytest.mark.parametrize("options", BLOCKS, ids=str)
@@ -227,6 +254,14 @@ def test_longer_input_and_context_are_refused() -> None:
 def test_bad_options_are_refused() -> None:
     with pytest.raises(ValueError, match="linformer: rank must be at least 1, got 0"):
         linformer(rank=0)
+    with pytest.raises(ValueError, match=r"linformer: rank must be at least 1, got \(3, 0\)"):
+        linformer(rank=(3, 0))
+    with pytest.raises(ValueError, match=r"rank=\(3, 2, 1\) must have one entry for each head, expected 2, got 3"):
+        linformer(rank=(3, 2, 1))
+    with pytest.raises(
+        ValueError, match=r"a rank for each head, \(3, 2\), goes with compression='linear' and sharing='none'"
+    ):
+        linformer(rank=(3, 2), sharing="headwise")
     with pytest.raises(
         ValueError, match="option 'sharing' must be one of 'none', 'headwise', 'key_value', 'layerwise'"
     ):

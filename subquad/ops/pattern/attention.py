@@ -17,7 +17,7 @@ from torch import Tensor
 from subquad.mask import Mask
 from subquad.ops.pattern.blocked import attend_blocked
 from subquad.ops.pattern.flex import attend_flex
-from subquad.ops.pattern.request import Request, check_request, visible_pairs
+from subquad.ops.pattern.request import Request, check_request, visible_mask
 from subquad.ops.softmax import softmax_attention_with_lse
 from subquad.patterns.pattern import Pattern
 
@@ -25,7 +25,7 @@ from subquad.patterns.pattern import Pattern
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
     """The definition."""
     pattern = request.pattern.resolve(k.shape[2])
-    visible = visible_pairs(request, pattern, q.shape[1], range(q.shape[2]), range(k.shape[2]))
+    visible = visible_mask(request, pattern, q.shape[1], range(q.shape[2]), range(k.shape[2]))
     return softmax_attention_with_lse(q, k, v, visible.to(q.device), request.scale)
 
 

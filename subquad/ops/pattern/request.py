@@ -66,7 +66,7 @@ class Request:
         return self.offsets[min(example, len(self.offsets) - 1)]
 
 
-def visible_pairs(request: Request, pattern: Pattern, num_heads: int, rows: range, columns: range) -> Tensor:
+def visible_mask(request: Request, pattern: Pattern, num_heads: int, rows: range, columns: range) -> Tensor:
     """Which pairs are visible, pattern and facts together.
 
     Args:

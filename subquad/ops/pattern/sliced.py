@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.fused import fused_backward, fused_forward, lse_backward
-from subquad.ops.pattern.request import Facts, Request, visible_pairs
+from subquad.ops.pattern.request import Facts, Request, visible_mask
 from subquad.ops.piece import Bias, make_bias
 from subquad.patterns.pattern import UNBOUNDED, Pattern
 
@@ -71,7 +71,7 @@ def _make_slices(
         last = min(key_length, stop + max(request.offsets) - low)
         if first >= last:
             continue
-        visible = visible_pairs(request, pattern, num_heads, range(start, stop), range(first, last))
+        visible = visible_mask(request, pattern, num_heads, range(start, stop), range(first, last))
         bias = None if bool(visible.all()) else make_bias(visible, dtype)
         yield Slice(slice(start, stop), slice(first, last), bias)
 

@@ -18,7 +18,7 @@ from subquad.mask import Mask
 from subquad.ops.pattern import flex
 from subquad.ops.pattern.attention import attend_dense
 from subquad.ops.pattern.flex import attend_flex, block_classes, check_supported, make_block_mask
-from subquad.ops.pattern.request import Request, check_request, visible_pairs
+from subquad.ops.pattern.request import Request, check_request, visible_mask
 from subquad.patterns import (
     Block,
     BlockWindow,
@@ -98,7 +98,7 @@ def written_out(mask: BlockMask, shape: tuple[int, int, int, int]) -> Tensor:
 
 def assert_same_pairs(q: Tensor, k: Tensor, asked: Request) -> None:
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    expected = visible_pairs(asked, asked.pattern.resolve(k.shape[2]), q.shape[1], range(q.shape[2]), range(k.shape[2]))
+    expected = visible_mask(asked, asked.pattern.resolve(k.shape[2]), q.shape[1], range(q.shape[2]), range(k.shape[2]))
     assert torch.equal(written_out(make_block_mask(q, k, asked), shape), expected.expand(shape))
 
 
