@@ -1,4 +1,4 @@
-"""Writes what follows from the code: the tables in the README, a page for each mechanism, and the pictures of patterns.
+"""Writes what follows from the code: tables in README and CONTRIBUTING, pages of mechanisms, pictures of patterns.
 
 The tables of `docs/speed.md` follow from the figures under `results/speed/`. The pictures of `docs/patterns.md` are
 drawn from the expressions that stand there as the text of the image; those of mechanisms are read off the modules.

@@ -1,4 +1,4 @@
-"""subquad: every efficient-Transformer mechanism, implemented faithfully, proved, priced and chosen.
+"""subquad: the efficient-Transformer mechanisms of the literature, implemented faithfully, proved, priced and chosen.
 
 Names load lazily (PEP 562): `import subquad` is instant and doesn't import torch.
 """

@@ -135,3 +135,22 @@ def _check_mask(config: Mechanism, tokens: Tensor, mask: Mask, label: str) -> No
         able = ", ".join(mixers_with("global_tokens")) or "none"
         reason = f"{name} has no global tokens (mechanisms that have: {able})"
         leave_receipt(name, asked="global_tokens", ran="ignored", reason=reason)
+
+
+def check_stream_length(name: str, lengths: Tensor, max_length: int | None) -> None:
+    """Refuse streams that outgrow what a mixer is built for.
+
+    Args:
+        name: of the mechanism.
+        lengths: int64 (B,), tokens of the streams with those of the call.
+        max_length: the most; None for any number.
+
+    Raises:
+        ValueError: one of them is longer.
+    """
+    longest = max([0, *lengths.tolist()])
+    if max_length is not None and longest > max_length:
+        raise ValueError(
+            f"{name}: the stream has come to {longest} tokens but was built for max_length={max_length}; build it with "
+            "a larger max_length"
+        )

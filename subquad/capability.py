@@ -98,6 +98,12 @@ class Dims:
             raise ValueError(f"{owner}: positions='rotary' needs an even head_dim, got {self.head_dim}")
 
     @property
+    def longest_input(self) -> int:
+        """`max_length` of a mixer that can't be built without one."""
+        assert self.max_length is not None
+        return self.max_length
+
+    @property
     def inner_dim(self) -> int:
         """H * E, the width of all heads together."""
         return self.num_heads * self.head_dim

@@ -10,12 +10,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 Config = TypeVar("Config")
+
+COMMA = re.compile(r",(?![^\[]*\])")
+"""A comma outside brackets, in a list written on a command line: some values are lists themselves."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -81,13 +81,16 @@ class MixerConfig(_WrittenConfig, ABC):
 
     registry: ClassVar[Registry[type]] = MIXERS
     family: ClassVar[str] = "other"
-    """sparse, factorised, recurrent, attention-free or conditional; lists group by it."""
+    """dense, sparse, factorised, recurrent, attention-free or conditional; lists group by it."""
     placement: ClassVar[Literal["sublayer", "block"]] = "sublayer"
     """A sublayer gets the normalised stream; a block owns norm, residual and channel mixing."""
-    padded_structure: ClassVar[str] = ""
-    """What is laid over the padded length (blocks, landmarks), so that right padding changes the result; or nothing."""
     why_not_causal: ClassVar[str] = ""
     """Where options decide whether there is a causal form: why there is none, and which options give one."""
+
+    @property
+    def padded_structure(self) -> str:
+        """What is laid over the padded length (blocks, landmarks), so that right padding changes y; "" for nothing."""
+        return ""
 
     @property
     def prepended_tokens(self) -> int:

@@ -10,7 +10,6 @@ mechanism has equally many trials, or the sweep is refused: what may choose amon
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +18,8 @@ from typing import Any
 
 from subquad.benchmark.mixers import NamedMixer, parse_mixer
 from subquad.benchmark.runs import SetUp
-from subquad.config import field_names, nearest, read_value, write_option
+from subquad.config import COMMA, field_names, nearest, read_value, write_option
 from subquad.training.presets import Preset, TrainingSettings
-
-_COMMA = re.compile(r",(?![^\[]*\])")
-"""A comma outside brackets: some options are lists."""
 
 _EXAMPLE = "such as --grid learning_rate=1e-3,3e-4 or --grid local.window=9,17"
 
@@ -123,7 +119,7 @@ def make_trials(axes: Sequence[Axis], mixers: Sequence[NamedMixer], preset: Pres
 def _read_axis(text: str) -> Axis:
     key, _, values = text.partition("=")
     mechanism, _, name = key.strip().rpartition(".")
-    parts = [part.strip() for part in _COMMA.split(values)]
+    parts = [part.strip() for part in COMMA.split(values)]
     if not (name and all(parts)):
         raise ValueError(f"--grid {text!r}: expected name=value,value, {_EXAMPLE}")
     return Axis(mechanism, name, tuple(read_value(part) for part in parts))

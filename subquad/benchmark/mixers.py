@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.build import mixer_config
-from subquad.config import nearest, read_options
+from subquad.config import COMMA, nearest, read_options
 from subquad.interface import MixerConfig
 from subquad.registry import MIXERS, default_name, register
 
@@ -43,7 +43,7 @@ def parse_mixers(text: str) -> list[NamedMixer]:
     Raises:
         ValueError: nothing or something twice in the list, an unknown name or option, a file or class that isn't there.
     """
-    named = [parse_mixer(part.strip()) for part in text.split(",") if part.strip()]
+    named = [parse_mixer(part.strip()) for part in COMMA.split(text) if part.strip()]
     if not named:
         raise ValueError(f"expected mixers separated by commas, such as full,local:window=65; got {text!r}")
     for index, mixer in enumerate(named):

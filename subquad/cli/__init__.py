@@ -1,1 +1,1 @@
-"""The command line: one module a verb, over the layers below. Verbs load when they are called, not for `--help`."""
+"""The command line: a module for each verb, and what verbs share. Verbs load when they are called, not for `--help`."""

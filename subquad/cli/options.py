@@ -27,7 +27,8 @@ MixersOption = Annotated[
     str | None,
     typer.Option(
         "--mixers",
-        help="Mechanisms, separated by commas: name, name:option=value, ./file.py:ConfigClass.",
+        help="Mechanisms, separated by commas: name, name:option=value, ./file.py:ConfigClass; a list "
+        "stands in brackets: longformer:dilation=[1,2].",
         show_default="all",
     ),
 ]
@@ -35,7 +36,10 @@ Seeds = Annotated[int, typer.Option(min=1, help="Runs of each set-up, one a seed
 Seed = Annotated[int, typer.Option(min=0, help="First seed of initialisation, data order and dropout.")]
 Output = Annotated[Path, typer.Option(help="Folder of records and report.")]
 DEFAULT_OUTPUT = Path("subquad-results")
-Data = Annotated[Path | None, typer.Option(help="Folder with the task's own files, instead of generated ones.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Your own files, instead of generated ones: a folder, or for the text tasks also a file."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Measure again what is recorded already.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the runs, their sizes and the expected time; run nothing.")

@@ -17,7 +17,7 @@ from torch import Tensor
 from subquad.interface import Dims
 from subquad.layers.heads import Heads
 from subquad.mask import Mask, continue_segments, token_positions
-from subquad.ops.packing import append, has_gaps, put_back, take, valid_first
+from subquad.ops.packing import append, packing_order, put_back, take
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.pattern import Pattern
 from subquad.state import State, state_dataclass
@@ -102,11 +102,10 @@ def attend_stored(
     Raises:
         ValueError: segment numbers below the last stored one.
     """
-    assert heads.k is not None
-    assert heads.v is not None
-    cache, _, segments = store_keys(owner, state, heads.k, heads.v, heads.mask)
+    k, v = heads.keys_and_values()
+    cache, _, segments = store_keys(owner, state, k, v, heads.mask)
     valid = heads.mask.valid
-    order = valid_first(valid) if valid is not None and has_gaps(valid) else None
+    order = packing_order(valid)
     q, k, v = heads.q, cache.keys.to(heads.q.dtype), cache.values.to(heads.q.dtype)
     if order is not None:  # segments must not decrease, among the invalid queries at the end neither
         q, segments = take(q, order), take(segments, order).cummax(dim=1).values
@@ -221,15 +220,14 @@ def reads_stored_context(owner: str, filled: Tensor, heads: Heads) -> bool:
 
 def _store_context(owner: str, state: ContextCache, heads: Heads) -> ContextCache:
     if not reads_stored_context(owner, state.filled, heads):
-        assert heads.k is not None
-        assert heads.v is not None
-        key_valid = torch.ones_like(heads.k[:, 0, :, 0], dtype=torch.bool)
+        k, v = heads.keys_and_values()
+        key_valid = torch.ones_like(k[:, 0, :, 0], dtype=torch.bool)
         key_segments = torch.zeros_like(key_valid, dtype=torch.int64)
         state = ContextCache(
             state.length,
             torch.ones_like(state.filled),
-            heads.k.to(state.keys.dtype),
-            heads.v.to(state.values.dtype),
+            k.to(state.keys.dtype),
+            v.to(state.values.dtype),
             key_valid if heads.key_mask.valid is None else heads.key_mask.valid,
             key_segments if heads.key_mask.segments is None else heads.key_mask.segments.long(),
             torch.full_like(state.filled, heads.key_mask.segments is not None),

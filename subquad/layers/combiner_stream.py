@@ -7,7 +7,7 @@ from torch import Tensor
 
 from subquad.interface import Dims
 from subquad.ops.combiner.stream import Kept, Sights, Summaries
-from subquad.ops.combiner.stream_regions import NOTHING
+from subquad.ops.combiner.stream_regions import NO_REGION
 from subquad.ops.packing import append, take
 from subquad.state import State, state_dataclass
 
@@ -75,7 +75,7 @@ def left(state: CombinerState, kept: Kept, summaries: Summaries, sights: Sights)
     positions = first[:, None] + torch.arange(max([0, *counts.tolist()]), device=first.device)
     columns, there = kept.columns(positions)
     numbers = sights.kept(kept.end)
-    stand, needed = summaries.columns(numbers), numbers < NOTHING
+    stand, needed = summaries.columns(numbers), numbers < NO_REGION
     dtype = state.keys.dtype
     q, k, v, x = (_pick(part, columns, there, dtype) for part in (kept.q, kept.k, kept.v, kept.x[:, None]))
     keys, values = (_pick(part, stand, needed, dtype) for part in (summaries.keys, summaries.values))

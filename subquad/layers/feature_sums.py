@@ -76,10 +76,9 @@ class FeatureSumMixer(HeadMixer):
             reference = state.reference.to(dtype) if feature_map.exponential else None
             before = Sums(state.values.to(dtype), state.features.to(dtype), reference)
         if self.dims.causal:
-            assert heads.k is not None
-            assert heads.v is not None
+            k, v = heads.keys_and_values()
             settings = Settings(feature_map, epsilon, self.chunk)
-            out, after = causal_sums(heads.q, heads.k, heads.v, before, settings, heads.mask.valid)
+            out, after = causal_sums(heads.q, k, v, before, settings, heads.mask.valid)
         else:
             after = self._sum_context(heads, before, state, feature_map)
             out = read_sums(heads.q, after, feature_map, epsilon=epsilon)
@@ -90,9 +89,8 @@ class FeatureSumMixer(HeadMixer):
         if isinstance(state, FeatureSums) and reads_stored_context(self.config.name, state.filled, heads):
             assert before is not None
             return before
-        assert heads.k is not None
-        assert heads.v is not None
-        return sum_keys(heads.k, heads.v, feature_map, heads.key_mask.valid)
+        k, v = heads.keys_and_values()
+        return sum_keys(k, v, feature_map, heads.key_mask.valid)
 
 
 def feature_sum_cost(

@@ -44,6 +44,12 @@ class Heads(NamedTuple):
     mask: Mask
     key_mask: Mask
 
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """K and v of a call that brought them: any but one of cross-attention whose context lies in the state."""
+        assert self.k is not None
+        assert self.v is not None
+        return self.k, self.v
+
 
 class Attended(NamedTuple):
     """What `attend` returns where there is a loss of its own.
@@ -93,7 +99,7 @@ class HeadMixer(TokenMixer):
         if self.dims.positions == "rotary":
             q, k = self._rotate(q, k, mask, key_mask, state)
         heads = Heads(x, q, k, v, mask or Mask(), key_mask or Mask())
-        out, new_state, *aux_loss = self.attend(heads, state)
+        out, new_state, *aux_loss = self.attend(heads, state)  # the third, where there is one
         y = self.project_out(merge_heads(out.to(x.dtype)))
         return Mixed(self.dropout(y), new_state, *aux_loss)
 

@@ -1,4 +1,4 @@
-"""Learned numbers for pairs of positions, and the memory of means over keys that positions may still change."""
+"""Learned numbers for pairs of positions, which are added to keys."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from subquad.ops.means.position_bias import FactorisedBias, KernelBias, PositionBias
-from subquad.ops.means.running_means import NOTHING
 from subquad.ops.recomputed import recomputed
-from subquad.state import State, state_dataclass
 
 KERNEL_EPSILON = 1e-5
 """Added to the variance of a kernel."""
 
 
-class Positions(nn.Module, ABC):
+class LearnedPositions(nn.Module, ABC):
     """Learned numbers for pairs of positions."""
 
     @abstractmethod
@@ -34,7 +32,7 @@ class Positions(nn.Module, ABC):
         """Draw the parameters."""
 
 
-class FactorisedPositions(Positions):
+class FactorisedPositions(LearnedPositions):
     """Products of short vectors of the positions up to a longest."""
 
     def __init__(self, longest: int, rank: int, std: float) -> None:
@@ -58,7 +56,7 @@ class FactorisedPositions(Positions):
         return FactorisedBias(self.rows[positions[:, stored:]], self.columns[positions])
 
 
-class KernelPositions(Positions):
+class KernelPositions(LearnedPositions):
     """Kernels over distances, γ (κ - mean κ) / std κ + β, that begin with γ = β = 0."""
 
     def __init__(self, heads: int, size: int, left: int, width: int | None) -> None:
@@ -84,62 +82,3 @@ def _normed(kernels: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     kernels, gain, shift = kernels.to(wide), gain.to(wide), shift.to(wide)
     centred = kernels - kernels.mean(dim=1, keepdim=True)
     return gain * centred * (centred.square().mean(dim=1, keepdim=True) + KERNEL_EPSILON).rsqrt() + shift
-
-
-@state_dataclass
-class KeyMemory(State):
-    """The mean over keys out of the reach of positions, and the keys and values in it, the newest last.
-
-    Attributes:
-        length: int64 (B,).
-        weight: (B, G, 1, E or 1), logarithm of the weight of the mean; `NOTHING` while there is none.
-        mean: (B, G, 1, E).
-        keys: (B, G, T, E or 1); columns that hold no token are `NOTHING`.
-        values: (B, G, T, E).
-    """
-
-    weight: Tensor
-    mean: Tensor
-    keys: Tensor
-    values: Tensor
-
-
-def empty_memory(
-    shape: tuple[int, int], widths: tuple[int, int], stored: int, device: torch.device, dtype: torch.dtype
-) -> KeyMemory:
-    """Nothing seen yet: `shape` (B, G), widths of keys and values, T."""
-    length = torch.zeros(shape[0], dtype=torch.int64, device=device)
-    weight, keys = (torch.full((*shape, n, widths[0]), NOTHING, device=device, dtype=dtype) for n in (1, stored))
-    mean, values = (torch.zeros((*shape, n, widths[1]), device=device, dtype=dtype) for n in (1, stored))
-    return KeyMemory(length, weight, mean, keys, values)
-
-
-def extended(memory: KeyMemory, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, G, 1 + T + L, ·) that a call meets: the mean as the first, the stored ones, its own."""
-    wide = memory.keys.dtype
-    return (
-        torch.cat((memory.weight, memory.keys, k.to(wide)), dim=2),
-        torch.cat((memory.mean, memory.values, v.to(wide)), dim=2),
-    )
-
-
-def remembered(memory: KeyMemory, k: Tensor, v: Tensor, added: Tensor, stored: int | None) -> KeyMemory:
-    """The memory after a call.
-
-    Args:
-        memory: the one before it.
-        k: (B, G, 1 + T + L, E or 1), as `extended` gives it.
-        v: (B, G, 1 + T + L, E).
-        added: int64 (B,), valid tokens of the call, which precede its invalid ones.
-        stored: columns to keep, T of the new memory; None for all tokens.
-    """
-    length = memory.length + added
-    kept = max([0, *length.tolist()]) if stored is None else stored
-    first = (1 + memory.keys.shape[2] + added - kept)[:, None, None, None]
-    index = (first + torch.arange(kept, device=k.device)[:, None]).clamp_min(0)  # before all there is the empty mean
-    keys, values = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
-    places = torch.arange(k.shape[2], device=k.device)[:, None]
-    left = k.masked_fill((places > 0) & (places >= first), -torch.inf)
-    weight = left.logsumexp(dim=2, keepdim=True)
-    mean = (left.softmax(dim=2) * v).sum(dim=2, keepdim=True)
-    return KeyMemory(length, weight, mean, keys, values)

@@ -16,7 +16,7 @@ from subquad.layers.heads import HeadMixer, Heads
 from subquad.ops.head_split import merge_heads
 from subquad.ops.memory.attention import Memory, project_memory
 from subquad.ops.memory.sinusoids import distance_sinusoids
-from subquad.ops.packing import has_gaps, take, valid_first
+from subquad.ops.packing import packing_order, take
 from subquad.ops.projection import project
 
 DEVIATION = 0.02
@@ -57,12 +57,10 @@ class MemoryMixer(HeadMixer):
 
     def pack(self, heads: Heads) -> Packed:
         """The call with its padding taken out."""
-        (x, q, k, v), valid = heads[:4], heads.mask.valid
-        assert k is not None
-        assert v is not None
-        if valid is None or not has_gaps(valid):
+        x, q, order = heads.x, heads.q, packing_order(heads.mask.valid)
+        k, v = heads.keys_and_values()
+        if order is None:
             return Packed(x, q, k, v, None)
-        order = valid_first(valid)
         return Packed(take(x[:, None], order)[:, 0], take(q, order), take(k, order), take(v, order), order)
 
     def join(self, hidden: Tensor, call: Packed, *, apart: bool) -> tuple[Tensor, Tensor, Memory | None]:

@@ -32,7 +32,7 @@ class ScoreOptions:
 
     def factors(self, dims: Dims) -> tuple[int, int]:
         """Numbers in the stretched and in the tiled factor of factorised dense scores."""
-        longest = longest_input(dims)
+        longest = dims.longest_input
         stretched = math.isqrt(longest - 1) + 1 if self.factor is None else min(self.factor, longest)
         return stretched, -(-longest // stretched)
 
@@ -66,7 +66,7 @@ class PositionTable(nn.Module):
     def __init__(self, options: ScoreOptions, dims: Dims, width: int, *, std: float, salt: int = 0) -> None:
         super().__init__()
         self.std = std
-        shape = dims.num_heads, longest_input(dims), width
+        shape = dims.num_heads, dims.longest_input, width
         if options.trainable:
             self.values = nn.Parameter(torch.empty(shape))
             self.initialise()
@@ -77,7 +77,7 @@ class PositionTable(nn.Module):
     @staticmethod
     def size(options: ScoreOptions, dims: Dims, width: int) -> int:
         """Number of parameters."""
-        return dims.num_heads * longest_input(dims) * width if options.trainable else 0
+        return dims.num_heads * dims.longest_input * width if options.trainable else 0
 
     def initialise(self) -> None:
         """Draw learned numbers."""
@@ -111,12 +111,6 @@ class HeadLinear(nn.Module):
         return found if self.bias is None else found + self.bias[:, None, :width].to(hidden.dtype)
 
 
-def longest_input(dims: Dims) -> int:
-    """`max_length`, which every mixer with scores of positions is built with."""
-    assert dims.max_length is not None
-    return dims.max_length
-
-
 def head_projection(dims: Dims) -> nn.Linear:
     """From D to H * E."""
     projection = Projection(dims.embed_dim, dims.inner_dim, bias=dims.bias)
@@ -124,7 +118,7 @@ def head_projection(dims: Dims) -> nn.Linear:
     return projection
 
 
-def projections_cost(dims: Dims, length: int, dtype_bytes: int, *, count: int) -> Cost:
+def head_projections_cost(dims: Dims, length: int, dtype_bytes: int, *, count: int) -> Cost:
     """The price of so many projections into heads, whose results are kept."""
     weights = dims.embed_dim * dims.inner_dim
     return Cost(

@@ -148,30 +148,26 @@ class RecurrentMixer(TokenMixer):
 
     def _norm_and_gate(self, out: Tensor, x: Tensor) -> Tensor:
         """(B, L, H, Ev) -> (B, L, H * Ev)."""
-        tensors = [out]
-        if self.project_gate is not None:
-            tensors.append(self.project_gate(x))
-        if self.norm_gain is not None:
-            tensors.append(self.norm_gain)
-        return recomputed(partial(norm_and_gate, centred=self.heads.centred, gate=self.heads.gate), *tensors)
+        gate = None if self.project_gate is None else self.project_gate(x)
+        return recomputed(partial(norm_and_gate, centred=self.heads.centred), out, gate, self.norm_gain)
 
 
-def norm_and_gate(x: Tensor, *others: Tensor, centred: bool, gate: bool) -> Tensor:
+def norm_and_gate(x: Tensor, gate: Tensor | None, gain: Tensor | None, *, centred: bool) -> Tensor:
     """Norm of each head, times the gain, times swish of the gate.
 
     Args:
         x: (B, L, H, Ev), float32 or wider.
-        *others: the gate (B, L, H * Ev) where there is one, then the gain (Ev,) where there is one.
+        gate: (B, L, H * Ev); None for no gate.
+        gain: (Ev,); None for 1.
         centred: whether the mean is subtracted.
-        gate: whether there is a gate.
 
     Returns:
         (B, L, H * Ev), the dtype of x.
     """
-    gain = others[-1].to(x.dtype) if len(others) > gate else None
+    gain = None if gain is None else gain.to(x.dtype)
     normed = F.layer_norm(x, x.shape[-1:], gain, None, NORM_EPSILON) if centred else _root_mean_square_norm(x, gain)
     normed = normed.flatten(2)
-    return normed * F.silu(others[0].to(x.dtype)) if gate else normed
+    return normed if gate is None else normed * F.silu(gate.to(x.dtype))
 
 
 def _root_mean_square_norm(x: Tensor, gain: Tensor | None) -> Tensor:

@@ -21,10 +21,10 @@ from subquad.layers.position_scores import (
     PositionTable,
     ScoreOptions,
     head_projection,
-    longest_input,
-    projections_cost,
+    head_projections_cost,
 )
 from subquad.ops.head_split import split_heads
+from subquad.ops.softmax import masked_softmax
 
 
 class Component(nn.Module, ABC):
@@ -66,7 +66,7 @@ class DotProduct(Component):
     @staticmethod
     def cost(options: ScoreOptions, dims: Dims, length: int, pairs: int, dtype_bytes: int) -> Cost:
         """Two projections, whose results are kept."""
-        return projections_cost(dims, length, dtype_bytes, count=2) + Cost(flops=2 * pairs * dims.inner_dim)
+        return head_projections_cost(dims, length, dtype_bytes, count=2) + Cost(flops=2 * pairs * dims.inner_dim)
 
     def prepare(self, x: Tensor, places: Places) -> Tensor:
         """Queries."""
@@ -87,13 +87,13 @@ class Dense(Component):
     def __init__(self, options: ScoreOptions, dims: Dims) -> None:
         super().__init__(options, dims)
         self.project_hidden = head_projection(dims)
-        self.of_positions = HeadLinear(dims, longest_input(dims))
+        self.of_positions = HeadLinear(dims, dims.longest_input)
 
     @staticmethod
     def cost(options: ScoreOptions, dims: Dims, length: int, pairs: int, dtype_bytes: int) -> Cost:
         """One projection, whose result is kept, and products with a vector for every position."""
-        second = Cost(flops=2 * pairs * dims.inner_dim, parameters=HeadLinear.size(dims, longest_input(dims)))
-        return projections_cost(dims, length, dtype_bytes, count=1) + second
+        second = Cost(flops=2 * pairs * dims.inner_dim, parameters=HeadLinear.size(dims, dims.longest_input))
+        return head_projections_cost(dims, length, dtype_bytes, count=1) + second
 
     def prepare(self, x: Tensor, places: Places) -> Tensor:
         """The hidden layer."""
@@ -121,7 +121,7 @@ class FactorisedDense(Component):
     def cost(options: ScoreOptions, dims: Dims, length: int, pairs: int, dtype_bytes: int) -> Cost:
         """One projection and the short vectors, all kept."""
         factors = options.factors(dims)
-        return projections_cost(dims, length, dtype_bytes, count=1) + Cost(
+        return head_projections_cost(dims, length, dtype_bytes, count=1) + Cost(
             flops=2 * length * dims.inner_dim * sum(factors),
             activation_bytes=dtype_bytes * length * dims.num_heads * sum(factors),
             parameters=sum(HeadLinear.size(dims, factor) for factor in factors),
@@ -148,12 +148,12 @@ class Random(Component):
 
     def __init__(self, options: ScoreOptions, dims: Dims) -> None:
         super().__init__(options, dims)
-        self.table = PositionTable(options, dims, longest_input(dims), std=1.0)
+        self.table = PositionTable(options, dims, dims.longest_input, std=1.0)
 
     @staticmethod
     def cost(options: ScoreOptions, dims: Dims, length: int, pairs: int, dtype_bytes: int) -> Cost:
         """Nothing but the table."""
-        return Cost(parameters=PositionTable.size(options, dims, longest_input(dims)))
+        return Cost(parameters=PositionTable.size(options, dims, dims.longest_input))
 
     def initialise(self) -> None:
         """Draw the table."""
@@ -234,9 +234,3 @@ def attend_slice(
     if weights is not None:
         scores = [weight * part for weight, part in zip(weights.to(wide), scores, strict=True)]
     return masked_softmax(sum(scores[1:], scores[0]), visible) @ v
-
-
-def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
-    """The weights of the visible keys, (B, H, R, W); 0 in rows without any."""
-    anything = visible.any(dim=-1, keepdim=True)
-    return scores.masked_fill(~visible & anything, -torch.inf).softmax(dim=-1) * anything

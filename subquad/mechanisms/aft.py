@@ -27,26 +27,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from subquad.calls import check_stream_length
 from subquad.costs import Cost, window_sides
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.layers.heads import initialise_projection
-from subquad.layers.key_positions import (
-    FactorisedPositions,
-    KernelPositions,
-    KeyMemory,
-    Positions,
-    empty_memory,
-    extended,
-    remembered,
-)
-from subquad.layers.position_scores import longest_input
+from subquad.layers.key_memory import KeyMemory, empty_memory, joined_keys, next_memory
+from subquad.layers.key_positions import FactorisedPositions, KernelPositions, LearnedPositions
 from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.means.biased_means import biased_means
-from subquad.ops.means.running_means import NOTHING
+from subquad.ops.means.running_means import LOG_ZERO
 from subquad.ops.means.strip_geometry import Reach, count_pairs
-from subquad.ops.packing import has_gaps, put_back, take, valid_first
+from subquad.ops.packing import packing_order, put_back, take
 from subquad.registry import register
 from subquad.state import State
 
@@ -122,14 +115,14 @@ class AftConfig(MixerConfig):
         """The module."""
         return Aft(self, dims)
 
-    def positions(self, dims: Dims) -> Positions | None:
+    def positions(self, dims: Dims) -> LearnedPositions | None:
         """The learned numbers."""
         if self.kind == "simple":
             return None
         if self.kind == "conv":
             left, _ = window_sides("aft", self.kernel, causal=dims.causal)
             return KernelPositions(dims.num_heads, self._kernel_size, left, self.columns)
-        return FactorisedPositions(longest_input(dims), self.rank, FACTOR_STD)
+        return FactorisedPositions(dims.longest_input, self.rank, FACTOR_STD)
 
     @property
     def _kernel_size(self) -> int:
@@ -163,7 +156,7 @@ class AftConfig(MixerConfig):
         if self.kind == "conv":
             numbers = dims.num_heads * self._kernel_size
             return Cost(activation_bytes=wide * numbers, parameters=numbers + 2 * dims.num_heads)
-        return Cost(flops=2 * pairs * self.rank, parameters=2 * longest_input(dims) * self.rank)
+        return Cost(flops=2 * pairs * self.rank, parameters=2 * dims.longest_input * self.rank)
 
 
 class Aft(TokenMixer):
@@ -202,18 +195,19 @@ class Aft(TokenMixer):
         q, k, v = (self._split(layer(x)) for layer in (self.project_query, self.project_key, self.project_value))
         if valid is not None:
             wide = torch.promote_types(k.dtype, torch.float32)
-            k = k.to(wide).masked_fill(~valid[:, None, :, None], NOTHING)
+            k = k.to(wide).masked_fill(~valid[:, None, :, None], LOG_ZERO)
             v = v.masked_fill(~valid[:, None, :, None], 0.0)
-        order = valid_first(valid) if valid is not None and self.config.columns is None and has_gaps(valid) else None
+        order = packing_order(valid) if self.config.columns is None else None  # a pixel keeps its place
         if order is not None:
             q, k, v = (take(tensor, order) for tensor in (q, k, v))
         starts, new_state = None, None
         if isinstance(state, KeyMemory):
             starts = state.length
             added = torch.full_like(starts, x.shape[1]) if valid is None else valid.sum(dim=1)
-            self._check_length(starts + added)
-            k, v = extended(state, k, v)
-            new_state = remembered(state, k, v, added, self.config.reach(causal=True).left)
+            if self.config.traits.fixed_length:
+                check_stream_length("aft", starts + added, self.dims.max_length)
+            k, v = joined_keys(state, k, v)
+            new_state = next_memory(state, k, v, added, self.config.reach(causal=True).left)
         stored, reach = k.shape[2] - x.shape[1], self.config.reach(causal=self.dims.causal)
         bias = None if self.positions is None else self.positions.bias(starts, x.shape[1], stored)
         out = biased_means(q, k, v, bias, reach)
@@ -223,11 +217,3 @@ class Aft(TokenMixer):
     def _split(self, x: Tensor) -> Tensor:
         """(B, L, ·) -> (B, G, L, ·)."""
         return split_heads(x, self.groups)
-
-    def _check_length(self, lengths: Tensor) -> None:
-        longest = max([0, *lengths.tolist()])
-        if self.config.traits.fixed_length and longest > longest_input(self.dims):
-            raise ValueError(
-                f"aft: the stream has come to {longest} tokens but was built for max_length={self.dims.max_length}; "
-                "build it with a larger max_length"
-            )

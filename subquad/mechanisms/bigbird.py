@@ -29,7 +29,7 @@ from torch import Tensor
 
 from subquad.costs import Cost, visible_pairs
 from subquad.interface import Dims, MixerConfig, TokenMixer, Traits
-from subquad.layers.global_stream import Sharing, StreamMixer, StreamOptions, stream_cost
+from subquad.layers.global_local import GlobalLocalMixer, GlobalLocalOptions, Sharing, global_local_cost
 from subquad.layers.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask
 from subquad.ops.pattern.attention import pattern_attention
@@ -53,7 +53,6 @@ class BigBirdConfig(MixerConfig):
     """Options of BigBird. Those of the other kind must be left out."""
 
     family: ClassVar[str] = "sparse"
-    padded_structure: ClassVar[str] = "the last block and the random blocks"
 
     kind: Literal["itc", "etc"] = "itc"
     """Global tokens are tokens of the input ("itc") or a stream of their own ("etc")."""
@@ -115,19 +114,24 @@ class BigBirdConfig(MixerConfig):
         return Traits(bidirectional=True, padding=True)
 
     @property
+    def padded_structure(self) -> str:
+        """Of blocks alone; a global stream has none."""
+        return "the last block and the random blocks" if self.kind == "itc" else ""
+
+    @property
     def prepended_tokens(self) -> int:
         """The global stream."""
         return self.num_global or 0
 
     @property
-    def streams(self) -> StreamOptions:
+    def global_local(self) -> GlobalLocalOptions:
         """The options of "etc"."""
         assert self.num_global is not None
         assert self.window is not None
         assert self.max_distance is not None
         assert self.sharing is not None
         assert self.share_output is not None
-        return StreamOptions(
+        return GlobalLocalOptions(
             num_global=self.num_global,
             radius=(self.window - 1) // 2,
             max_distance=self.max_distance,
@@ -144,12 +148,12 @@ class BigBirdConfig(MixerConfig):
 
     def build(self, dims: Dims) -> TokenMixer:
         """The module."""
-        return BigBird(self, dims) if self.kind == "itc" else StreamMixer(self, dims, self.streams)
+        return BigBird(self, dims) if self.kind == "itc" else GlobalLocalMixer(self, dims, self.global_local)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
         """Projections and the visible pairs."""
         if self.kind == "etc":
-            return stream_cost(self.streams, dims, length, dtype_bytes)
+            return global_local_cost(self.global_local, dims, length, dtype_bytes)
         pairs = _block_pairs(self, length)
         return projection_cost(dims, length, dtype_bytes) + attention_cost(dims, length, pairs, dtype_bytes)
 
@@ -194,7 +198,6 @@ class BigBird(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """One pattern for all examples; padding is left out of it."""
-        assert heads.k is not None
-        assert heads.v is not None
+        k, v = heads.keys_and_values()
         pattern = self.config.pattern(heads.q.shape[2], layer=self.dims.layer, num_heads=self.dims.num_heads)
-        return pattern_attention(heads.q, heads.k, heads.v, pattern, mask=Mask(heads.mask.valid)), None
+        return pattern_attention(heads.q, k, v, pattern, mask=Mask(heads.mask.valid)), None

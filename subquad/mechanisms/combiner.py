@@ -53,7 +53,7 @@ from subquad.ops.combiner.joint_mixture import JointMixture
 from subquad.ops.combiner.levels import Logsparse
 from subquad.ops.combiner.plans import Fixed, Plan
 from subquad.ops.combiner.stream import Members, Sights, pooled_summaries
-from subquad.ops.packing import has_gaps, put_back, take, valid_first
+from subquad.ops.packing import packing_order, put_back, take
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.blocks import Block
 from subquad.registry import register
@@ -214,12 +214,11 @@ class Combiner(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Attend by the plan, with the valid tokens first."""
-        assert heads.k is not None
-        assert heads.v is not None
+        k, v = heads.keys_and_values()
         valid = heads.mask.valid
-        order = valid_first(valid) if valid is not None and has_gaps(valid) else None
+        order = packing_order(valid)
         if order is not None and valid is not None:
-            q, k, v, x = (take(tensor, order) for tensor in (heads.q, heads.k, heads.v, heads.x[:, None]))
+            q, k, v, x = (take(tensor, order) for tensor in (heads.q, k, v, heads.x[:, None]))
             heads = Heads(x[:, 0], q, k, v, Mask(take(valid, order)), Mask())
         if isinstance(state, CombinerState):
             out, state = self._continue(heads, state)
@@ -232,12 +231,11 @@ class Combiner(HeadMixer):
 
     def _continue(self, heads: Heads, before: CombinerState) -> tuple[Tensor, CombinerState]:
         """Attend to what is stored too, and store; a stream begins with all its tokens at once."""
-        assert heads.k is not None
-        assert heads.v is not None
+        k, v = heads.keys_and_values()
         q, valid, sights, begins = heads.q, heads.mask.valid, self.config.sights, not bool(before.length.any())
         added = torch.full_like(before.length, q.shape[2]) if valid is None else valid.sum(dim=1)
         x = heads.x if self.config.projects_rows else heads.x[..., :0]
-        kept = extend(before, q, heads.k, heads.v, x, added, sights)
+        kept = extend(before, q, k, v, x, added, sights)
         wanted = sights.needed(kept.end) if begins else sights.closed(before.length, kept.end)
         pooled, rows = partial(pooled_summaries, self._summarize), partial(self._summarize_rows, x.dtype)
         made = sights.summarise(kept, wanted, rows if self.config.plans()[0].asks_tokens else pooled)
@@ -268,11 +266,10 @@ class Combiner(HeadMixer):
 
     def _by_plans(self, heads: Heads) -> Tensor:
         config, dims = self.config, self.dims
-        assert heads.k is not None
-        assert heads.v is not None
+        k, v = heads.keys_and_values()
         found = [
             combiner_attention(
-                heads.q, heads.k, heads.v, plan, causal=dims.causal, valid=heads.mask.valid, summarize=self._summarize
+                heads.q, k, v, plan, causal=dims.causal, valid=heads.mask.valid, summarize=self._summarize
             )
             for plan in config.plans()
         ]
@@ -280,9 +277,8 @@ class Combiner(HeadMixer):
 
     def _by_rows(self, heads: Heads, row_summary: RowSummary) -> Tensor:
         """Average rows by the queries of their tokens, and make keys of the averages."""
-        assert heads.k is not None
-        assert heads.v is not None
-        x, q, k, v, valid = heads.x, heads.q, heads.k, heads.v, heads.mask.valid
+        k, v = heads.keys_and_values()
+        x, q, valid = heads.x, heads.q, heads.mask.valid
         plan, length, kept = self.config.grid, q.shape[2], valid
         missing = 0 if self.dims.causal or not length else -length % plan.unit(length)
         if missing:
@@ -295,6 +291,4 @@ class Combiner(HeadMixer):
         value = pattern_attention(q, k, v, rows, key_valid=kept)
         average = value if self.config.row_summary == "proj" else pattern_attention(q, k, k, rows, key_valid=kept)
         key = self.split(row_summary(x, average.to(x.dtype).transpose(1, 2).flatten(2)))
-        return combiner_attention_with_summaries(
-            heads.q, heads.k, heads.v, key, value, plan, causal=self.dims.causal, valid=valid
-        )
+        return combiner_attention_with_summaries(heads.q, k, v, key, value, plan, causal=self.dims.causal, valid=valid)

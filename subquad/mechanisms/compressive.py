@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from subquad.costs import Cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.compression import Decoder, Kind, compression, convolution_cost
-from subquad.layers.compressive_price import attention_loss_price, attention_price, decoding_loss_price
+from subquad.layers.compressive_cost import attention_loss_cost, decoding_loss_cost, memories_cost
 from subquad.layers.compressive_stream import CompressiveState, Sizes, Stream, begin, note_untaught, store
 from subquad.layers.heads import Attended, Heads, projection_cost
 from subquad.layers.memory_mixer import DEVIATION, MemoryMixer, Packed
@@ -187,13 +187,13 @@ class CompressiveConfig(MixerConfig):
         zeros, chosen = (sizes.zero_tokens, sizes.zero_rows), self.compression == "most_used"
         held = (sizes.hidden + sizes.compressed) * dims.embed_dim + sizes.usage
         total = projection_cost(dims, length, dtype_bytes) + Cost(state_bytes=held * max(4, dtype_bytes))
-        total += attention_price(dims, length, dtype_bytes, seen, zeros=zeros, own_positions=official, chosen=chosen)
+        total += memories_cost(dims, length, dtype_bytes, seen, zeros=zeros, own_positions=official, chosen=chosen)
         if self.learns:
             total += convolution_cost(dims.embed_dim, self.kernel, self.used_dilations, seen.rows, dtype_bytes)
         if self.trained_by == "attention":
-            total += attention_loss_price(dims, seen, dtype_bytes)
+            total += attention_loss_cost(dims, seen, dtype_bytes)
         if self.trained_by == "autoencoding":
-            total += decoding_loss_price(dims, seen, self.rate, dtype_bytes)
+            total += decoding_loss_cost(dims, seen, self.rate, dtype_bytes)
         return total
 
 

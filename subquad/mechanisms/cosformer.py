@@ -23,6 +23,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.calls import check_stream_length
 from subquad.costs import Cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.feature_sums import FeatureSumMixer, feature_sum_cost
@@ -123,7 +124,7 @@ class Cosformer(FeatureSumMixer):
         start, k, v = None if state is None else state.length, heads.k, heads.v
         if start is not None:
             added = heads.q.shape[2] if heads.mask.valid is None else heads.mask.valid.sum(dim=1)
-            self._check_length(start + added)
+            check_stream_length("cosformer", start + added, self.dims.max_length)
         with full_precision(heads.q.device):
             cosines = self._cosines(heads.q, heads.mask, start)
             q = _features(heads.q, cosines)
@@ -134,19 +135,10 @@ class Cosformer(FeatureSumMixer):
 
     def _cosines(self, x: Tensor, mask: Mask, start: Tensor | None) -> Cosines:
         """Of the positions of the tokens of x (B, H, L, E); angles are computed in float64."""
-        assert self.dims.max_length is not None
         positions = token_positions(mask, x.shape[0], x.shape[2], device=x.device, start=start)
-        angles = positions[:, None, :, None].double() * (math.pi / (2 * self.dims.max_length))
+        angles = positions[:, None, :, None].double() * (math.pi / (2 * self.dims.longest_input))
         wide = torch.promote_types(x.dtype, torch.float32)
         return Cosines(angles.cos().to(wide), angles.sin().to(wide))
-
-    def _check_length(self, length: Tensor) -> None:
-        assert self.dims.max_length is not None
-        if length.numel() and int(length.max()) > self.dims.max_length:
-            raise ValueError(
-                f"cosformer: the stream has {int(length.max())} tokens but was built for max_length="
-                f"{self.dims.max_length}; build it with a larger max_length"
-            )
 
 
 def _features(x: Tensor, cosines: Cosines) -> Tensor:

@@ -44,7 +44,7 @@ from subquad.layers.recurrent import (
     scaled_width,
 )
 from subquad.mask import Mask
-from subquad.ops.packing import has_gaps, put_back, take, valid_first
+from subquad.ops.packing import packing_order, put_back, take
 from subquad.ops.recomputed import recomputed
 from subquad.ops.recurrence.short_convolution import short_convolution, unit_vectors
 from subquad.registry import register
@@ -177,7 +177,7 @@ class Delta(RecurrentMixer):
     ) -> tuple[Tensor, State | None]:
         """Convolve, divide by lengths, and store by the delta rule; padding is taken out first."""
         valid = mask.valid
-        order = valid_first(valid) if valid is not None and has_gaps(valid) else None
+        order = packing_order(valid)
         if valid is not None and order is not None:
             x, *moved = (take(tensor[:, None], order)[:, 0] for tensor in (x, *qkv))
             qkv, mask = (moved[0], moved[1], moved[2]), Mask(take(valid, order))
@@ -193,13 +193,10 @@ class Delta(RecurrentMixer):
         """Queries, keys and values in heads, float32 or wider, (B, H, L, ·)."""
         taps = [None] * 3 if self.taps is None else self.taps.split(self.channels, dim=1)
         past = [None] * 3 if before is None else before.recent.split(self.channels, dim=2)
-        prepared = []
-        for x, own_taps, own_past, unit in zip(qkv, taps, past, (True, True, False), strict=True):
-            others = [] if own_taps is None else [own_taps] if own_past is None else [own_taps, own_past]
-            prepared.append(
-                self.split(recomputed(partial(_activate, heads=self.dims.num_heads, unit=unit), x, *others))
-            )
-        return prepared
+        return [
+            self.split(recomputed(partial(_activate, heads=self.dims.num_heads, unit=unit), x, own_taps, own_past))
+            for x, own_taps, own_past, unit in zip(qkv, taps, past, (True, True, False), strict=True)
+        ]
 
     def _beta(self, x: Tensor) -> Tensor:
         """β, (B, H, L)."""
@@ -214,10 +211,11 @@ class Delta(RecurrentMixer):
         return self.split(recomputed(_log_decays, self.project_decay(x), self.log_rate, self.rate_bias))
 
 
-def _activate(x: Tensor, *others: Tensor, heads: int, unit: bool) -> Tensor:
-    """Silu of the convolution of x (B, L, C), each head a unit vector or not; `others` are the taps and the past."""
+def _activate(x: Tensor, taps: Tensor | None, past: Tensor | None, *, heads: int, unit: bool) -> Tensor:
+    """Silu of x (B, L, C), convolved behind its past where there are taps, each head a unit vector or not."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    x = F.silu(short_convolution(*(tensor.to(wide) for tensor in (x, *others))) if others else x.to(wide))
+    x, past = x.to(wide), None if past is None else past.to(wide)
+    x = F.silu(x if taps is None else short_convolution(x, taps.to(wide), past))
     return unit_vectors(x.unflatten(-1, (heads, -1))).flatten(-2) if unit else x
 
 

@@ -82,9 +82,8 @@ class Full(HeadMixer):
             return self._attend_context(heads, state)
         if isinstance(state, KeyValueCache):
             return attend_cached("full", heads, Causal(), state)
-        assert heads.k is not None
-        assert heads.v is not None
-        return _attend_sequence(heads.q, heads.k, heads.v, heads.mask, causal=self.dims.causal), None
+        k, v = heads.keys_and_values()
+        return _attend_sequence(heads.q, k, v, heads.mask, causal=self.dims.causal), None
 
     def _attend_context(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         k, v, key_valid, key_segments, new_state = read_context("full", heads, state)

@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subquad.calls import check_stream_length
 from subquad.costs import Cost, visible_pairs
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.layers.heads import initialise_projection
 from subquad.layers.projection import Projection
 from subquad.mask import Mask
-from subquad.ops.packing import append, has_gaps, in_order, put_back, take, valid_first
+from subquad.ops.packing import append, in_order, packing_order, put_back, take
 from subquad.ops.positions.causal_toeplitz import causal_product_flops, causal_toeplitz_product
 from subquad.ops.positions.toeplitz import toeplitz_product, transform_flops, transform_length
 from subquad.ops.positions.token_product import token_product
@@ -84,10 +85,9 @@ class GmlpConfig(MixerConfig):
 
     def weight_shape(self, dims: Dims) -> tuple[int, ...]:
         """Of W: (max_length, max_length), or of w: one number for each distance that is seen."""
-        assert dims.max_length is not None
         if self.weights == "full":
-            return dims.max_length, dims.max_length
-        return (dims.max_length if dims.causal else 2 * dims.max_length - 1,)
+            return dims.longest_input, dims.longest_input
+        return (dims.longest_input if dims.causal else 2 * dims.longest_input - 1,)
 
     def build(self, dims: Dims) -> Gmlp:
         """The module."""
@@ -98,14 +98,13 @@ class GmlpConfig(MixerConfig):
 
         Autograd keeps x, LN(x), the hidden layer before and after GELU, LN(z₂), the gates and what they let through.
         """
-        assert dims.max_length is not None
         width, half, pairs = dims.embed_dim, self.half(dims), visible_pairs(length, right=0 if dims.causal else None)
         mixing = 2 * pairs * half
         if self.weights == "toeplitz" and dims.causal:
             mixing = causal_product_flops(length, half) if length else 0
         elif self.weights == "toeplitz":
             mixing = (2 * half + 1) * transform_flops(transform_length(length)) if length else 0
-        weights = torch.Size(self.weight_shape(dims)).numel() + dims.max_length
+        weights = torch.Size(self.weight_shape(dims)).numel() + dims.longest_input
         biases = 2 * half + width if dims.bias else 0
         stored = length * (half + 2 * self.attention_dim) if dims.causal else 0
         return self._attention_cost(dims, length, pairs, dtype_bytes) + Cost(
@@ -178,7 +177,6 @@ class Gmlp(TokenMixer):
 
     def __init__(self, config: GmlpConfig, dims: Dims) -> None:
         super().__init__(config, dims)
-        assert dims.max_length is not None
         half = config.half(dims)
         self.norm, self.gate_norm = nn.LayerNorm(dims.embed_dim), nn.LayerNorm(half)
         self.project_in = Projection(dims.embed_dim, 2 * half, bias=dims.bias)
@@ -186,7 +184,7 @@ class Gmlp(TokenMixer):
         for projection in (self.project_in, self.project_out):
             initialise_projection(projection)
         self.token_weights = nn.Parameter(torch.empty(config.weight_shape(dims)))
-        self.token_biases = nn.Parameter(torch.empty(dims.max_length))
+        self.token_biases = nn.Parameter(torch.empty(dims.longest_input))
         self.attention = TinyAttention(config, dims) if config.attention_dim else None
         self.dropout = nn.Dropout(dims.dropout)
         self.initialise()
@@ -209,7 +207,7 @@ class Gmlp(TokenMixer):
     ) -> Mixed:
         """Put the valid tokens first, so that they stand where they count; gate, and add to the stream."""
         facts = mask or Mask()
-        order = valid_first(facts.valid) if facts.valid is not None and has_gaps(facts.valid) else None
+        order = packing_order(facts.valid)
         tokens = x
         if order is not None:
             tokens, facts = take(x[:, None], order)[:, 0], in_order(facts, order)
@@ -260,11 +258,7 @@ class Gmlp(TokenMixer):
         length = reading.gates.shape[2]
         new_length = state.length + (length if valid is None else valid.sum(dim=1))
         capacity = max([state.gates.shape[2], *new_length.tolist()])
-        if capacity > len(self.token_biases):
-            raise ValueError(
-                f"gmlp: the stream has come to {capacity} tokens but was built for max_length="
-                f"{self.dims.max_length}; build it with a larger max_length"
-            )
+        check_stream_length("gmlp", new_length, self.dims.max_length)
         positions = state.length[:, None] + torch.arange(length, device=state.length.device)
         targets = positions.masked_fill(positions >= new_length[:, None], capacity)
         pairs = zip((state.gates, state.keys, state.values), (reading.gates, *reading[2:]), strict=True)

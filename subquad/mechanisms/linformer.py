@@ -31,7 +31,7 @@ from subquad.costs import Cost
 from subquad.interface import Comparison, Dims, MixerConfig, Traits
 from subquad.layers.heads import HeadMixer, Heads, projection_cost
 from subquad.ops.compress import block_maxima, block_means, block_sums, compress
-from subquad.ops.packing import has_gaps, take, valid_first
+from subquad.ops.packing import packing_order, take
 from subquad.registry import register
 from subquad.state import State
 
@@ -105,18 +105,16 @@ class LinformerConfig(MixerConfig):
 
     def block(self, dims: Dims) -> int:
         """c, tokens of a block."""
-        assert dims.max_length is not None
-        return -(-dims.max_length // self._ranks[0])
+        return -(-dims.longest_input // self._ranks[0])
 
     def parameter_shapes(self, dims: Dims) -> list[tuple[int, int, int]]:
         """Shapes of what compresses keys and, where that is something else, values; several ranks lie in one matrix."""
         if not self.learned:
             return []
-        assert dims.max_length is not None
         heads = dims.num_heads if self.sharing == "none" else 1
         shape = (heads, self.block(dims), dims.head_dim)
         if self.compression == "linear":
-            shape = (heads // len(self._ranks), sum(self._ranks), dims.max_length)
+            shape = (heads // len(self._ranks), sum(self._ranks), dims.longest_input)
         return [shape] * (2 if self.sharing in ("none", "headwise") else 1)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
@@ -175,11 +173,10 @@ class Linformer(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Compress, then attend to the rows that hold tokens; all rows of a matrix do."""
-        assert heads.k is not None
-        assert heads.v is not None
-        k, v, valid = heads.k, heads.v, heads.key_mask.valid
-        if valid is not None and has_gaps(valid):
-            order = valid_first(valid)
+        k, v = heads.keys_and_values()
+        valid = heads.key_mask.valid
+        order = packing_order(valid)
+        if valid is not None and order is not None:
             k, v, valid = take(k, order), take(v, order), take(valid, order)
         visible = None
         if valid is not None and self.config.compression != "linear":
@@ -195,10 +192,8 @@ class Linformer(HeadMixer):
 
     def _runs(self, q: Tensor, k: Tensor, v: Tensor) -> list[_Run]:
         """Neighbouring heads of equal rank, which attend together; where all ranks are equal, all heads."""
-        of_keys, of_values = (
-            self.compress_key,
-            self.compress_key if self.compress_value is None else self.compress_value,
-        )
+        of_keys = self.compress_key
+        of_values = of_keys if self.compress_value is None else self.compress_value
         if not isinstance(self.config.rank, tuple):
             return [_Run(q, k, v, of_keys, of_values)]
         assert of_keys is not None

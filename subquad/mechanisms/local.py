@@ -27,7 +27,7 @@ from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask, continue_segments
 from subquad.ops.block_columns import BlockColumns, block_columns
-from subquad.ops.packing import append, has_gaps, in_order, put_back, take, valid_first
+from subquad.ops.packing import append, in_order, packing_order, put_back, take
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Causal, Window
 from subquad.patterns.blocks import BlockWindow
@@ -184,13 +184,12 @@ class Local(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Attend inside the window; padding is taken out first, so that it takes no position."""
-        assert heads.k is not None
-        assert heads.v is not None
-        q, k, v, mask = heads.q, heads.k, heads.v, Mask(heads.mask.valid, heads.mask.segments)
+        k, v = heads.keys_and_values()
+        q, mask = heads.q, Mask(heads.mask.valid, heads.mask.segments)
         grid, before = self.config.grid(causal=self.dims.causal), state if isinstance(state, WindowState) else None
         if before is not None and mask.segments is not None:
             mask = Mask(mask.valid, continue_segments("local", before.segment, before.length, mask, q.shape[2]))
-        order = valid_first(mask.valid) if mask.valid is not None and has_gaps(mask.valid) else None
+        order = packing_order(mask.valid)
         if order is not None:
             q, k, v, mask = *(take(tensor, order) for tensor in (q, k, v)), in_order(mask, order)
         if before is None and (mask.segments is None or grid.size == 1):

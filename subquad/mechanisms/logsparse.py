@@ -31,7 +31,7 @@ from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.cache import KeyValueCache, attend_cached, empty_cache
 from subquad.layers.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask, continue_segments, token_positions
-from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
+from subquad.ops.packing import in_order, packing_order, put_back, take
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.ops.projection import project
 from subquad.ops.rotary import rotate
@@ -204,10 +204,9 @@ class LogSparse(HeadMixer):
             return self._continue(heads, pattern, state)
         if isinstance(state, KeyValueCache):
             return attend_cached("logsparse", heads, pattern, state)
-        assert heads.k is not None
-        assert heads.v is not None
-        q, k, v, mask = heads.q, heads.k, heads.v, Mask(heads.mask.valid, heads.mask.segments)
-        order = valid_first(mask.valid) if mask.valid is not None and has_gaps(mask.valid) else None
+        k, v = heads.keys_and_values()
+        q, mask = heads.q, Mask(heads.mask.valid, heads.mask.segments)
+        order = packing_order(mask.valid)
         if order is not None:
             q, k, v, mask = *(take(tensor, order) for tensor in (q, k, v)), in_order(mask, order)
         q, k = self._convolve(self.project_query, q, mask), self._convolve(self.project_key, k, mask)
@@ -216,10 +215,9 @@ class LogSparse(HeadMixer):
 
     def _continue(self, heads: Heads, pattern: Pattern, before: ConvolutionCache) -> tuple[Tensor, ConvolutionCache]:
         """Convolve behind the stored inputs, then attend to the stored keys; padding is taken out first."""
-        assert heads.k is not None
-        assert heads.v is not None
-        x, q, k, v, mask = heads.x[:, None], heads.q, heads.k, heads.v, Mask(heads.mask.valid, heads.mask.segments)
-        order = valid_first(mask.valid) if mask.valid is not None and has_gaps(mask.valid) else None
+        k, v = heads.keys_and_values()
+        x, q, mask = heads.x[:, None], heads.q, Mask(heads.mask.valid, heads.mask.segments)
+        order = packing_order(mask.valid)
         if order is not None:
             x, q, k, v, mask = *(take(tensor, order) for tensor in (x, q, k, v)), in_order(mask, order)
         earlier = before.last_segments()

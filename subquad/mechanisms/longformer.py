@@ -169,12 +169,11 @@ class Longformer(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Window and global columns in one softmax; the rows of global tokens, computed apart, take their place."""
-        assert heads.k is not None
-        assert heads.v is not None
+        k, v = heads.keys_and_values()
         facts, chosen = replace(heads.mask, global_tokens=None), _choose(heads.mask)
         if chosen is not None:
             facts = replace(facts, global_tokens=heads.mask.global_tokens)
-        out = pattern_attention(heads.q, heads.k, heads.v, self.config.pattern(self.dims), mask=facts)
+        out = pattern_attention(heads.q, k, v, self.config.pattern(self.dims), mask=facts)
         if chosen is None:
             return out, None
         rows = torch.where(chosen.filled[:, None, :, None], self._attend_rows(heads, chosen), take(out, chosen.places))

@@ -27,7 +27,7 @@ from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.layers.heads import initialise_projection
 from subquad.layers.projection import Projection
 from subquad.mask import Mask
-from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
+from subquad.ops.packing import in_order, packing_order, put_back, take
 from subquad.ops.projection import project
 from subquad.registry import register
 from subquad.state import State
@@ -79,7 +79,6 @@ class MlpMixerConfig(MixerConfig):
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
         """Four products. Autograd keeps the input of each norm and MLP, and hidden layers before and after GELU."""
-        assert dims.max_length is not None
         width, (along_tokens, hidden) = dims.embed_dim, self.widths(dims)
         kept = 4 * length * width + 2 * (width * along_tokens if length else 0) + 2 * length * hidden
         biases = hidden + width if dims.bias else 0
@@ -89,9 +88,9 @@ class MlpMixerConfig(MixerConfig):
             parameters=2 * width * hidden
             + biases
             + 4 * width
-            + 2 * dims.max_length * along_tokens
+            + 2 * dims.longest_input * along_tokens
             + along_tokens
-            + dims.max_length,
+            + dims.longest_input,
         )
 
 
@@ -102,11 +101,10 @@ class MlpMixer(TokenMixer):
 
     def __init__(self, config: MlpMixerConfig, dims: Dims) -> None:
         super().__init__(config, dims)
-        assert dims.max_length is not None
         along_tokens, hidden = config.widths(dims)
         self.token_norm, self.channel_norm = nn.LayerNorm(dims.embed_dim), nn.LayerNorm(dims.embed_dim)
-        self.gather_tokens = Projection(dims.max_length, along_tokens)
-        self.spread_tokens = Projection(along_tokens, dims.max_length)
+        self.gather_tokens = Projection(dims.longest_input, along_tokens)
+        self.spread_tokens = Projection(along_tokens, dims.longest_input)
         self.expand = Projection(dims.embed_dim, hidden, bias=dims.bias)
         self.contract = Projection(hidden, dims.embed_dim, bias=dims.bias)
         for projection in (self.gather_tokens, self.spread_tokens, self.expand, self.contract):
@@ -118,7 +116,7 @@ class MlpMixer(TokenMixer):
     ) -> Mixed:
         """Put the valid tokens first, so that they stand where they count; mix along tokens, then along channels."""
         facts = mask or Mask()
-        order = valid_first(facts.valid) if facts.valid is not None and has_gaps(facts.valid) else None
+        order = packing_order(facts.valid)
         tokens = x
         if order is not None:
             tokens, facts = take(x[:, None], order)[:, 0], in_order(facts, order)

@@ -26,7 +26,7 @@ from subquad.costs import Cost, visible_pairs
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask, continue_segments
-from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
+from subquad.ops.packing import in_order, packing_order, put_back, take
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Ngram as NgramPattern
 from subquad.registry import register
@@ -105,7 +105,7 @@ class Ngram(HeadMixer):
         q, k, v, mask = heads.q, heads.k, heads.v, Mask(heads.mask.valid, heads.mask.segments)
         assert k is not None
         assert v is not None
-        order = valid_first(mask.valid) if mask.valid is not None and has_gaps(mask.valid) else None
+        order = packing_order(mask.valid)
         if order is not None:
             q, k, v = (take(tensor, order) for tensor in (q, k, v))
             mask = in_order(mask, order)

@@ -30,7 +30,7 @@ from subquad.interface import Comparison, Dims, MixerConfig, Traits
 from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.ops.convolution import convolve_heads
 from subquad.ops.landmarks import landmark_attention
-from subquad.ops.packing import has_gaps, put_back, take, valid_first
+from subquad.ops.packing import packing_order, put_back, take
 from subquad.registry import register
 from subquad.state import State
 
@@ -41,7 +41,6 @@ class NystromformerConfig(MixerConfig):
     """Options of Nyströmformer."""
 
     family: ClassVar[str] = "factorised"
-    padded_structure: ClassVar[str] = "the segments of the landmarks"
 
     landmarks: int = 64
     """m, segments whose means stand for all queries and keys; at most as many tokens are attended exactly."""
@@ -62,6 +61,11 @@ class NystromformerConfig(MixerConfig):
                 "nystromformer: kernel counts a token and equally many on both sides, so it must be odd, or 0 for no "
                 f"convolution; got {self.kernel}"
             )
+
+    @property
+    def padded_structure(self) -> str:
+        """The means that are landmarks."""
+        return "the segments of the landmarks"
 
     @property
     def traits(self) -> Traits:
@@ -121,15 +125,13 @@ class Nystromformer(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Attend with the padding behind the tokens."""
-        assert heads.k is not None
-        assert heads.v is not None
-        q, k, v, valid = heads.q, heads.k, heads.v, heads.mask.valid
-        if valid is None or not has_gaps(valid):
+        k, v = heads.keys_and_values()
+        q, valid = heads.q, heads.mask.valid
+        order = packing_order(valid)
+        if valid is None or order is None:
             return self._attend(q, k, v, valid), None
-        order = valid_first(valid)
         q, k, v = (take(x, order) for x in (q, k, v))
-        out = self._attend(q, k, v, take(valid, order))
-        return put_back(out, order), None
+        return put_back(self._attend(q, k, v, take(valid, order)), order), None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         landmarks, iterations = self.config.landmarks, self.config.iterations

@@ -33,7 +33,7 @@ from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.local_recurrence.network import GATES, CellName, local_recurrence
-from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
+from subquad.ops.packing import in_order, packing_order, put_back, take
 from subquad.patterns.bands import Causal
 from subquad.registry import register
 from subquad.state import State, state_dataclass
@@ -200,7 +200,7 @@ class RTransformer(TokenMixer):
     ) -> Mixed:
         """Put the valid tokens first, so that none reads an invalid one, and run the parts."""
         facts = mask or Mask()
-        order = valid_first(facts.valid) if facts.valid is not None and has_gaps(facts.valid) else None
+        order = packing_order(facts.valid)
         if order is not None:
             x, facts = take(x[:, None], order)[:, 0], in_order(facts, order)
         old = state if isinstance(state, RTransformerState) else None

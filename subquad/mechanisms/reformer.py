@@ -67,7 +67,6 @@ class ReformerConfig(MixerConfig):
     """Options of LSH attention."""
 
     family: ClassVar[str] = "sparse"
-    padded_structure: ClassVar[str] = "the count of buckets, where it is not given"
     why_not_causal: ClassVar[str] = (
         "With chunks='global' a later token moves the borders of the chunks in the sorted order, and so changes what "
         "earlier tokens see; use chunks='bucket'"
@@ -108,6 +107,11 @@ class ReformerConfig(MixerConfig):
         """Chunks inside buckets depend on nothing that comes later, and on no other document."""
         inside = self.chunks == "bucket"
         return Traits(bidirectional=True, causal=inside, padding=True, segments=inside, state=inside)
+
+    @property
+    def padded_structure(self) -> str:
+        """A count of buckets that follows from the length."""
+        return "the count of buckets" if self.buckets is None and self.chunks == "global" else ""
 
     def rule(self, *, causal: bool) -> ListRule:
         """How lists are made."""
@@ -228,24 +232,23 @@ class Reformer(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Hash, then attend in buckets; a stream's later calls to what is stored."""
-        assert heads.k is not None
-        assert heads.v is not None
+        k, v = heads.keys_and_values()
         factors, rule = self.config.factors(heads.q.shape[2]), self.config.rule(causal=self.dims.causal)
         rounds = self.config.rounds if self.training else self.config.eval_rounds or self.config.rounds
         hashed = rounds if state is None else self.config.most_rounds  # a state serves training and evaluation
-        buckets, segments = hash_into_buckets(heads.k, self.rotations[:hashed], factors), heads.mask.segments
+        buckets, segments = hash_into_buckets(k, self.rotations[:hashed], factors), heads.mask.segments
         if isinstance(state, BucketCache):
-            stored, columns, segments = self._store(heads.q, heads.v, buckets, heads.mask, state)
+            stored, columns, segments = self._store(heads.q, v, buckets, heads.mask, state)
             if state.keys.shape[2]:
                 own = _by_document(buckets, segments, factors)[:, :, :rounds]
                 others = _by_document(stored.buckets.transpose(2, 3), stored.segments, factors)[:, :, :rounds]
-                keys, values = stored.keys.to(heads.q.dtype), stored.values.to(heads.v.dtype)
+                keys, values = stored.keys.to(heads.q.dtype), stored.values.to(v.dtype)
                 return continue_in_buckets(heads.q, keys, values, own, others, columns, rule), stored
             state = stored
         if segments is not None:
             numbers = F.pad(segments.diff(dim=1) != 0, (1, 0)).cumsum(dim=1)
             buckets = _by_document(buckets, numbers, factors)
-        return attend_in_buckets(heads.q, heads.v, buckets[:, :, :rounds], rule, heads.mask.valid), state
+        return attend_in_buckets(heads.q, v, buckets[:, :, :rounds], rule, heads.mask.valid), state
 
     def _store(
         self, shared: Tensor, v: Tensor, buckets: Tensor, mask: Mask, state: BucketCache

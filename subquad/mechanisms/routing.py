@@ -40,7 +40,7 @@ from subquad.ops.clusters.kmeans import Centroids, commitment, members, moved, n
 from subquad.ops.clusters.member_attention import member_attention
 from subquad.ops.clusters.rings import RingOrder, Rings
 from subquad.ops.head_split import merge_heads
-from subquad.ops.packing import has_gaps, put_back, take, token_counts, valid_first
+from subquad.ops.packing import packing_order, put_back, take, token_counts
 from subquad.ops.precision import full_precision
 from subquad.ops.projection import project
 from subquad.ops.rotary import rotate
@@ -205,10 +205,9 @@ class Routing(HeadMixer):
 
         Padding is taken out first, so that it takes no position.
         """
-        assert heads.k is not None
-        assert heads.v is not None
-        q, k, v, valid = heads.q, heads.k, heads.v, heads.mask.valid
-        order = valid_first(valid) if valid is not None and has_gaps(valid) else None
+        k, v = heads.keys_and_values()
+        q, valid = heads.q, heads.mask.valid
+        order = packing_order(valid)
         if valid is not None and order is not None:
             v, valid = take(v, order), take(valid, order)
             q, k = (take(q, order),) * 2 if k is q else (take(q, order), take(k, order))

@@ -35,13 +35,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from subquad.calls import check_stream_length
 from subquad.costs import Cost
 from subquad.interface import Comparison, Dims, MixerConfig, Traits
 from subquad.layers.heads import HeadMixer, Heads, initialise_projection, projection_cost
 from subquad.layers.projection import Projection
 from subquad.layers.sinkhorn_stream import Known, SinkhornState, empty_stream
 from subquad.mask import Mask
-from subquad.ops.packing import has_gaps, put_back, take, valid_first
+from subquad.ops.packing import packing_order, put_back, take
 from subquad.ops.precision import full_precision
 from subquad.ops.sorted_blocks.attention import NullKey, SortedBlocks, sorted_block_attention, sorted_cut_attention
 from subquad.ops.sorted_blocks.sorting import BlockScores, Sorting, block_descriptors, later_rows, sorting_logits
@@ -101,8 +102,7 @@ class SinkhornConfig(MixerConfig):
 
     def most_blocks(self, dims: Dims) -> int:
         """M, blocks of the longest input."""
-        assert dims.max_length is not None
-        return -(-dims.max_length // self.block)
+        return -(-dims.longest_input // self.block)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
         """Projections, the network, mixing blocks, and attention.
@@ -174,10 +174,9 @@ class Sinkhorn(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Sort and attend, never narrowed by autocast; padding is taken out first, so that it takes no position."""
-        assert heads.k is not None
-        assert heads.v is not None
-        x, q, k, v, valid = heads.x, heads.q, heads.k, heads.v, heads.mask.valid
-        order = valid_first(valid) if valid is not None and has_gaps(valid) else None
+        k, v = heads.keys_and_values()
+        x, q, valid = heads.x, heads.q, heads.mask.valid
+        order = packing_order(valid)
         if valid is not None and order is not None:
             q, k, v, valid = (take(tensor, order) for tensor in (q, k, v, valid))
             x = take(x[:, None], order)[:, 0]
@@ -217,27 +216,18 @@ class Sinkhorn(HeadMixer):
 
     def _known(self, heads: Heads, form: SortedBlocks, before: SinkhornState) -> Known:
         x, valid = heads.x, heads.mask.valid
-        assert heads.k is not None
-        assert heads.v is not None
+        k, v = heads.keys_and_values()
         added = torch.full_like(before.length, x.shape[1]) if valid is None else valid.sum(dim=1)
         arrivals = Arrivals(before.length, before.length + added, x.shape[1], form.block)
-        self._check_length(arrivals.end)
+        check_stream_length("sinkhorn", arrivals.end, self.dims.max_length)
         x = x.to(torch.promote_types(self.score.weight.dtype, torch.float32))
         earlier, numbers = before.input_sum.to(x.dtype), arrivals.new_blocks()
         blocks = self._scores(arrivals.descriptors(earlier, x).to(self.score.weight.dtype))
         logits = sorting_logits(blocks, form.sorting, min(arrivals.capacity, self.config.most_blocks(self.dims)))
         rows, sums = later_rows(logits, numbers, arrivals.opened, before.column_sums)
-        wide = torch.promote_types(heads.k.dtype, torch.float32)
-        own = arrivals.join(before.keys, heads.k.to(wide)), arrivals.join(before.values, heads.v.to(wide))
+        wide = torch.promote_types(k.dtype, torch.float32)
+        own = arrivals.join(before.keys, k.to(wide)), arrivals.join(before.values, v.to(wide))
         return Known(arrivals, earlier + x.sum(dim=1), numbers, rows, sums, own)
-
-    def _check_length(self, lengths: Tensor) -> None:
-        longest, most = max([0, *lengths.tolist()]), self.dims.max_length
-        if most is not None and longest > most:
-            raise ValueError(
-                f"sinkhorn: the stream has come to {longest} tokens but was built for max_length={most}; build it with "
-                "a larger max_length"
-            )
 
     @property
     def _null(self) -> NullKey | None:

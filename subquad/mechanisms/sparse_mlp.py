@@ -38,7 +38,7 @@ from subquad.layers.heads import initialise_projection
 from subquad.layers.projection import Projection
 from subquad.layers.routed_experts import RoutedExperts, Routing, routed_cost
 from subquad.mask import Mask
-from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
+from subquad.ops.packing import in_order, packing_order, put_back, take
 from subquad.ops.projection import project
 from subquad.registry import register
 from subquad.state import State
@@ -114,10 +114,9 @@ class SparseMlpConfig(MixerConfig):
 
     def inner_shape(self, dims: Dims) -> tuple[int, int]:
         """Tokens and channels that R makes, or those that there are."""
-        assert dims.max_length is not None
         if self.represent == "none":
-            return dims.max_length, dims.embed_dim
-        length = 2 * dims.max_length if self.represented_length is None else self.represented_length
+            return dims.longest_input, dims.embed_dim
+        length = 2 * dims.longest_input if self.represented_length is None else self.represented_length
         return length, -(-dims.embed_dim // 2) if self.represented_dim is None else self.represented_dim
 
     def shapes(self, dims: Dims) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -153,7 +152,6 @@ class SparseMlpConfig(MixerConfig):
 
         Autograd keeps the input of each norm and of each product.
         """
-        assert dims.max_length is not None
         (tokens, along_tokens), (channels, hidden) = self.shapes(dims)
         rows, width = self.inner_shape(dims)
         represented, everything = self.represent != "none", self.represent == "block"
@@ -175,7 +173,7 @@ class SparseMlpConfig(MixerConfig):
         return total + Cost(
             flops=2 * 2 * products,
             activation_bytes=dtype_bytes * kept,
-            parameters=along_channels + 2 * dims.max_length * rows + rows + dims.max_length,
+            parameters=along_channels + 2 * dims.longest_input * rows + rows + dims.longest_input,
         )
 
 
@@ -184,10 +182,9 @@ class Representation(nn.Module):
 
     def __init__(self, dims: Dims, length: int, width: int) -> None:
         super().__init__()
-        assert dims.max_length is not None
         self.enter_channels = Projection(dims.embed_dim, width, bias=dims.bias)
-        self.enter_tokens = Projection(dims.max_length, length)
-        self.leave_tokens = Projection(length, dims.max_length)
+        self.enter_tokens = Projection(dims.longest_input, length)
+        self.leave_tokens = Projection(length, dims.longest_input)
         self.leave_channels = Projection(width, dims.embed_dim, bias=dims.bias)
         for projection in (self.enter_channels, self.enter_tokens, self.leave_tokens, self.leave_channels):
             initialise_projection(projection)
@@ -226,7 +223,7 @@ class SparseMlp(TokenMixer):
     ) -> Mixed:
         """Put the valid tokens first, so that they stand where they count; mix along tokens, then along channels."""
         facts = mask or Mask()
-        order = valid_first(facts.valid) if facts.valid is not None and has_gaps(facts.valid) else None
+        order = packing_order(facts.valid)
         tokens = x
         if order is not None:
             tokens, facts = take(x[:, None], order)[:, 0], in_order(facts, order)

@@ -32,7 +32,7 @@ from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.cache import KeyValueCache, attend_cached, empty_cache
 from subquad.layers.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask
-from subquad.ops.packing import has_gaps, put_back, take, valid_first
+from subquad.ops.packing import in_order, packing_order, put_back, take
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Causal, Strided, Window
 from subquad.patterns.blocks import Block
@@ -181,16 +181,13 @@ class SparseTransformer(HeadMixer):
         pattern = self.config.pattern(self.dims)
         if isinstance(state, KeyValueCache):
             return attend_cached("sparse_transformer", heads, pattern, state)
-        assert heads.k is not None
-        assert heads.v is not None
-        q, k, v, valid, segments = heads.q, heads.k, heads.v, heads.mask.valid, heads.mask.segments
-        if valid is None or not has_gaps(valid):
-            return pattern_attention(q, k, v, pattern, mask=Mask(valid, segments)), None
-        order = valid_first(valid)
+        k, v = heads.keys_and_values()
+        q, facts = heads.q, Mask(heads.mask.valid, heads.mask.segments)
+        order = packing_order(facts.valid)
+        if order is None:
+            return pattern_attention(q, k, v, pattern, mask=facts), None
         q, k, v = (take(tensor, order) for tensor in (q, k, v))
-        if segments is not None:  # they must not decrease, among the invalid tokens at the end neither
-            segments = take(segments, order).cummax(dim=1).values
-        return put_back(pattern_attention(q, k, v, pattern, mask=Mask(take(valid, order), segments)), order), None
+        return put_back(pattern_attention(q, k, v, pattern, mask=in_order(facts, order)), order), None
 
 
 def _strided_pairs(length: int, stride: int, reach: int, *, causal: bool) -> Pairs:

@@ -35,7 +35,7 @@ from subquad.layers.heads import initialise_projection
 from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
-from subquad.ops.packing import has_gaps, put_back, take, valid_first
+from subquad.ops.packing import packing_order, put_back, take
 from subquad.ops.precision import full_precision
 from subquad.registry import register
 from subquad.state import State
@@ -200,7 +200,7 @@ class Star(TokenMixer):
     ) -> Mixed:
         """Put relay and satellites in order, run the steps, and put them back."""
         valid = None if mask is None else mask.valid
-        order = valid_first(valid) if valid is not None and has_gaps(valid) else None
+        order = packing_order(valid)
         tokens = x if order is None else take(x[:, None], order)[:, 0]
         embeddings = tokens[:, 1:].clone()  # for the projections, which copy what isn't contiguous, each anew
         count = torch.full_like(x[:, 0, 0], x.shape[1], dtype=torch.int64) if valid is None else valid.sum(dim=1)

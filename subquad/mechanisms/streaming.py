@@ -29,7 +29,7 @@ from subquad.costs import Cost, visible_pairs
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask
-from subquad.ops.packing import append, has_gaps, put_back, take, valid_first
+from subquad.ops.packing import append, packing_order, put_back, take
 from subquad.ops.pattern.attention import pattern_attention_with_lse
 from subquad.ops.rotary import rotate
 from subquad.patterns.bands import Causal, Window
@@ -157,7 +157,7 @@ class Streaming(HeadMixer):
         q, k, v, valid = heads.q, heads.k, heads.v, heads.mask.valid
         assert k is not None
         assert v is not None
-        order = valid_first(valid) if valid is not None and has_gaps(valid) else None
+        order = packing_order(valid)
         if valid is not None and order is not None:
             q, k, v, valid = (take(tensor, order) for tensor in (q, k, v, valid))
         positions, after = torch.arange(q.shape[2], device=q.device)[None], None

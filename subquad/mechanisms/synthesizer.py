@@ -29,16 +29,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from subquad.calls import check_stream_length
 from subquad.costs import Cost, visible_pairs
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.layers.cache import KeyValueCache, empty_cache, store_keys
 from subquad.layers.heads import initialise_projection
-from subquad.layers.position_scores import Places, ScoreOptions, head_projection, longest_input, projections_cost
+from subquad.layers.position_scores import Places, ScoreOptions, head_projection, head_projections_cost
 from subquad.layers.projection import Projection
 from subquad.layers.synthesis import COMPONENTS, Component, attend_slice
 from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
-from subquad.ops.packing import has_gaps, in_order, put_back, take, valid_first
+from subquad.ops.packing import in_order, packing_order, put_back, take
 from subquad.ops.precision import full_precision
 from subquad.registry import register
 from subquad.state import State
@@ -111,7 +112,7 @@ class SynthesizerConfig(MixerConfig):
         total = Cost(flops=2 * pairs * dims.inner_dim)
         for name in self.components:
             total += COMPONENTS[name].cost(self.score_options, dims, length, pairs, dtype_bytes)
-        total += projections_cost(dims, length, dtype_bytes, count=1)  # values
+        total += head_projections_cost(dims, length, dtype_bytes, count=1)  # values
         stored = (2 if "dot_product" in self.components else 1) * length if dims.causal else 0
         weights = len(self.components) if self.weighed else 0
         out_biases = dims.embed_dim if dims.bias else 0
@@ -155,14 +156,14 @@ class Synthesizer(TokenMixer):
     ) -> Mixed:
         """Put the valid tokens first, so that they stand where they count, and attend."""
         facts = mask or Mask()
-        order = valid_first(facts.valid) if facts.valid is not None and has_gaps(facts.valid) else None
+        order = packing_order(facts.valid)
         if order is not None:
             x, facts = take(x[:, None], order)[:, 0], in_order(facts, order)
         k, v, valid = self._keys(x), split_heads(self.project_value(x), self.dims.num_heads), facts.valid
         starts, new_state = (0,), None
         if isinstance(state, KeyValueCache):
             new_state, _, _ = store_keys("synthesizer", state, k, v, facts)
-            self._check_length(new_state.length)
+            check_stream_length("synthesizer", new_state.length, self.dims.max_length)
             k, v, valid = new_state.keys, new_state.values, None  # no query sees what is behind the stored keys
             starts = tuple(state.length.tolist())
         places = Places(starts if len(set(starts)) > 1 else (*starts, 0)[:1], x.shape[1])
@@ -197,11 +198,3 @@ class Synthesizer(TokenMixer):
 
     def _parts(self) -> list[Component]:
         return cast("list[Component]", list(self.components.values()))
-
-    def _check_length(self, lengths: Tensor) -> None:
-        longest = max([0, *lengths.tolist()])
-        if longest > longest_input(self.dims):
-            raise ValueError(
-                f"synthesizer: the stream has come to {longest} tokens but was built for max_length="
-                f"{self.dims.max_length}; build it with a larger max_length"
-            )

@@ -103,10 +103,9 @@ class Topk(HeadMixer):
             return out, context.state
         if isinstance(state, KeyValueCache):
             return attend_stored("topk", heads, state, self._attend_stored)
-        assert heads.k is not None
-        assert heads.v is not None
+        k, v = heads.keys_and_values()
         segments = heads.mask.segments
-        return self._attend(heads.q, heads.k, heads.v, heads.mask.valid, segments, segments), None
+        return self._attend(heads.q, k, v, heads.mask.valid, segments, segments), None
 
     def _attend_stored(self, stored: Stored) -> Tensor:
         q, k, v, segments, key_segments, offset = stored

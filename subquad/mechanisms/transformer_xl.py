@@ -33,7 +33,7 @@ from subquad.costs import Cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.heads import Heads, projection_cost
 from subquad.layers.memory_mixer import MemoryMixer, Packed, recent_inputs, recent_rows
-from subquad.layers.memory_price import Rule, segment_pairs
+from subquad.layers.segment_sight import SegmentRule, segment_pairs
 from subquad.ops.memory.attention import Distances, Memory, Reach, memory_attention
 from subquad.ops.packing import put_back
 from subquad.registry import register
@@ -90,12 +90,12 @@ class TransformerXLConfig(MixerConfig):
                 "transformer_xl: same_length needs a memory_length of at least 1, in evaluation too, got 0"
             )
 
-    def rule(self, *, training: bool) -> Rule:
+    def rule(self, *, training: bool) -> SegmentRule:
         """What is seen in training or in evaluation."""
         if training:
-            return Rule(self.memory_length, self.same_length, self.clamp_length)
+            return SegmentRule(self.memory_length, self.same_length, self.clamp_length)
         memory, same_length, clamp = self.eval_memory_length, self.eval_same_length, self.eval_clamp_length
-        return Rule(
+        return SegmentRule(
             self.memory_length if memory is None else memory,
             self.same_length if same_length is None else same_length,
             self.clamp_length if clamp is None else clamp,
@@ -177,7 +177,7 @@ class TransformerXL(MemoryMixer):
         return ("content_bias", "position_bias") if self.config.share_biases else ()
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> SegmentRule:
         """What is seen as it is now, in training or evaluation."""
         return self.config.rule(training=self.training)
 
@@ -215,7 +215,7 @@ class TransformerXL(MemoryMixer):
         if before.keys.shape[2]:  # all, as they are joined with those of the call but once
             return before.keys.shape[2]
         needed = memory + (self.config.segment_length or 1) - 1
-        return needed if self.config.zero_memory else min(needed, int(before.length.max()))
+        return needed if self.config.zero_memory else min(needed, max([0, *before.length.tolist()]))
 
     def _joined(self, before: RecentTokens | None, stored: int, call: Packed) -> tuple[Tensor, Tensor, Memory | None]:
         """Keys and values of what is stored and of the call."""
@@ -257,7 +257,7 @@ class TransformerXL(MemoryMixer):
         """
         memory, same_length, _ = self.rule
         columns = stored + torch.arange(x.shape[1], device=x.device)[None]
-        start = torch.zeros(1, dtype=torch.int64, device=x.device) if length is None else length
+        start = torch.zeros(1, dtype=torch.int64, device=x.device) if length is None or not len(length) else length
         first_ever, size = stored - start[:, None], self.config.segment_length
         if size is None:
             own = torch.full_like(columns, stored).expand(len(first_ever), -1)

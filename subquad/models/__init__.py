@@ -1,4 +1,4 @@
-"""Hugging Face models made of subquad's layers. Importing this package registers them with the Auto classes."""
+"""Hugging Face models made of subquad's mixers. Importing this package registers them with the Auto classes."""
 
 from transformers import (
     AutoConfig,

@@ -22,7 +22,7 @@ from subquad.models.pooling import pool
 from subquad.models.pretrained import SubquadPreTrainedModel
 from subquad.models.reversible import check_reversible, run_reversibly
 from subquad.models.stack import StackInputs, run_blocks
-from subquad.models.token_facts import TokenFacts, behind_stream, context_mask
+from subquad.models.token_facts import TokenFacts, behind_prepended, context_mask
 
 
 @dataclass
@@ -141,13 +141,13 @@ class SubquadModel(SubquadPreTrainedModel):
         given = TokenFacts(attention_mask, segment_ids, global_attention_mask)
         mask = self._mask(x, given, past, states)
         x = self.embedding(x, mask, None if states is None else states[0].own.length)
-        stream_mask = behind_stream(mask, self.global_stream)
+        whole_mask = behind_prepended(mask, self.global_stream)
         wants_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         run = run_reversibly if self.config.residual == "reversible" else run_blocks
         facts = ContextFacts(context_mask(encoder_attention_mask, encoder_segment_ids), in_states=past > 0)
-        inputs = StackInputs(stream_mask, states, encoder_hidden_states, facts, bool(wants_hidden))
+        inputs = StackInputs(whole_mask, states, encoder_hidden_states, facts, bool(wants_hidden))
         x, collected, aux_loss, new_states = run(self.blocks, x, inputs)
-        x = self._normed(x, stream_mask)
+        x = self._normed(x, whole_mask)
         tokens = x[:, self.global_stream :]
         keeps = use_cache or (use_cache is None and past_key_values is not None)
         return SubquadOutput(
@@ -163,10 +163,10 @@ class SubquadModel(SubquadPreTrainedModel):
         if encoder_hidden_states is not None and not self.has_cross_mixers:
             raise ValueError("SubquadModel: got encoder_hidden_states, but this stack has no cross mixers to read them")
 
-    def _normed(self, x: Tensor, stream_mask: Mask | None) -> Tensor:
+    def _normed(self, x: Tensor, whole_mask: Mask | None) -> Tensor:
         """The stream at the end, 0 at invalid positions."""
         x = self.final_norm(x)
-        return x if stream_mask is None else stream_mask.zero_invalid(x)
+        return x if whole_mask is None else whole_mask.zero_invalid(x)
 
     def _states(self, cache: Cache | None, use_cache: bool | None, batch_size: int) -> list[LayerStates] | None:
         if cache is None and not use_cache:
@@ -214,7 +214,7 @@ class SubquadModel(SubquadPreTrainedModel):
             )
         width = self.config.hidden_size
         tokens = length + self.global_stream + self.prepended
-        prices = self._sublayer_prices(tokens, context_length, dtype_bytes)
+        prices = self._sublayer_costs(tokens, context_length, dtype_bytes)
         total = sum(prices, Cost())
         if self.config.residual == "reversible":
             streams = 2 * max(4, dtype_bytes) * tokens * width
@@ -222,7 +222,7 @@ class SubquadModel(SubquadPreTrainedModel):
         shared = sum(self.get_parameter(name).numel() for name in self._tied_weights_keys)
         return total + Cost(parameters=-shared, activation_bytes=dtype_bytes * (context_length or 0) * width)
 
-    def _sublayer_prices(self, tokens: int, context_length: int | None, dtype_bytes: int) -> list[Cost]:
+    def _sublayer_costs(self, tokens: int, context_length: int | None, dtype_bytes: int) -> list[Cost]:
         prices = []
         feedforwards = self.config.layer_feedforwards()
         for index, (block, feedforward) in enumerate(zip(layers_of(self.blocks), feedforwards, strict=True)):
@@ -231,10 +231,10 @@ class SubquadModel(SubquadPreTrainedModel):
             if block.cross_mixer is not None:
                 prices.append(block.cross_mixer.config.cost(dims.of_cross_mixer(context_length), tokens, dtype_bytes))
             if feedforward is not None:
-                prices.append(self._feedforward_price(feedforward, tokens, dtype_bytes))
+                prices.append(self._feedforward_cost(feedforward, tokens, dtype_bytes))
         return prices
 
-    def _feedforward_price(self, feedforward: FeedforwardConfig, tokens: int, dtype_bytes: int) -> Cost:
+    def _feedforward_cost(self, feedforward: FeedforwardConfig, tokens: int, dtype_bytes: int) -> Cost:
         width, chunk = self.config.hidden_size, self.config.feedforward_chunk
         price = feedforward.cost(width, tokens, dtype_bytes)
         if not chunk or chunk >= tokens:

@@ -66,7 +66,7 @@ class TokenFacts(NamedTuple):
         return Mask(valid, segments, is_global)
 
 
-def behind_stream(mask: Mask | None, count: int) -> Mask | None:
+def behind_prepended(mask: Mask | None, count: int) -> Mask | None:
     """The mask over the same tokens behind `count` vectors of a global stream."""
     if mask is None:
         return None

@@ -1,7 +1,7 @@
-"""Shared compute: functions on tensors, with no module, no config and no mechanism's name in sight.
+"""Shared compute: functions on tensors, which know no module, no config and no mechanism.
 
-In each file the definition stands first: slow, a few lines, right in float64. The fast form follows with the same
-signature, and the tests hold the two together in values and in all gradients.
+In the file of an operation the definition stands first: slow, a few lines, right in float64. The fast form follows with
+the same signature, and the tests hold the two together in values and in all gradients.
 """
 
 from subquad.ops.combiner.attention import Summarize as Summarize

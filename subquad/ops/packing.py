@@ -27,6 +27,11 @@ def valid_first(valid: Tensor) -> Tensor:
     return torch.argsort(~valid, dim=1, stable=True)
 
 
+def packing_order(valid: Tensor | None) -> Tensor | None:
+    """The order of `valid_first`; None where the valid tokens stand first already, or all are (valid None)."""
+    return None if valid is None or not has_gaps(valid) else valid_first(valid)
+
+
 def take(x: Tensor, order: Tensor) -> Tensor:
     """The tokens of x (B, H, L, E) or (B, L) at the places `order`, int64 (B, ...): (B, H, ..., E) or (B, ...)."""
     if x.ndim == 2:

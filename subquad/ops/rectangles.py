@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops.fused import fused_backward, fused_forward
-from subquad.ops.piece import CALL_BYTES, merge
+from subquad.ops.partial_softmax import CALL_BYTES, merge
 
 TOKENS, SUMMARIES = "tokens", "summaries"
 

@@ -34,8 +34,32 @@ def softmax_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, visible: Tensor,
     """
     working_dtype = torch.promote_types(q.dtype, torch.float32)
     scores = scale * (q.to(working_dtype) @ k.to(working_dtype).mT)
-    anything = visible.any(dim=-1, keepdim=True)
-    scores = scores.masked_fill(~visible & anything, -math.inf)  # a row without any key keeps finite scores
-    weights = scores.softmax(dim=-1) * anything
-    lse = scores.logsumexp(dim=-1).masked_fill(~anything[..., 0], -math.inf)
+    weights, lse = masked_softmax_with_lse(scores, visible)
     return (weights @ v.to(working_dtype)).to(q.dtype), lse
+
+
+def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    """The weights of the visible keys.
+
+    Args:
+        scores: (..., L, S), finite.
+        visible: bool, broadcastable to them.
+
+    Returns:
+        (..., L, S), 0 for hidden keys and in rows without a visible one, to which no gradient flows.
+    """
+    anything = visible.any(dim=-1, keepdim=True)
+    return _shown(scores, visible, anything).softmax(dim=-1) * anything
+
+
+def masked_softmax_with_lse(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """`masked_softmax`, and the log-sum-exp (..., L) of the visible scores, -inf where there are none."""
+    anything = visible.any(dim=-1, keepdim=True)
+    shown = _shown(scores, visible, anything)
+    lse = shown.logsumexp(dim=-1).masked_fill(~anything[..., 0], -math.inf)
+    return shown.softmax(dim=-1) * anything, lse
+
+
+def _shown(scores: Tensor, visible: Tensor, anything: Tensor) -> Tensor:
+    """Scores with hidden keys at -inf; a row without any key keeps finite ones, whose softmax has a gradient."""
+    return scores.masked_fill(~visible & anything, -math.inf)

@@ -1,1 +1,1 @@
-"""Training on many processes: data, tensor and expert parallelism of any model of subquad, on `torch.distributed`."""
+"""Training on many processes: data, tensor and expert parallelism of subquad's models, on `torch.distributed`."""

@@ -1,1 +1,1 @@
-"""From records to something to look at: one HTML page, its charts and tables, and a picture for the README."""
+"""From records to something to look at: one HTML page, its charts and tables, and a still picture of a comparison."""

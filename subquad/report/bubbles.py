@@ -1,6 +1,6 @@
 """The figure every paper on this subject draws, as data: the score against speed, the area being memory.
 
-The page (plotly) and the picture for the README (matplotlib) draw the same `BubbleChart`, so they can't disagree. Only
+The page (plotly) and the still picture (matplotlib) draw the same `BubbleChart`, so they can't disagree. Only
 entries with a score and a measured speed are points; the others are named in `missing` with the reason.
 """
 

@@ -1,4 +1,4 @@
-"""Duplicate: say again a random word of hundreds of symbols, which only exact retrieval can do.
+"""Duplicate: say again a random word, which only exact retrieval can do.
 
 The task on which Reformer shows what hashing costs (Kitaev, Kaiser and Levskaya, "Reformer: The Efficient Transformer",
 arXiv 2001.04451, section 2): sequences 0 w 0 w, with w uniform over {1 .. n}^m. In the paper n = 127, m = 511 and the

@@ -4,7 +4,7 @@
             4 7     asked        0  9  4  7
 
 The images are handwritten digits of 8 x 8 pixels and 17 grey levels that come with scikit-learn, or IDX files
-(`--data PATH`: a folder with MNIST's four file names, such as Debian's dataset-fashion-mnist), with 256 levels. The
+(`--data PATH`: a folder with MNIST's two files of images, such as Debian's dataset-fashion-mnist), with 256 levels. The
 score is bits per dimension: of every pixel, none excepted. Ids: the levels, then the one that begins, then padding.
 """
 
@@ -39,7 +39,7 @@ class ImageLmTask(Task):
         if len(images) < sum(preset.counts.values()):
             raise ValueError(
                 f"{preset.where}: there are {len(images)} digits, got train, validation and test of "
-                f"{sum(preset.counts.values())} together"
+                f"{sum(preset.counts.values())} together; name other images with --data PATH, or use the preset quick"
             )
         splits, start = {}, 0
         for split, count in preset.counts.items():

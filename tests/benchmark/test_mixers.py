@@ -123,3 +123,11 @@ def test_options_behind_commas_are_explained(text: str) -> None:
 def test_an_empty_name_is_not_every_mechanism(text: str) -> None:
     with pytest.raises(ValueError, match="expected mixers separated by commas, such as full,local:window=65; got"):
         parse_mixers(text)
+
+
+def test_a_list_among_the_options_stands_in_brackets() -> None:
+    full, longformer, linformer = parse_mixers("full,longformer:dilation=[1,2],linformer:rank=[16, 32]:sharing=none")
+    assert full.text == "full"
+    assert longformer.config == mixer_config("longformer", dilation=(1, 2))
+    assert linformer.config == mixer_config("linformer", rank=(16, 32), sharing="none")
+    assert parse_mixers(f"{longformer.text},{linformer.text}") == [longformer, linformer]

@@ -70,7 +70,14 @@ def test_any_shape_and_padding_is_served(
 def test_an_empty_batch_gives_an_empty_batch(name: str, dims: Dims) -> None:
     mixer = build_from_config(small_config(name), dims)
     x = torch.randn(0, 9, dims.embed_dim)
-    assert mixer(x, x if dims.cross else None).y.shape == (0, 9, dims.embed_dim)
+    context = x if dims.cross else None
+    assert mixer(x, context).y.shape == (0, 9, dims.embed_dim)
+    if not mixer.config.traits.state or not (dims.causal or dims.cross):
+        return
+    y, state, _ = mixer(x, context, state=mixer.init_state(0))
+    assert y.shape == (0, 9, dims.embed_dim)
+    assert state is not None
+    assert mixer(x, state=state).y.shape == (0, 9, dims.embed_dim)
 
 
 @pytest.mark.parametrize(("name", "dims"), CASES)

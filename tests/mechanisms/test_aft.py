@@ -14,7 +14,8 @@ from torch import Tensor
 from subquad import Mask
 from subquad.build import build_mixer, make_dims, mixer_config
 from subquad.interface import TokenMixer
-from subquad.layers.key_positions import FactorisedPositions, KernelPositions, KeyMemory
+from subquad.layers.key_memory import KeyMemory
+from subquad.layers.key_positions import FactorisedPositions, KernelPositions
 from subquad.mechanisms.aft import Aft
 from subquad.state import State
 

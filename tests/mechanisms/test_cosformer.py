@@ -90,7 +90,7 @@ def test_a_stream_longer_than_the_constant_is_refused() -> None:
     state = mixer(x, state=mixer.init_state(1)).state
     assert state is not None
     mixer(x[:, :6], state=state)
-    with pytest.raises(ValueError, match="the stream has 17 tokens but was built for max_length=16; build it with"):
+    with pytest.raises(ValueError, match="cosformer: the stream has come to 17 tokens but was built for max_length=16"):
         mixer(x[:, :7], state=state)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from subquad.mask import Mask
-from subquad.models.token_facts import TokenFacts, behind_stream, context_mask
+from subquad.models.token_facts import TokenFacts, behind_prepended, context_mask
 
 ATTENTION = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
 X = torch.zeros(2, 4, 3)
@@ -42,7 +42,7 @@ def test_prepended_vectors_are_valid_and_belong_to_the_first_document() -> None:
     assert mask.segments is not None
     assert mask.valid.tolist() == [[True, False, True, True, True], [True] * 5]
     assert mask.segments.tolist() == [[4, 4, 5, 5, 5], [5] * 5]
-    behind = behind_stream(Mask(global_tokens=mask.valid), 2)
+    behind = behind_prepended(Mask(global_tokens=mask.valid), 2)
     assert behind is not None
     assert behind.global_tokens is not None
     assert behind.global_tokens.tolist() == [[False, False, True, False, True, True, True], [False, False, *[True] * 5]]
@@ -50,7 +50,7 @@ def test_prepended_vectors_are_valid_and_belong_to_the_first_document() -> None:
 
 def test_without_facts_there_is_no_mask() -> None:
     assert TokenFacts().mask(X, 0, first_is_global=None) is None
-    assert behind_stream(None, 3) is None
+    assert behind_prepended(None, 3) is None
     assert context_mask(None, None) is None
 
 

@@ -30,6 +30,17 @@ def test_a_constant_argument_gets_no_gradient() -> None:
     assert y.grad is None
 
 
+def test_a_missing_argument_is_handed_on() -> None:
+    def scaled(x: Tensor, factor: Tensor | None, y: Tensor) -> Tensor:
+        return curve(x if factor is None else x * factor, y)
+
+    x, y = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    out, expected = recomputed(scaled, x, None, y), curve(x, y)
+    assert torch.equal(out, expected)
+    for one, other in zip(*(torch.autograd.grad(result.sum(), (x, y)) for result in (out, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_arguments_alone_are_kept() -> None:
     x, y = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
     kept = []

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from subquad.ops.fused import fused_backward, fused_forward
 from subquad.ops.packing import token_counts
-from subquad.ops.piece import CALL_BYTES, add_stack, stack
+from subquad.ops.partial_softmax import CALL_BYTES, add_stack, stack
 from subquad.ops.softmax import softmax_attention_with_lse
 from subquad.receipt import leave_receipt
 

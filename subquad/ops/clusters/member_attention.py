@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.fused import fused_backward, fused_forward
-from subquad.ops.piece import CALL_BYTES
+from subquad.ops.partial_softmax import CALL_BYTES
 from subquad.ops.softmax import softmax_attention_with_lse
 from subquad.receipt import leave_receipt
 

@@ -189,7 +189,7 @@ def combiner_attention_with_summaries(
         shapes = f"{tuple(summary_keys.shape)} and {tuple(summary_values.shape)}"
         raise ValueError(f"combiner_attention_with_summaries: expected two of {needed} summaries or more, got {shapes}")
     inputs = Inputs(q, k, v, None, None, summary_keys, summary_values)
-    return _combine(inputs, plan, causal, valid, Options("max", False, False))
+    return _combine(inputs, plan, causal, valid, Options(reduce="max", rectified=False, log_size=False))
 
 
 def _combine(inputs: Inputs, plan: Plan, causal: bool, valid: Tensor | None, options: Options) -> Tensor:

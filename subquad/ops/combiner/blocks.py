@@ -15,18 +15,16 @@ import torch
 from torch import Tensor
 
 from subquad.ops.combiner.block_products import in_blocks, multiply
-from subquad.ops.piece import CALL_BYTES
+from subquad.ops.partial_softmax import CALL_BYTES
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Source, Sources
 
 
 class Sight(ABC):
-    """Which summaries the queries of a block see: rectangles of some of the queries with some of the summaries.
+    """Which summaries the queries of a block see: rectangles of some of the queries with some of the summaries."""
 
-    Attributes:
-        by_place: whether the summaries of a block are as many as its tokens, and not one.
-    """
-
-    by_place: bool
+    @abstractmethod
+    def summaries_of_block(self, size: int) -> int:
+        """How many a block of `size` tokens has."""
 
     @abstractmethod
     def queries(self, x: Tensor) -> Tensor:
@@ -52,7 +50,10 @@ class Sight(ABC):
 class Shared(Sight):
     """One summary for each block, which all queries of another block see."""
 
-    by_place = False
+    def summaries_of_block(self, size: int) -> int:
+        """One."""
+        del size
+        return 1
 
     def queries(self, x: Tensor) -> Tensor:
         """All rows together."""
@@ -73,7 +74,9 @@ class Shared(Sight):
 class ByPlace(Sight):
     """One summary for each token, which the queries at the same place in other blocks see."""
 
-    by_place = True
+    def summaries_of_block(self, size: int) -> int:
+        """One a place."""
+        return size
 
     def queries(self, x: Tensor) -> Tensor:
         """A place at a time."""

@@ -75,7 +75,7 @@ def _whole_example(
     plan: Plan, length: int, causal: bool, options: Options, dtype: torch.dtype, device: torch.device
 ) -> Example:
     """All tokens are real. A pure function, remembered because layers ask again with the same arguments."""
-    return _prepare(plan, torch.ones(length, dtype=torch.bool), causal, options, dtype)
+    return _prepare(plan, torch.ones(length, dtype=torch.bool, device=device), causal, options, dtype)
 
 
 def _prepare(plan: Plan, kept: Tensor, causal: bool, options: Options, dtype: torch.dtype) -> Example:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops.combiner.example import Example
-from subquad.ops.piece import CALL_BYTES
+from subquad.ops.partial_softmax import CALL_BYTES
 
 GROUP_BYTES = 2**21
 """Queries of the heads that run together: few enough that they stay in the cache."""
@@ -40,7 +40,7 @@ class Group(NamedTuple):
         return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
-class Room:
+class WriteTarget:
     """Where rows (G, padded, ...) of a group are written: in their place, or beside it where they don't fit.
 
     Args:

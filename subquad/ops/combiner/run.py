@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.combiner.example import Example, Options
-from subquad.ops.combiner.groups import Group, Room, groups_of
+from subquad.ops.combiner.groups import Group, WriteTarget, groups_of
 from subquad.ops.combiner.pooled_tokens import Pooled, Selected
 from subquad.ops.combiner.region_pooling import MAXIMUM, SUM
 from subquad.ops.combiner.weighted_rows import Averages, average_blocks, average_blocks_backward
@@ -100,7 +100,7 @@ class _Run(NamedTuple):
         tokens, layout = Source(self.k, self.v), self.example.layout
         made, size = layout.summaries, self.example.plan.unit(self.example.padded)
         if layout.blocks is not None:
-            sizes, bias = (size if layout.blocks.sight.by_place else 1, size), made[0].bias if made else None
+            sizes, bias = (layout.blocks.sight.summaries_of_block(size), size), made[0].bias if made else None
             scores = layout.blocks.own_scores(self.q, self.k, self.scale) if self.example.plan.asks_tokens else None
             averages = average_blocks(query, tokens, sizes, bias, self.scale, keys=key is None, scores=scores)
             key = averages.key if key is None else key
@@ -229,9 +229,9 @@ class _Combine(torch.autograd.Function):
             lse = torch.zeros(q.shape[:3], dtype=wide, device=q.device)
         for some in groups_of(q, examples):
             run = inputs.run(some, options)
-            with ExitStack() as rooms:
-                found = rooms.enter_context(Room(out, some))
-                run.forward(found, None if lse is None else rooms.enter_context(Room(lse, some)))
+            with ExitStack() as targets:
+                found = targets.enter_context(WriteTarget(out, some))
+                run.forward(found, None if lse is None else targets.enter_context(WriteTarget(lse, some)))
         ctx.save_for_backward(*inputs, *((None, None) if lse is None else (out, lse)))
         ctx.examples, ctx.options = examples, options
         return out
@@ -252,10 +252,10 @@ class _Combine(torch.autograd.Function):
             run, queries = inputs.run(some, ctx.options), None
             if lse is not None:
                 queries = Queries(run.q, some.fill_up(out), some.fill_up(lse[..., None])[..., 0])
-            with ExitStack() as rooms:
-                q, k, v = (rooms.enter_context(Room(x, some)) for x in grads[:3])
+            with ExitStack() as targets:
+                q, k, v = (targets.enter_context(WriteTarget(x, some)) for x in grads[:3])
                 regions = some.example.layout.regions
-                added = [None if x is None else rooms.enter_context(Room(x, some, regions)) for x in grads[5:]]
+                added = [None if x is None else targets.enter_context(WriteTarget(x, some, regions)) for x in grads[5:]]
                 run.backward(some.fill_up(grad), queries, Inputs(q, k, v, *grads[3:5], *added))
         return None, None, *grads
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from subquad.ops.combiner.attention import Summarize
-from subquad.ops.combiner.stream_regions import NOTHING, StreamPlan, StreamRegions
+from subquad.ops.combiner.stream_regions import NO_REGION, StreamPlan, StreamRegions
 from subquad.ops.packing import take
 from subquad.ops.precision import full_precision
 
@@ -129,13 +129,13 @@ class Sights:
 
     def number(self, kind: int, regions: Tensor) -> Tensor:
         """Numbers of the regions of a kind among those of all kinds."""
-        return (regions * len(self.kinds) + kind).masked_fill(regions >= NOTHING, NOTHING)
+        return (regions * len(self.kinds) + kind).masked_fill(regions >= NO_REGION, NO_REGION)
 
     def kept(self, lengths: Tensor) -> Tensor:
-        """Numbers (B, R) of the summaries that are needed after so many tokens (B,), `NOTHING` at the end."""
+        """Numbers (B, R) of the summaries that are needed after so many tokens (B,), `NO_REGION` at the end."""
         found = [self.number(index, kind.kept(lengths)) for index, kind in enumerate(self.kinds)]
         numbers = torch.cat(found, dim=1).sort(dim=1).values
-        return numbers[:, : max([0, *(numbers < NOTHING).sum(dim=1).tolist()])]
+        return numbers[:, : max([0, *(numbers < NO_REGION).sum(dim=1).tolist()])]
 
     def first(self, lengths: Tensor) -> Tensor:
         """The first token that is still needed after so many (B,)."""
@@ -144,7 +144,7 @@ class Sights:
     def summarise(self, kept: Kept, wanted: Sequence[tuple[int, Tensor]], summarizer: Summarizer) -> Summaries:
         """Summaries of regions (B, R) of some kinds, behind one of nothing, so that there is always a column."""
         nothing = kept.k.new_zeros(*kept.k.shape[:2], 1, kept.k.shape[3])
-        found = [Summaries(torch.full_like(kept.first[:, None], NOTHING), nothing, nothing)]
+        found = [Summaries(torch.full_like(kept.first[:, None], NO_REGION), nothing, nothing)]
         for index, regions in wanted:
             for some in regions.split(self._height(kept, regions, index), dim=1) if regions.shape[1] else ():
                 args = (self.kinds[index], kept, some, summarizer)
@@ -192,20 +192,20 @@ class Sights:
                 numbers.append(self.number(kind, regions))
                 sizes = self.kinds[kind].sizes(regions).to(q.dtype).clamp_min(1)
                 added = sizes.log() if log_size else torch.zeros_like(sizes)
-                bias.append(added.masked_fill(regions >= NOTHING, smallest))
+                bias.append(added.masked_fill(regions >= NO_REGION, smallest))
             of_summaries = summaries.columns(torch.cat(numbers, dim=2))
             args = (some, kept, summaries, columns, of_summaries, torch.cat(bias, dim=2))
             found.append(checkpoint(_attend_indexed, *args, use_reentrant=False, preserve_rng_state=False))
         return torch.cat(found, dim=2)  # pyright: ignore[reportArgumentType] - checkpoint has no types
 
     def _height(self, kept: Kept, regions: Tensor, kind: int) -> int:
-        members = int(self.kinds[kind].sizes(regions.masked_fill(regions >= NOTHING, 0)).max())
+        members = int(self.kinds[kind].sizes(regions.masked_fill(regions >= NO_REGION, 0)).max())
         return max(1, LARGEST_SLICE // max(1, kept.k[:, :, 0].numel() * members))
 
 
 def _by_size(kind: StreamRegions, regions: Tensor) -> Iterator[Tensor]:
     """The columns of regions (B, R), together where all that there are have one size."""
-    sizes = kind.sizes(regions)[regions < NOTHING]
+    sizes = kind.sizes(regions)[regions < NO_REGION]
     yield from (regions,) if bool((sizes == sizes[:1]).all()) else regions.split(1, dim=1)
 
 

@@ -13,18 +13,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-NOTHING = 2**40
+NO_REGION = 2**40
 """Stands for no token and no region, behind all of them."""
 
 
 def stretch(first: Tensor, step: int, count: Tensor) -> Tensor:
-    """The numbers first, first + step, ..., `count` of them in each row (..., largest count), then `NOTHING`."""
+    """The numbers first, first + step, ..., `count` of them in each row (..., largest count), then `NO_REGION`."""
     index = torch.arange(max([0, *count.flatten().tolist()]), device=count.device)
-    return (first[..., None] + step * index).masked_fill(index >= count[..., None], NOTHING)
+    return (first[..., None] + step * index).masked_fill(index >= count[..., None], NO_REGION)
 
 
 class StreamRegions(ABC):
-    """One kind of regions. Numbers of tokens and regions are int64; `NOTHING` fills up rows."""
+    """One kind of regions. Numbers of tokens and regions are int64; `NO_REGION` fills up rows."""
 
     @abstractmethod
     def seen(self, positions: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class DoublingBlocks(StreamRegions):
         most = max([0, *positions.flatten().tolist()])
         level = torch.arange(1, max(1, most.bit_length()), device=positions.device)
         above = positions[..., None] >> level
-        return ((above << level) - 1).masked_fill(above % 2 == 0, NOTHING)
+        return ((above << level) - 1).masked_fill(above % 2 == 0, NO_REGION)
 
     def closed(self, before: Tensor, after: Tensor) -> list[Tensor]:
         """Level by level, the blocks of even number."""
@@ -132,7 +132,7 @@ class RowParts(_OfEveryToken):
         """The part of the row."""
         own, place = (regions % self.width)[..., None], torch.arange(self.width, device=regions.device)
         inside = {"all": place >= 0, "others": place != own, "left": place < own, "right": place > own}[self.part]
-        return ((regions - regions % self.width)[..., None] + place).masked_fill(~inside, NOTHING)
+        return ((regions - regions % self.width)[..., None] + place).masked_fill(~inside, NO_REGION)
 
     def sizes(self, regions: Tensor) -> Tensor:
         """Of the part of the row."""
@@ -148,13 +148,13 @@ class ColumnsAbove(_OfEveryToken):
     def seen(self, positions: Tensor) -> Tensor:
         """The other columns, down to the row above."""
         column = torch.arange(self.width, device=positions.device)
-        return self.kept(positions).masked_fill(column == (positions % self.width)[..., None], NOTHING)
+        return self.kept(positions).masked_fill(column == (positions % self.width)[..., None], NO_REGION)
 
     def kept(self, lengths: Tensor) -> Tensor:
         """All columns, down to the last whole row."""
         end = (lengths - lengths % self.width)[..., None]
         above = end - self.width + torch.arange(self.width, device=lengths.device)
-        return above.masked_fill(end == 0, NOTHING)
+        return above.masked_fill(end == 0, NO_REGION)
 
     def members(self, regions: Tensor) -> Tensor:
         """From the top."""
@@ -163,7 +163,7 @@ class ColumnsAbove(_OfEveryToken):
 
     def sizes(self, regions: Tensor) -> Tensor:
         """The number of rows."""
-        return (regions // self.width + 1).masked_fill(regions >= NOTHING, 1)
+        return (regions // self.width + 1).masked_fill(regions >= NO_REGION, 1)
 
 
 class StreamPlan(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops.combiner.block_products import in_blocks, multiply
-from subquad.ops.piece import CALL_BYTES
+from subquad.ops.partial_softmax import CALL_BYTES
 from subquad.ops.rectangles import Source
 
 

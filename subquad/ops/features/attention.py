@@ -26,7 +26,7 @@ def linear_attention_by_pairs(
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = q.to(wide) @ k.to(wide).mT
     if causal:
-        weights = weights.tril(diagonal=k.shape[2] - q.shape[2])
+        weights = weights.tril()
     if valid is not None:
         weights = weights.masked_fill(~valid[:, None, None, :], 0.0)
         v = v.masked_fill(~valid[:, None, :, None], 0.0)

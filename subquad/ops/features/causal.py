@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from subquad.ops.chunk_products import multiply_add
 from subquad.ops.features.maps import FeatureMap
 from subquad.ops.features.segment import Inputs, Place, Segment, make_segment
-from subquad.ops.features.slices import Room, head_groups
+from subquad.ops.features.slices import Workspace, head_groups
 from subquad.ops.features.sums import Sums, gradients_of_division, lowest, no_sums, result_like
 from subquad.ops.precision import full_precision
 
@@ -106,13 +106,13 @@ class _Kept(NamedTuple):
     first_reference: Tensor | None
     sums: Tensor
 
-    def segment(self, place: Place, feature_map: FeatureMap, room: Room) -> Segment:
+    def segment(self, place: Place, feature_map: FeatureMap, workspace: Workspace) -> Segment:
         """The segment of this place."""
         before = None
         if self.references is not None and self.first_reference is not None:
             start = place.tokens.start
             before = (self.references[:, :, start - 1] if start else self.first_reference)[place.group]
-        return make_segment(place, Inputs(self.q, self.k, self.v, self.valid), feature_map, before, room)
+        return make_segment(place, Inputs(self.q, self.k, self.v, self.valid), feature_map, before, workspace)
 
 
 class _CausalSums(torch.autograd.Function):
@@ -140,7 +140,7 @@ class _CausalSums(torch.autograd.Function):
             None if reference is None else reference.clamp_min(lowest(sums.dtype)),
             sums.new_empty(len(parts), *sums.shape),
         )
-        after, room = torch.empty_like(sums), Room(q, sums.dtype)
+        after, workspace = torch.empty_like(sums), Workspace(q, sums.dtype)
         with full_precision(q.device):
             for group in head_groups(q, sums.shape[2], SEGMENT_CHUNKS * settings.chunk):
                 own = sums[group]
@@ -148,7 +148,7 @@ class _CausalSums(torch.autograd.Function):
                     kept.sums[index][group] = own
                     place = Place(group, tokens, chunks)
                     own = _attend(
-                        kept.segment(place, settings.feature_map, room), own, place, out, kept, settings.epsilon
+                        kept.segment(place, settings.feature_map, workspace), own, place, out, kept, settings.epsilon
                     )
                 after[group] = own
         last = None if kept.references is None else kept.references[..., -1].clone()
@@ -165,14 +165,14 @@ class _CausalSums(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         kept, settings = _Kept(*ctx.saved_tensors), ctx.settings
         grads = tuple(torch.empty_like(x, dtype=grad.dtype) for x in (kept.q, kept.k, kept.v))
-        before, room = torch.empty_like(grad_sums), Room(grad, kept.sums.dtype)
+        before, workspace = torch.empty_like(grad_sums), Workspace(grad, kept.sums.dtype)
         parts = list(enumerate(segments(grad.shape[2], settings.chunk)))
         with full_precision(grad.device):
             for group in head_groups(grad, kept.sums.shape[3], SEGMENT_CHUNKS * settings.chunk):
                 after = grad_sums[group]
                 for index, (tokens, chunks) in reversed(parts):
                     place = Place(group, tokens, chunks)
-                    part = kept.segment(place, settings.feature_map, room)
+                    part = kept.segment(place, settings.feature_map, workspace)
                     after = _attend_back(
                         part, kept.sums[index][group], after, place, grad, grads, kept, settings.feature_map
                     )
@@ -210,7 +210,7 @@ def _attend_back(
 ) -> Tensor:
     """Write the gradients of q, k and v in a segment; returns those of the sums before it."""
     out, total = (None if x is None else place.of(x) for x in (kept.out, kept.total))
-    of_mixed = gradients_of_division(place.of(grad), out, total, part.room)
+    of_mixed = gradients_of_division(place.of(grad), out, total, part.workspace)
     written, of_read = part.written(), part.read(of_mixed)
     sums, of_sums = part.sums(before, written), part.of_sums(of_read, after)
     of_weights = part.below(part.product("gradient of weights", of_mixed, part.v.mT))

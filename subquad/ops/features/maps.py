@@ -1,9 +1,10 @@
 """Feature maps as linear attention runs them: slice by slice, with gradients from the features alone.
 
-A map turns rows x (..., E) into features (..., F). Those of queries may carry any positive factor per row, since
-normalisation cancels it. Those of keys that are exponentials come in two steps: `prepare` tells the largest exponent of
-every row, its peak, and `finish` divides by exp(reference), which the caller chooses no smaller than the peak, so that
-nothing overflows. Peaks and references are constants to the gradient. The definitions are in `random_features.py`.
+A map turns rows x (..., E) into features (..., F). Those of queries may carry any positive factor per row, and those of
+keys one for all (such as the m^(-1/2) of the definitions, which is left out), since normalisation cancels both. Keys
+whose features are exponentials come in two steps: `prepare` tells the largest exponent of every row, its peak, and
+`finish` divides by exp(reference), which the caller chooses no smaller than the peak, so that nothing overflows. Peaks
+and references are constants to the gradient. The definitions are in `random_features.py`.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Projected(FeatureMap):
     square_scale: float
 
     def count(self, width: int) -> int:
-        """M."""
+        """One for each direction."""
         return self.directions.shape[0]
 
     def _products(self, x: Tensor) -> Tensor:

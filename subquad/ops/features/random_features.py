@@ -13,7 +13,6 @@ These overflow; `maps.py` has the forms that don't.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -45,24 +44,6 @@ def trigonometric_features(x: Tensor, directions: Tensor) -> Tensor:
 def relu_features(x: Tensor, directions: Tensor, epsilon: float) -> Tensor:
     """max(ω·x, 0) + ε, (..., m): the generalised kernel of ReLU, which is not that of softmax."""
     return ((x @ directions.mT).relu() + epsilon) / math.sqrt(directions.shape[0])
-
-
-def attention_by_features(
-    q: Tensor, k: Tensor, v: Tensor, features: Callable[[Tensor], Tensor], *, causal: bool, epsilon: float
-) -> Tensor:
-    """The definition of attention by features, quadratic in the length.
-
-    Args:
-        q: (B, H, L, E).
-        k: (B, H, S, E); causal: S = L.
-        v: (B, H, S, Ev).
-        features: φ, on the last dimension.
-        causal: query i sums over keys 0..i only.
-        epsilon: added to the sum of the weights.
-    """
-    weights = features(q) @ features(k).mT
-    weights = weights.tril() if causal else weights
-    return (weights @ v) / (weights.sum(dim=-1, keepdim=True) + epsilon)
 
 
 def random_directions(

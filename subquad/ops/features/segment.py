@@ -13,7 +13,7 @@ from torch import Tensor
 
 from subquad.ops.chunk_products import multiply
 from subquad.ops.features.maps import FeatureMap
-from subquad.ops.features.slices import Heads, Room
+from subquad.ops.features.slices import HeadGroup, Workspace
 from subquad.ops.features.sums import lowest
 
 
@@ -42,7 +42,7 @@ class Place(NamedTuple):
         chunks: N.
     """
 
-    group: Heads
+    group: HeadGroup
     tokens: slice
     chunks: int
 
@@ -91,7 +91,7 @@ class Segment(NamedTuple):
         v: (N, B, H, C, W).
         factors: between references; None where all are 1.
         references: of each token, (N, B, H, C); None for features without exponents.
-        room: memory for what is made of them.
+        workspace: memory for what is made of them.
     """
 
     q_rows: Tensor
@@ -101,11 +101,11 @@ class Segment(NamedTuple):
     v: Tensor
     factors: Factors | None
     references: Tensor | None
-    room: Room
+    workspace: Workspace
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """The products a b of (N, B, H, ·, ·), in the memory of this name."""
-        return multiply(a, b, self.room.of(name, *a.shape[:-1], b.shape[-1]))
+        return multiply(a, b, self.workspace.of(name, *a.shape[:-1], b.shape[-1]))
 
     def below(self, pairs: Tensor) -> Tensor:
         """Pairs (N, B, H, C, C) times their factors, in place; 0 for a key behind its row."""
@@ -153,7 +153,7 @@ class Segment(NamedTuple):
 
     def _matrices(self, name: str) -> Tensor:
         chunks, batch, heads = self.k.shape[:3]
-        return self.room.of(name, chunks + 1, batch, heads, self.k.shape[-1], self.v.shape[-1])
+        return self.workspace.of(name, chunks + 1, batch, heads, self.k.shape[-1], self.v.shape[-1])
 
     def _carry(self, matrix: Tensor, chunk: int, target: Tensor) -> None:
         """Add a matrix to the one on the other side of a chunk."""
@@ -163,24 +163,26 @@ class Segment(NamedTuple):
             target.addcmul_(matrix, self.factors.across[chunk])
 
 
-def make_segment(place: Place, inputs: Inputs, feature_map: FeatureMap, before: Tensor | None, room: Room) -> Segment:
+def make_segment(
+    place: Place, inputs: Inputs, feature_map: FeatureMap, before: Tensor | None, workspace: Workspace
+) -> Segment:
     """The segment of this place; `before` is the reference that is carried in, (B, H)."""
     dtype = torch.promote_types(inputs.v.dtype, torch.float32)
     q_rows, k_rows, v_rows = (place.of(x).to(dtype) for x in inputs[:3])
     hidden = None if inputs.valid is None else place.hidden(inputs.valid)
     shape = *q_rows.shape[:-1], feature_map.count(q_rows.shape[-1])
-    prepared, references = feature_map.prepare(k_rows, room.of("k", *shape)), None
+    prepared, references = feature_map.prepare(k_rows, workspace.of("k", *shape)), None
     if before is not None and prepared.peak is not None:
         peak = prepared.peak if hidden is None else prepared.peak.masked_fill(hidden, lowest(dtype))
         by_tokens = peak[..., 0].movedim(0, 2)
         running = torch.maximum(by_tokens.flatten(2).cummax(dim=2).values, before[..., None])
         references = running.view(by_tokens.shape).movedim(2, 0)
     k = feature_map.finish(prepared, None if references is None else references[..., None])
-    v = room.of("v", *v_rows.shape[:-1], v_rows.shape[-1] + 1)
+    v = workspace.of("v", *v_rows.shape[:-1], v_rows.shape[-1] + 1)
     v[..., :-1], v[..., -1] = v_rows, 1.0
     if hidden is not None:
         k = k.masked_fill(hidden, 0.0)
         v.masked_fill_(hidden, 0.0)
-    q = feature_map.queries(q_rows, room.of("q", *shape))
+    q = feature_map.queries(q_rows, workspace.of("q", *shape))
     factors = None if references is None or before is None else _factors(references, before)
-    return Segment(q_rows, k_rows, q, k, v, factors, references, room)
+    return Segment(q_rows, k_rows, q, k, v, factors, references, workspace)

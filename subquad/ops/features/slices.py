@@ -16,7 +16,7 @@ SLICE_NUMBERS = 2**19
 """Features in a slice, about."""
 
 
-class Room:
+class Workspace:
     """Memory of what a slice needs for a while, the same for every slice: every fresh 4 kB cost a page fault."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
@@ -33,7 +33,7 @@ class Room:
         return memory[:numbers].view(shape)
 
 
-class Heads(NamedTuple):
+class HeadGroup(NamedTuple):
     """Some heads of some examples; indexes tensors (B, H, ...).
 
     Attributes:
@@ -54,7 +54,7 @@ class Heads(NamedTuple):
         return part.unflatten(2, (count, part.shape[2] // count)).movedim(2, 0)
 
 
-def head_groups(x: Tensor, features: int, tokens: int = SLICE_TOKENS) -> Iterator[Heads]:
+def head_groups(x: Tensor, features: int, tokens: int = SLICE_TOKENS) -> Iterator[HeadGroup]:
     """The heads of a slice of x (B, H, L, ...): as many as have about `SLICE_NUMBERS` features together.
 
     Args:
@@ -67,7 +67,7 @@ def head_groups(x: Tensor, features: int, tokens: int = SLICE_TOKENS) -> Iterato
     examples, heads = max(1, size // num_heads), min(size, num_heads)
     for first in range(0, batch, examples):
         for head in range(0, num_heads, heads):
-            yield Heads(slice(first, min(first + examples, batch)), slice(head, min(head + heads, num_heads)))
+            yield HeadGroup(slice(first, min(first + examples, batch)), slice(head, min(head + heads, num_heads)))
 
 
 def token_slices(length: int) -> Iterator[slice]:

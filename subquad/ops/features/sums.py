@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.features.maps import FeatureMap
-from subquad.ops.features.slices import Heads, Room, head_groups, token_slices
+from subquad.ops.features.slices import HeadGroup, Workspace, head_groups, token_slices
 from subquad.ops.onednn import outruns_mm
 from subquad.ops.precision import full_precision
 from subquad.ops.stacked_products import stacked_product
@@ -76,36 +76,36 @@ def read_sums(q: Tensor, sums: Sums, feature_map: FeatureMap, *, epsilon: float 
     return _ReadSums.apply(q, joined, feature_map, epsilon)  # pyright: ignore[reportReturnType] - apply has no types
 
 
-def gradients_of_division(grad: Tensor, out: Tensor | None, total: Tensor | None, room: Room) -> Tensor:
+def gradients_of_division(grad: Tensor, out: Tensor | None, total: Tensor | None, workspace: Workspace) -> Tensor:
     """Gradients of numerators and, in one more column, of denominators (..., Ev + 1) from that of the fraction.
 
     Args:
         grad: (..., Ev).
         out: (..., Ev), the fraction; None for numerators that were not divided.
         total: (...), the denominators.
-        room: memory.
+        workspace: memory.
     """
-    of_read = room.of("gradient of what is read", *grad.shape[:-1], grad.shape[-1] + 1)
+    of_read = workspace.of("gradient of what is read", *grad.shape[:-1], grad.shape[-1] + 1)
     if out is None or total is None:
         of_read[..., :-1], of_read[..., -1] = grad, 0.0
         return of_read
     numerators = torch.div(grad, total[..., None], out=of_read[..., :-1])
-    products = torch.mul(numerators, out, out=room.of("read", *out.shape))
+    products = torch.mul(numerators, out, out=workspace.of("read", *out.shape))
     torch.sum(products, dim=-1, keepdim=True, out=of_read[..., -1:]).neg_()
     return of_read
 
 
 def result_like(q: Tensor, width: int) -> Tensor:
-    """Room for a result (B, H, L, Ev), laid out as q (B, H, L, E) where the widths agree, else as (B, L, H, Ev)."""
+    """Empty, for a result (B, H, L, Ev), laid out as q (B, H, L, E) where the widths agree, else as (B, L, H, Ev)."""
     batch, num_heads, length, own_width = q.shape
     return torch.empty_like(q) if width == own_width else q.new_empty(batch, length, num_heads, width).transpose(1, 2)
 
 
-def _product(a: Tensor, b: Tensor, name: str, room: Room) -> Tensor:
+def _product(a: Tensor, b: Tensor, name: str, workspace: Workspace) -> Tensor:
     """The products a b of (B, H, M, K) and (B, H, K, N); faster ones make up for memory that is fresh in each slice."""
     if outruns_mm():
         return stacked_product(a, b)
-    out = room.of(name, *a.shape[:-1], b.shape[-1])
+    out = workspace.of(name, *a.shape[:-1], b.shape[-1])
     torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
     return out
 
@@ -144,12 +144,12 @@ class _Keys(NamedTuple):
 
 
 def _take_keys(
-    group: Heads,
+    group: HeadGroup,
     tokens: slice,
     inputs: tuple[Tensor, Tensor, Tensor | None],
     feature_map: FeatureMap,
     reference: Tensor | None,
-    room: Room,
+    workspace: Workspace,
 ) -> _Keys:
     """Map a slice of k, v with facts about them."""
     k, v, valid = inputs
@@ -158,7 +158,7 @@ def _take_keys(
     rows, part_v = (x[(*group, tokens)].to(dtype) for x in (k, v))
     if hidden is not None:
         rows, part_v = rows.masked_fill(hidden, 0.0), part_v.masked_fill(hidden, 0.0)
-    prepared = feature_map.prepare(rows, room.of("features", *rows.shape[:-1], feature_map.count(rows.shape[-1])))
+    prepared = feature_map.prepare(rows, workspace.of("features", *rows.shape[:-1], feature_map.count(rows.shape[-1])))
     if reference is not None and prepared.peak is not None:
         peak = prepared.peak if hidden is None else prepared.peak.masked_fill(hidden, lowest(dtype))
         reference = torch.maximum(reference, peak.amax(dim=2, keepdim=True))
@@ -172,13 +172,13 @@ class _SumKeys(torch.autograd.Function):
         ctx: Any, k: Tensor, v: Tensor, valid: Tensor | None, feature_map: FeatureMap
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         values, features, reference = no_sums(k, v, feature_map)
-        room = Room(k, values.dtype)
+        workspace = Workspace(k, values.dtype)
         with full_precision(k.device):
             for group in head_groups(k, features.shape[-1]):
                 own_values, own_features = values[group], features[group]
                 before = None if reference is None else reference[group][..., None, None]
                 for tokens in token_slices(k.shape[2]):
-                    keys = _take_keys(group, tokens, (k, v, valid), feature_map, before, room)
+                    keys = _take_keys(group, tokens, (k, v, valid), feature_map, before, workspace)
                     if before is not None and keys.reference is not None:
                         factor = (before - keys.reference).exp_()
                         own_values.mul_(factor)
@@ -200,15 +200,19 @@ class _SumKeys(torch.autograd.Function):
         ctx: Any, grad_values: Tensor, grad_features: Tensor, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         k, v, valid, reference = ctx.saved_tensors
-        grad_k, grad_v, room = torch.empty_like(k, dtype=v.dtype), torch.empty_like(v), Room(k, grad_values.dtype)
+        grad_k, grad_v, workspace = (
+            torch.empty_like(k, dtype=v.dtype),
+            torch.empty_like(v),
+            Workspace(k, grad_values.dtype),
+        )
         with full_precision(k.device):
             for group in head_groups(k, grad_features.shape[-1]):
                 of_values, of_features = grad_values[group], grad_features[group][..., None, :]
                 final = None if reference is None else reference[group][..., None, None]
                 for tokens in token_slices(k.shape[2]):
-                    keys = _take_keys(group, tokens, (k, v, valid), ctx.feature_map, final, room)
-                    grad_v[(*group, tokens)] = _product(keys.mapped, of_values, "read", room)
-                    of_mapped = _product(keys.v, of_values.mT, "gradient of features", room).add_(of_features)
+                    keys = _take_keys(group, tokens, (k, v, valid), ctx.feature_map, final, workspace)
+                    grad_v[(*group, tokens)] = _product(keys.mapped, of_values, "read", workspace)
+                    of_mapped = _product(keys.v, of_values.mT, "gradient of features", workspace).add_(of_features)
                     if keys.hidden is not None:
                         of_mapped.masked_fill_(keys.hidden, 0.0)
                     ctx.feature_map.write_gradient(
@@ -220,14 +224,14 @@ class _SumKeys(torch.autograd.Function):
 class _ReadSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, sums: Tensor, feature_map: FeatureMap, epsilon: float | None) -> Tensor:
-        out, room = result_like(q, sums.shape[-1] - 1), Room(q, sums.dtype)
+        out, workspace = result_like(q, sums.shape[-1] - 1), Workspace(q, sums.dtype)
         total = None if epsilon is None else sums.new_empty(q.shape[:3])
         with full_precision(q.device):
             for group in head_groups(q, sums.shape[2]):
                 for tokens in token_slices(q.shape[2]):
                     part = *group, tokens
-                    mapped = _map_queries(q[part].to(sums.dtype), feature_map, room)
-                    read = _product(mapped, sums[group], "read", room)
+                    mapped = _map_queries(q[part].to(sums.dtype), feature_map, workspace)
+                    read = _product(mapped, sums[group], "read", workspace)
                     if total is not None and epsilon is not None:
                         weight = read[..., -1:].add_(epsilon)
                         total[part] = weight[..., 0]
@@ -244,22 +248,29 @@ class _ReadSums(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         q, sums, out, total = ctx.saved_tensors
-        grad_q, grad_sums, room = torch.empty_like(q, dtype=grad.dtype), torch.zeros_like(sums), Room(q, sums.dtype)
+        grad_q, grad_sums, workspace = (
+            torch.empty_like(q, dtype=grad.dtype),
+            torch.zeros_like(sums),
+            Workspace(q, sums.dtype),
+        )
         with full_precision(q.device):
             for group in head_groups(q, sums.shape[2]):
                 for tokens in token_slices(q.shape[2]):
                     part = *group, tokens
                     rows = q[part].to(sums.dtype)
-                    mapped = _map_queries(rows, ctx.feature_map, room)
+                    mapped = _map_queries(rows, ctx.feature_map, workspace)
                     of_read = gradients_of_division(
-                        grad[part], None if out is None else out[part], None if total is None else total[part], room
+                        grad[part],
+                        None if out is None else out[part],
+                        None if total is None else total[part],
+                        workspace,
                     )
                     grad_sums[group] += _outer_sums(mapped, of_read)
-                    of_mapped = _product(of_read, sums[group].mT, "gradient of features", room)
+                    of_mapped = _product(of_read, sums[group].mT, "gradient of features", workspace)
                     ctx.feature_map.write_gradient(rows, mapped, of_mapped, grad_q[part], keys=False)
         return grad_q, grad_sums, None, None
 
 
-def _map_queries(rows: Tensor, feature_map: FeatureMap, room: Room) -> Tensor:
+def _map_queries(rows: Tensor, feature_map: FeatureMap, workspace: Workspace) -> Tensor:
     """Features (B, H, T, F) of rows (B, H, T, E)."""
-    return feature_map.queries(rows, room.of("features", *rows.shape[:-1], feature_map.count(rows.shape[-1])))
+    return feature_map.queries(rows, workspace.of("features", *rows.shape[:-1], feature_map.count(rows.shape[-1])))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops.lsh.lists import ListRule
-from subquad.ops.piece import CALL_BYTES, Bias, make_bias, stack
+from subquad.ops.partial_softmax import CALL_BYTES, Bias, make_bias, stack
 
 NO_QUERY, NO_KEY = -(2**29), -(2**30)
 """Codes of slots that hold no token."""

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from subquad.ops.fused import fused_forward
 from subquad.ops.lsh.lists import ListRule, listed_counts
 from subquad.ops.lsh.rounds import Call, Group, Order, Round, Rounds, sort_by_bucket
-from subquad.ops.piece import merge, stack
+from subquad.ops.partial_softmax import merge, stack
 
 NORM_EPSILON = 1e-6
 """Added to the mean square of a vector before keys are made of unit length, as in the official code."""

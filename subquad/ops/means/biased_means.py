@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from subquad.ops.means.far_means import Far
 from subquad.ops.means.gated import Kept, Upstream
 from subquad.ops.means.position_bias import PositionBias
-from subquad.ops.means.running_means import NOTHING, running_gradients, running_means
+from subquad.ops.means.running_means import LOG_ZERO, running_gradients, running_means
 from subquad.ops.means.strip_geometry import Reach, Strips, strips
 from subquad.ops.means.strip_means import Summed, Tokens, add_strip_gradients_, pair_gradients, strip_means
 from subquad.ops.means.weighted_columns import Columns, Group, column_groups
@@ -49,7 +49,7 @@ def biased_means(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, rea
 
     Args:
         q: (B, G, L, E).
-        k: (B, G, S, E), or (B, G, S, 1) for keys that the channels of a group share; `NOTHING` where there is no key.
+        k: (B, G, S, E), or (B, G, S, 1) for keys that the channels of a group share; `LOG_ZERO` where there is no key.
             The queries are the last L of the S columns; bidirectional: S = L.
         v: (B, G, S, E).
         bias: of the positions; None for none.
@@ -114,7 +114,7 @@ class _BiasedMeans(Function):
 
 def _real_queries(k: Tensor, length: int) -> Tensor | None:
     """Which queries have a key themselves, (B, G, L, 1); None for all."""
-    real = k[:, :, k.shape[2] - length :, :1] > NOTHING / 2
+    real = k[:, :, k.shape[2] - length :, :1] > LOG_ZERO / 2
     return None if bool(real.all()) else real
 
 

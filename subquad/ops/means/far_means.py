@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.means.running_means import NOTHING, Means, fading_sums_, running_means
+from subquad.ops.means.running_means import LOG_ZERO, Means, fading_sums_, running_means
 from subquad.ops.means.strip_geometry import Strips, blocks_before, blocks_behind
 
 TOGETHER = 1024
@@ -26,7 +26,7 @@ class Side(NamedTuple):
     Attributes:
         blocks: of columns, for each strip those that come to the means of the neighbour closer to the end.
         from_the_end: whether the last strip is the one with the fewest of them, and not the first.
-        means: of all strips, or their gradients, (B, G, N, ·); `NOTHING` weighs a mean of no column.
+        means: of all strips, or their gradients, (B, G, N, ·); `LOG_ZERO` weighs a mean of no column.
     """
 
     blocks: Sequence[slice]
@@ -36,7 +36,7 @@ class Side(NamedTuple):
     @classmethod
     def of(cls, k: Tensor, v: Tensor, blocks: Sequence[slice], *, from_the_end: bool) -> Side:
         """Those of columns k (B, G, S, E or 1), logarithms of weights, and v (B, G, S, E)."""
-        total = k.new_full((*k.shape[:2], len(blocks), k.shape[3]), NOTHING)
+        total = k.new_full((*k.shape[:2], len(blocks), k.shape[3]), LOG_ZERO)
         mean = v.new_zeros((*v.shape[:2], len(blocks), v.shape[3]))
         for run in _runs(blocks):
             log_weights = run.of(k)

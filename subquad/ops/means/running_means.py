@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NOTHING = -1e30
+LOG_ZERO = -1e30
 """The logarithm of a weight of 0: finite, so that means of nothing are no NaN, and lost beside any real one."""
 
 CHUNK = 16
@@ -51,7 +51,7 @@ def running_means(log_weights: Tensor, values: Tensor) -> Means:
     """Means of all prefixes; no gradient.
 
     Args:
-        log_weights: (B, G, L, X), float32 or wider; `NOTHING` for a weight of 0.
+        log_weights: (B, G, L, X), float32 or wider; `LOG_ZERO` for a weight of 0.
         values: (B, G, L, E); E is X, or X is 1.
     """
     totals = _running_totals(log_weights)
@@ -89,7 +89,7 @@ def fading_sums_(levels: Tensor, *values: Tensor, backwards: bool = False) -> tu
     """
     length = levels.shape[2]
     steps = min(CHUNK, length)
-    levels, chunks = _in_chunks(levels, steps, -NOTHING), [_in_chunks(x, steps, 0.0) for x in values]
+    levels, chunks = _in_chunks(levels, steps, -LOG_ZERO), [_in_chunks(x, steps, 0.0) for x in values]
     fading = (levels[..., :-1, :] - levels[..., 1:, :]).exp_()
     for t in range(1, steps):
         place, last = (-1 - t, -t) if backwards else (t, t - 1)
@@ -116,7 +116,7 @@ def _running_totals(log_weights: Tensor) -> Tensor:
     """(B, G, L, X), the logarithms of running sums of weights."""
     length = log_weights.shape[2]
     steps = min(CHUNK, length)
-    totals = _in_chunks(log_weights, steps, NOTHING).clone()
+    totals = _in_chunks(log_weights, steps, LOG_ZERO).clone()
     for t in range(1, steps):
         torch.logaddexp(totals[..., t - 1, :], totals[..., t, :], out=totals[..., t, :])
     if steps < length:

@@ -19,7 +19,7 @@ from subquad.ops.means.far_means import Far
 from subquad.ops.means.gated import Kept, Wanted
 from subquad.ops.means.pair_means import gradients_by_pairs, means_by_pairs
 from subquad.ops.means.position_bias import PositionBias
-from subquad.ops.means.running_means import NOTHING, Means
+from subquad.ops.means.running_means import LOG_ZERO, Means
 from subquad.ops.means.strip_geometry import Strips
 from subquad.ops.means.weighted_columns import Columns
 from subquad.ops.stacked_products import add_stacked_product_, stacked_product
@@ -29,7 +29,7 @@ class Tokens(NamedTuple):
     """What a call weighs.
 
     Attributes:
-        k: (B, G, S, E or 1), `NOTHING` where there is no key.
+        k: (B, G, S, E or 1), `LOG_ZERO` where there is no key.
         v: (B, G, S, E).
         bias: of the positions.
     """
@@ -177,7 +177,7 @@ def _too_small(weights: Tensor, k: Tensor, strip: Strips) -> bool:
     smallest = torch.finfo(weights.dtype).tiny ** 0.5
     if not weights.numel() or not bool(weights.amin() < smallest):
         return False
-    real = k[:, :, strip.offset + strip.queries.start : strip.offset + strip.queries.stop] > NOTHING / 2
+    real = k[:, :, strip.offset + strip.queries.start : strip.offset + strip.queries.stop] > LOG_ZERO / 2
     weights.masked_fill_(~real, 1.0)
     return bool((weights < smallest).any())
 

@@ -30,6 +30,7 @@ from subquad.ops.memory.attention import (
 )
 from subquad.ops.precision import full_precision
 from subquad.ops.recomputed import recomputed
+from subquad.ops.softmax import masked_softmax_with_lse
 
 
 class Sight(NamedTuple):
@@ -184,10 +185,8 @@ def read_rows(
     """
     with full_precision(q.device):
         scores = row_scores(q, k, Distances(vectors, content_bias, position_bias), part)
-        anything = part.visible.any(dim=-1, keepdim=True)
-        scores = scores.masked_fill(~part.visible & anything, -math.inf)  # a query without rows keeps finite scores
-        out = (scores.softmax(dim=-1) * anything) @ v.to(scores.dtype)
-        return out.to(q.dtype), scores.logsumexp(dim=-1).masked_fill(~anything[..., 0], -math.inf)
+        weights, lse = masked_softmax_with_lse(scores, part.visible)
+        return (weights @ v.to(scores.dtype)).to(q.dtype), lse
 
 
 def row_scores(q: Tensor, k: Tensor, distances: Distances, part: RowSlice) -> Tensor:

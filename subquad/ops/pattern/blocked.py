@@ -20,10 +20,10 @@ from torch.autograd.function import once_differentiable
 from subquad.ops.large_pages import empty_like, zeros_like
 from subquad.ops.pattern.compiler import compile_pattern
 from subquad.ops.pattern.example_facts import ExampleFacts
+from subquad.ops.pattern.piece import Gradients, Piece, Work
 from subquad.ops.pattern.request import Facts, Request
 from subquad.ops.pattern.sliced import attend_sliced
 from subquad.ops.pattern.strips import Shape
-from subquad.ops.piece import Gradients, Piece, Work
 from subquad.patterns.bands import Causal
 from subquad.patterns.expression import write_pattern
 from subquad.patterns.pattern import Pattern

@@ -21,11 +21,11 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from subquad.ops.pattern.band_strips import band_strips, lanes_of
+from subquad.ops.pattern.band_strips import SLICE_PAIRS, band_strips, lanes_of
+from subquad.ops.pattern.piece import Piece
 from subquad.ops.pattern.strip_piece import StripPiece
 from subquad.ops.pattern.strips import Numbering, Shape, Strips, make_strips
 from subquad.ops.pattern.tile_piece import compile_tiles
-from subquad.ops.piece import Piece
 from subquad.patterns.bands import pattern_of
 from subquad.patterns.pattern import UNBOUNDED, And, Classes, Indices, Not, Or, Pattern, Term, Tile
 
@@ -33,8 +33,6 @@ Maker = Callable[[Term, Shape, bool], list[Piece]]
 
 SLICE_ROWS = 128
 """Queries per strip where nothing suggests another size."""
-SLICE_PAIRS = 2**20
-"""Largest mask of one strip, in pairs."""
 STAIR_ROWS = 1024
 """Rows of strips that are joined although they reach differently far: from 768 on the operator takes 256 at a time."""
 PIECE_PAIRS = 40

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.fused import fused_backward, fused_forward, lse_backward
+from subquad.ops.partial_softmax import Bias, make_bias
 from subquad.ops.pattern.request import Facts, Request, visible_mask
-from subquad.ops.piece import Bias, make_bias
 from subquad.patterns.pattern import UNBOUNDED, Pattern
 
 SLICE_PAIRS = 2**21

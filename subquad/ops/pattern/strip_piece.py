@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from subquad.ops.fused import fused_backward, fused_forward, lse_backward
+from subquad.ops.partial_softmax import CALL_BYTES, Bias, add_stack, make_bias, merge, share_out
+from subquad.ops.pattern.piece import Gradients, Piece, Work
 from subquad.ops.pattern.strip_views import indexed, stacked, units
 from subquad.ops.pattern.strips import Numbering, Run, Strips
-from subquad.ops.piece import CALL_BYTES, Bias, Gradients, Piece, Work, add_stack, make_bias, merge, share_out
-from subquad.ops.triangles import triangles_backward, triangles_forward, triangles_pay
-from subquad.ops.unfused import add_unfused, unfused_pays
+from subquad.ops.pattern.triangles import triangles_backward, triangles_forward, triangles_pay
+from subquad.ops.pattern.unfused import add_unfused, unfused_pays
 from subquad.patterns.pattern import Pattern, Tile
 
 TALL_ROWS = 256

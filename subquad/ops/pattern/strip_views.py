@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.ops.partial_softmax import stack
+from subquad.ops.pattern.piece import Gradients, Work
 from subquad.ops.pattern.strips import Numbering, Run
-from subquad.ops.piece import Gradients, Work, stack
 
 
 class Unit(NamedTuple):

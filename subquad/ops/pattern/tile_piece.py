@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from subquad.ops.fused import fused_backward, fused_forward, lse_backward
+from subquad.ops.partial_softmax import CALL_BYTES, Bias, make_bias, merge, share_out, stack
+from subquad.ops.pattern.piece import Gradients, Piece, Work
 from subquad.ops.pattern.strip_piece import StripPiece
 from subquad.ops.pattern.strips import Numbering, Shape, make_strips
-from subquad.ops.piece import CALL_BYTES, Bias, Gradients, Piece, Work, make_bias, merge, share_out, stack
 from subquad.patterns.pattern import Indices, Pattern, Tile
 
 TILE = 64
@@ -53,7 +54,7 @@ class TileGroup:
         return step if (np.diff(self.row0) == step).all() else None
 
 
-class Room:
+class GatherBuffer:
     """Memory for gathered tiles, used again from call to call: fresh pages cost more than the copy itself."""
 
     def __init__(self) -> None:
@@ -111,9 +112,9 @@ class TilePiece(Piece):
     def forward(self, work: Work) -> None:
         """One call for each cut of a group."""
         keys, values = _tiled(work.k, self.size), _tiled(work.v, self.size)
-        room = Room(), Room()
+        buffers = GatherBuffer(), GatherBuffer()
         for group, bias, part in self._cuts(work):
-            k, v = room[0].gather(keys[part], group.tiles), room[1].gather(values[part], group.tiles)
+            k, v = buffers[0].gather(keys[part], group.tiles), buffers[1].gather(values[part], group.tiles)
             q, out, lse = (_take_rows(x[part], group) for x in (work.q, work.out, work.lse))
             part_out, part_lse = fused_forward(q, k, v, work.scale, None if bias is None else bias.values)
             if bias is not None and bias.hidden_rows is not None:
@@ -125,10 +126,10 @@ class TilePiece(Piece):
     def backward(self, work: Work, gradients: Gradients) -> None:
         """As `forward`; keys are gathered and masks made again."""
         keys, values = _tiled(work.k, self.size), _tiled(work.v, self.size)
-        room = Room(), Room()
+        buffers = GatherBuffer(), GatherBuffer()
         grad_keys, grad_values = _tiled(gradients.k, self.size), _tiled(gradients.v, self.size)
         for group, bias, part in self._cuts(work):
-            k, v = room[0].gather(keys[part], group.tiles), room[1].gather(values[part], group.tiles)
+            k, v = buffers[0].gather(keys[part], group.tiles), buffers[1].gather(values[part], group.tiles)
             mask = None if bias is None else bias.values
             q, out, lse, grad = (_take_rows(x[part], group) for x in (work.q, work.out, work.lse, gradients.out))
             grad_q, grad_k, grad_v = fused_backward(grad, q, k, v, out, lse, work.scale, mask)

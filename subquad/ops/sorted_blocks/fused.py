@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from subquad.ops.fused import fused_backward, fused_forward
 from subquad.ops.onednn import product
-from subquad.ops.piece import CALL_BYTES
+from subquad.ops.partial_softmax import CALL_BYTES
 from subquad.ops.sorted_blocks.sorting import BlockScores, Sorting, sorting_matrices
 
 Combine = Literal["joint", "sum", "logits"]

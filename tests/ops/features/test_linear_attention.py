@@ -15,7 +15,7 @@ from subquad.ops.features import slices, sums
 from subquad.ops.features.attention import linear_attention, linear_attention_by_pairs
 from subquad.ops.features.causal import Settings, causal_sums, segments
 from subquad.ops.features.maps import FeatureMap, PositiveRandom, Ready
-from subquad.ops.features.random_features import attention_by_features, positive_features
+from subquad.ops.features.random_features import positive_features
 from subquad.ops.features.slices import SLICE_TOKENS
 from subquad.ops.features.sums import Sums, read_sums, sum_keys
 
@@ -83,7 +83,12 @@ def test_sums_of_exponentials_equal_the_definition(length: int, causal: bool, sc
         out = causal_sums(q, k, v, None, Settings(feature_map, 0.0, 16))[0]
     else:
         out = read_sums(q, sum_keys(k, v, feature_map), feature_map, epsilon=0.0)
-    expected = attention_by_features(q, k, v, lambda x: positive_features(x, DIRECTIONS), causal=causal, epsilon=0.0)
+    mapped_q, mapped_k = (positive_features(x, DIRECTIONS) for x in (q, k))
+    sums, weights = (
+        linear_attention_by_pairs(mapped_q, mapped_k, x, causal=causal, normalize=False)
+        for x in (v, torch.ones_like(v))
+    )
+    expected = sums / weights
     torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-8)
     weights = torch.randn_like(out)
     pairs = (torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (out, expected))

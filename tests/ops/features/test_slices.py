@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from subquad.ops.features.slices import SLICE_NUMBERS, SLICE_TOKENS, Room, head_groups, token_slices
+from subquad.ops.features.slices import SLICE_NUMBERS, SLICE_TOKENS, Workspace, head_groups, token_slices
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_slices_hold_every_token_of_every_head_once(batch: int, heads: int, leng
 
 
 def test_temporaries_of_one_name_share_memory_and_those_of_two_do_not() -> None:
-    room = Room(torch.empty(0), torch.float64)
+    room = Workspace(torch.empty(0), torch.float64)
     first, smaller, other = room.of("a", 4, 8), room.of("a", 3, 2), room.of("b", 4, 8)
     assert smaller.shape == (3, 2)
     assert smaller.dtype == torch.float64

@@ -161,7 +161,7 @@ def test_neighbouring_strips_share_weights_while_keys_do_not_rise_far() -> None:
 def test_places_without_a_key_change_nothing(left: int | None) -> None:
     q, k, v = (torch.randn(1, 1, 9, 3) for _ in range(3))
     bias, reach = FactorisedBias(torch.randn(1, 9, 2), torch.randn(1, 9, 2)), Reach(left, 0, True)
-    k[:, :, 6:] = running_means.NOTHING
+    k[:, :, 6:] = running_means.LOG_ZERO
     y = biased_means(q, k, v, bias, reach)
     short = FactorisedBias(bias.rows[:, :6], bias.columns[:, :6])
     torch.testing.assert_close(y[:, :, :6], biased_means(q[:, :, :6], k[:, :, :6], v[:, :, :6], short, reach))

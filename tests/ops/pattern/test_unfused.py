@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from subquad.ops.pattern.example_facts import ExampleFacts
-from subquad.ops.piece import Gradients, Work
+from subquad.ops.pattern.piece import Gradients, Work
+from subquad.ops.pattern.unfused import add_unfused
 from subquad.ops.softmax import softmax_attention_with_lse
-from subquad.ops.unfused import add_unfused
 
 SCALE = 0.3
 
@@ -29,8 +29,8 @@ def definition(x: list[Tensor], shown: Tensor, weights: tuple[Tensor, Tensor]) -
 def test_gradients_are_those_of_the_definition(
     monkeypatch: pytest.MonkeyPatch, tile: tuple[int, int], masks: int, fresh: bool
 ) -> None:
-    monkeypatch.setattr("subquad.ops.unfused.TILE_ROWS", tile[0])
-    monkeypatch.setattr("subquad.ops.unfused.TILE_PAIRS", tile[1])
+    monkeypatch.setattr("subquad.ops.pattern.unfused.TILE_ROWS", tile[0])
+    monkeypatch.setattr("subquad.ops.pattern.unfused.TILE_PAIRS", tile[1])
     x = [3 * torch.randn(3, size, 6, dtype=torch.float64) for size in (12, 21, 21)]
     shown = torch.ones(3, 12, 21, dtype=torch.bool)
     if masks:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops.onednn import add_product_, logistic_product, outruns_mm, product, product_over_rows, suits
-from subquad.ops.piece import Gradients, Work
+from subquad.ops.pattern.piece import Gradients, Work
 
 LEAST_PAIRS = 2**17
 """Pairs of the smallest rectangle that pays: measured, the products of a smaller one are too small to run fast."""

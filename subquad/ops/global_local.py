@@ -5,8 +5,8 @@
 The a and β of a head are a table with one row for each id. For a distance δ = j - i the id is min(δ, m) to the right
 and m + min(-δ, m) to the left; one further id, the last, names the pairs of two streams, which have no distance.
 
-`stream_attention` serves a sequence behind a stream of G global tokens: one function for the rows of either. Scores
-are made again in the backward pass, so that what is kept is linear in the length.
+`global_local_attention` serves a sequence behind a stream of G global tokens: one function for the rows of either.
+Scores are made again in the backward pass, so that what is kept is linear in the length.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from subquad.ops.precision import full_precision
+from subquad.ops.softmax import masked_softmax
 
 SCORE_ELEMENTS = 2**22
 """Scores that are held at a time, over the whole batch and all heads."""
@@ -62,15 +63,13 @@ def relative_attention_by_ids(
     """
     added = torch.einsum("bhle,hlse->bhls", q, table.vectors[:, ids]) + table.biases[:, ids]
     scores = (q @ k.mT + added) / math.sqrt(q.shape[-1])
-    anything = visible.any(dim=-1, keepdim=True)
-    weights = scores.masked_fill(~visible & anything, -math.inf).softmax(dim=-1)
-    return (weights * anything) @ v
+    return masked_softmax(scores, visible) @ v
 
 
-def stream_attention_by_ids(
+def global_local_attention_by_ids(
     q: Tensor, k: Tensor, v: Tensor, table: RelativeTable, key_valid: Tensor, *, num_global: int, radius: int | None
 ) -> Tensor:
-    """The definition of `stream_attention`, with the whole matrix; arguments and result as there."""
+    """The definition of `global_local_attention`, with the whole matrix; arguments and result as there."""
     first = 0 if radius is None else num_global
     i = torch.arange(q.shape[2], device=q.device)[:, None] + first
     j = torch.arange(k.shape[2], device=q.device)
@@ -80,7 +79,7 @@ def stream_attention_by_ids(
     return relative_attention_by_ids(q, k, v, table, ids, near & key_valid[:, None, None, :])
 
 
-def stream_attention(
+def global_local_attention(
     q: Tensor, k: Tensor, v: Tensor, table: RelativeTable, key_valid: Tensor, *, num_global: int, radius: int | None
 ) -> Tensor:
     """Rows of one of two streams that lie one behind the other, G global tokens and then the others.
@@ -111,7 +110,7 @@ def block_size(radius: int, length: int) -> int:
 
 
 def kept_tokens(length: int, num_global: int, radius: int) -> int:
-    """Rows of q, k and v that autograd keeps of `stream_attention`, for both streams together."""
+    """Rows of q, k and v that autograd keeps of `global_local_attention`, for both streams together."""
     count = length - num_global
     if not count:
         return 3 * length

@@ -20,8 +20,8 @@ from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
 from subquad.layers.heads import initialise_projection
 from subquad.layers.projection import Projection
 from subquad.mask import Mask
+from subquad.ops.global_local import RelativeTable, global_local_attention, kept_tokens
 from subquad.ops.head_split import merge_heads, split_heads
-from subquad.ops.memory.relative import RelativeTable, kept_tokens, stream_attention
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Window
 from subquad.patterns.tokens import Sink
@@ -38,7 +38,7 @@ _LONG_ROWS = {"none": ("long_to_global", "long_to_long"), "kv": ("long", "long")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamOptions:
+class GlobalLocalOptions:
     """What there is to choose.
 
     Attributes:
@@ -82,8 +82,8 @@ class StreamOptions:
         return 2 * self.max_distance + 2 if self.max_distance else 0
 
 
-def stream_cost(options: StreamOptions, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-    """The price of `StreamMixer`: projections, visible pairs, and one product of every query with its table.
+def global_local_cost(options: GlobalLocalOptions, dims: Dims, length: int, dtype_bytes: int) -> Cost:
+    """The price of `GlobalLocalMixer`: projections, visible pairs, and one product of every query with its table.
 
     Autograd keeps the input, the merged heads and, of queries, keys and values, whole projections without relative
     positions and filled blocks with them.
@@ -107,18 +107,18 @@ def stream_cost(options: StreamOptions, dims: Dims, length: int, dtype_bytes: in
     )
 
 
-class Stretches(NamedTuple):
-    """The tokens of a call.
+class Tokens(NamedTuple):
+    """Those of a call.
 
     Attributes:
         both: (B, L, D).
-        first: (B, g, D), the global ones.
-        second: (B, L - g, D), the long ones.
+        global_ones: (B, g, D).
+        long_ones: (B, L - g, D).
     """
 
     both: Tensor
-    first: Tensor
-    second: Tensor
+    global_ones: Tensor
+    long_ones: Tensor
 
 
 class RelativeScores(nn.Module):
@@ -140,10 +140,10 @@ class RelativeScores(nn.Module):
         return RelativeTable(self.vectors, self.biases)
 
 
-class StreamMixer(TokenMixer):
+class GlobalLocalMixer(TokenMixer):
     """A global stream that sees everything, and a long one that sees it and what is near."""
 
-    def __init__(self, config: MixerConfig, dims: Dims, options: StreamOptions) -> None:
+    def __init__(self, config: MixerConfig, dims: Dims, options: GlobalLocalOptions) -> None:
         super().__init__(config, dims)
         self.options = options
         inward = (dims.embed_dim, dims.inner_dim)
@@ -167,29 +167,29 @@ class StreamMixer(TokenMixer):
     ) -> Mixed:
         """Global rows, then long rows."""
         count, options = min(self.options.num_global, x.shape[1]), self.options
-        stretches = Stretches(x, x[:, :count].contiguous(), x[:, count:].contiguous())
+        tokens = Tokens(x, x[:, :count].contiguous(), x[:, count:].contiguous())
         valid = None if mask is None else mask.valid
-        global_q, long_q = self._project(self.project_query, options.queries, stretches).tensor_split((count,), dim=2)
-        k, v = self._keys_and_values(options.global_rows, stretches)
+        global_q, long_q = self._project(self.project_query, options.queries, tokens).tensor_split((count,), dim=2)
+        k, v = self._keys_and_values(options.global_rows, tokens)
         rows = [self._attend(global_q, k, v, valid, self.global_scores, None)]
         if count < x.shape[1]:
             if options.long_rows != options.global_rows:
-                k, v = self._keys_and_values(options.long_rows, stretches)
+                k, v = self._keys_and_values(options.long_rows, tokens)
             rows.append(self._attend(long_q, k, v, valid, self.long_scores, options.radius))
         outputs = zip(rows, options.outputs, strict=False)  # there may be no long rows
         y = [self.project_out[name](merge_heads(out.to(x.dtype))) for out, name in outputs]
         return Mixed(self.dropout(torch.cat(y, dim=1)))
 
-    def _keys_and_values(self, names: tuple[str, str], stretches: Stretches) -> tuple[Tensor, Tensor]:
-        return self._project(self.project_key, names, stretches), self._project(self.project_value, names, stretches)
+    def _keys_and_values(self, names: tuple[str, str], tokens: Tokens) -> tuple[Tensor, Tensor]:
+        return self._project(self.project_key, names, tokens), self._project(self.project_value, names, tokens)
 
-    def _project(self, layers: nn.ModuleDict, names: tuple[str, str], stretches: Stretches) -> Tensor:
+    def _project(self, layers: nn.ModuleDict, names: tuple[str, str], tokens: Tokens) -> Tensor:
         """Global and long tokens by the layers of these names, in heads: (B, H, L, E)."""
         first, second = names
         if first == second:
-            projected = layers[first](stretches.both)
+            projected = layers[first](tokens.both)
         else:
-            projected = torch.cat((layers[first](stretches.first), layers[second](stretches.second)), dim=1)
+            projected = torch.cat((layers[first](tokens.global_ones), layers[second](tokens.long_ones)), dim=1)
         return split_heads(projected, self.dims.num_heads)
 
     def _attend(
@@ -199,7 +199,7 @@ class StreamMixer(TokenMixer):
         count = min(self.options.num_global, k.shape[2])
         if scores is not None:
             key_valid = torch.ones_like(k[:, 0, :, 0], dtype=torch.bool) if valid is None else valid
-            return stream_attention(q, k, v, scores(), key_valid, num_global=count, radius=radius)
+            return global_local_attention(q, k, v, scores(), key_valid, num_global=count, radius=radius)
         start = 0 if radius is None else count
         pattern = Sink(k.shape[2]) if radius is None else Sink(count) | Window(radius, radius)
         mask = None if valid is None else Mask(valid[:, start : start + q.shape[2]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Rule(NamedTuple):
+class SegmentRule(NamedTuple):
     """What a token sees, in training or in evaluation.
 
     Attributes:
@@ -19,7 +19,7 @@ class Rule(NamedTuple):
     clamp_length: int | None
 
 
-def segment_pairs(length: int, segment_length: int | None, rule: Rule, *, zero_memory: bool) -> tuple[int, int]:
+def segment_pairs(length: int, segment_length: int | None, rule: SegmentRule, *, zero_memory: bool) -> tuple[int, int]:
     """Visible pairs of a stream's first tokens, and the number of distances among them.
 
     Args:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from subquad.ops.memory import relative
-from subquad.ops.memory.relative import RelativeTable, distance_ids, stream_attention, stream_attention_by_ids
+from subquad.ops import global_local
+from subquad.ops.global_local import RelativeTable, distance_ids, global_local_attention, global_local_attention_by_ids
 
 
 def random_inputs(length: int, num_global: int, radius: int | None, max_distance: int) -> list[Tensor]:
@@ -39,7 +39,7 @@ def test_the_bias_is_divided_by_the_root_of_the_width_too() -> None:
     v = torch.eye(2, 4, dtype=torch.float64)[None, None]
     biases = torch.tensor([[0.0, 3.0, 5.0, 7.0]], dtype=torch.float64)  # the token itself, right, left, other stream
     table = RelativeTable(torch.zeros(1, 4, 4, dtype=torch.float64), biases)
-    out = stream_attention(q, k, v, table, torch.ones(1, 2, dtype=torch.bool), num_global=2, radius=None)
+    out = global_local_attention(q, k, v, table, torch.ones(1, 2, dtype=torch.bool), num_global=2, radius=None)
     expected = torch.tensor([[0.0, 1.5], [2.5, 0.0]], dtype=torch.float64).softmax(dim=-1)
     torch.testing.assert_close(out[0, 0, :, :2], expected, rtol=1e-12, atol=1e-12)
 
@@ -57,9 +57,9 @@ def test_it_equals_the_definition_whatever_is_held_at_a_time(
     length, num_global = sizes
     leaves = random_inputs(length, num_global, radius, max_distance)
     key_valid, results = torch.rand(2, length) < kept, []
-    for attend in (stream_attention, stream_attention_by_ids):
+    for attend in (global_local_attention, global_local_attention_by_ids):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(relative, "SCORE_ELEMENTS", elements)
+            patch.setattr(global_local, "SCORE_ELEMENTS", elements)
             q, k, v, *table = leaves
             out = attend(q, k, v, RelativeTable(*table), key_valid, num_global=num_global, radius=radius)
             weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -77,6 +77,6 @@ def test_narrow_numbers_are_computed_wide(radius: int | None) -> None:
     results = []
     for dtype in (torch.bfloat16, torch.float64):
         q, k, v, *table = (tensor.to(dtype) for tensor in leaves)
-        results.append(stream_attention(q, k, v, RelativeTable(*table), key_valid, **options))
+        results.append(global_local_attention(q, k, v, RelativeTable(*table), key_valid, **options))
     assert results[0].dtype == torch.bfloat16
     torch.testing.assert_close(results[0], results[1].bfloat16(), rtol=0.01, atol=1e-6)

@@ -7,7 +7,7 @@ from subquad.interface import Dims
 from subquad.ops.memory.evictions import Tally
 
 
-def attention_price(
+def memories_cost(
     dims: Dims, length: int, dtype_bytes: int, seen: Tally, *, zeros: tuple[int, int], own_positions: bool, chosen: bool
 ) -> Cost:
     """Beyond the projections of the call: distances, three products for each visible pair, and all that is stored.
@@ -45,7 +45,7 @@ def attention_price(
     )
 
 
-def attention_loss_price(dims: Dims, seen: Tally, dtype_bytes: int) -> Cost:
+def attention_loss_cost(dims: Dims, seen: Tally, dtype_bytes: int) -> Cost:
     """Keys and values of rows, and for every run its segment's queries read its tokens and its rows.
 
     Autograd keeps queries, keys and values of rows, what is read and what should have been, and log-sum-exps.
@@ -62,7 +62,7 @@ def attention_loss_price(dims: Dims, seen: Tally, dtype_bytes: int) -> Cost:
     )
 
 
-def decoding_loss_price(dims: Dims, seen: Tally, rate: int, dtype_bytes: int) -> Cost:
+def decoding_loss_cost(dims: Dims, seen: Tally, rate: int, dtype_bytes: int) -> Cost:
     """The decoder, and the tokens that it makes. Autograd keeps rows, what is decoded and what should have been."""
     tokens = seen.rows * rate
     return Cost(

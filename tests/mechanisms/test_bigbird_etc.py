@@ -15,13 +15,13 @@ from transformers.models.pegasus_x.modeling_pegasus_x import PegasusXGlobalLocal
 from subquad import Mask
 from subquad.benchmark.probes import run_probes
 from subquad.build import build_mixer, make_dims, mixer_config
-from subquad.layers.global_stream import StreamMixer
+from subquad.layers.global_local import GlobalLocalMixer
 
 
-def streams(**form: Any) -> StreamMixer:
+def streams(**form: Any) -> GlobalLocalMixer:
     options: dict[str, Any] = {"kind": "etc", "num_global": 2, "window": 3, **form}
     mixer = build_mixer("bigbird", embed_dim=options.pop("embed_dim", 4), num_heads=2, **options)
-    assert isinstance(mixer, StreamMixer)
+    assert isinstance(mixer, GlobalLocalMixer)
     mixer = mixer.double()
     with torch.no_grad():
         for parameter in mixer.parameters():
@@ -34,7 +34,7 @@ def layer_of(layers: nn.ModuleDict, *names: str) -> nn.Module:
     return layers[next(name for name in names if name in layers)]
 
 
-def definition(mixer: StreamMixer, x: Tensor, mask: Mask | None) -> Tensor:
+def definition(mixer: GlobalLocalMixer, x: Tensor, mask: Mask | None) -> Tensor:
     """One row after the other, one key after the other."""
     options, width = mixer.options, mixer.dims.head_dim
     count, m = min(options.num_global, x.shape[1]), options.max_distance
@@ -142,7 +142,7 @@ def test_the_two_softmaxes_have_relative_scores_of_their_own() -> None:
 
 def test_fresh_relative_scores_are_those_of_the_paper() -> None:
     mixer = build_mixer("bigbird", embed_dim=64, num_heads=4, kind="etc", num_global=4)
-    assert isinstance(mixer, StreamMixer)
+    assert isinstance(mixer, GlobalLocalMixer)
     for scores in (mixer.global_scores, mixer.long_scores):
         assert scores is not None
         assert scores.vectors.shape == (4, 2 * 12 + 2, 16)

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 import torch
 
-from subquad.ops.piece import Gradients, Work, merge
+from subquad.ops.partial_softmax import merge
+from subquad.ops.pattern.piece import Gradients, Work
 
 STEP_ROWS = 64
 """Rows of a block that run at a time: fewer hide less, but make products that are too small."""

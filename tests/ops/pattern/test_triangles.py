@@ -8,9 +8,9 @@ from torch import Tensor
 
 from subquad.ops import pattern_attention_with_lse
 from subquad.ops.pattern.example_facts import ExampleFacts
-from subquad.ops.piece import Gradients, Work
+from subquad.ops.pattern.piece import Gradients, Work
+from subquad.ops.pattern.triangles import triangles_backward, triangles_forward
 from subquad.ops.softmax import softmax_attention_with_lse
-from subquad.ops.triangles import triangles_backward, triangles_forward
 from subquad.patterns import Block, Causal, Columns, Pattern
 
 SCALE = 0.3
