@@ -70,13 +70,13 @@ def recommend(comparison: Comparison) -> Recommendation:
     winner = _fewest_bytes_among_ties(ranked)
     ranked = [winner, *(entry for entry in ranked if entry is not winner)]
     dense_wins = winner.name == DENSE
-    sentences = [_score_sentence(winner, ranked[1:], comparison)]
-    sentences.append(_dense_sentence(winner, comparison, ranked) if dense_wins else _speed_sentence(winner, comparison))
-    caveats = _caveats(winner, comparison)
-    if caveats:
-        sentences.append(caveats)
+    sentences = (
+        _score_sentence(winner, ranked[1:], comparison),
+        _dense_sentence(winner, comparison, ranked) if dense_wins else _speed_sentence(winner, comparison),
+        _caveats(winner, comparison),
+    )
     verdict = Verdict.KEEP_DENSE if dense_wins else Verdict.USE
-    return Recommendation(verdict, winner, tuple(ranked[1:]), tuple(sentences))
+    return Recommendation(verdict, winner, tuple(ranked[1:]), tuple(sentence for sentence in sentences if sentence))
 
 
 def _beats(summary: Summary, guess: float, kind: MetricKind) -> bool:
@@ -178,8 +178,8 @@ def _tokens(length: float) -> str:
 
 def _dense_sentence(dense: Entry, comparison: Comparison, ranked: Sequence[Entry]) -> str:
     others = [entry for entry in comparison.entries if entry.clean and entry is not dense and entry.best is not None]
-    if not others:
-        return "No other mechanism finished with green probes."
+    if not others:  # of which the first sentence speaks, where there was none at all
+        return "No other mechanism finished with green probes." if len(comparison.entries) > 1 else ""
     kind = comparison.kind
     runner_up = ranked[1] if len(ranked) > 1 else max(others, key=lambda entry: _goodness(entry, kind))
     where = f"At {_tokens(comparison.task.max_length)}"

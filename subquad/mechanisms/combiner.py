@@ -277,8 +277,8 @@ class Combiner(HeadMixer):
 
     def _by_rows(self, heads: Heads, row_summary: RowSummary) -> Tensor:
         """Average rows by the queries of their tokens, and make keys of the averages."""
-        k, v = heads.keys_and_values()
-        x, q, valid = heads.x, heads.q, heads.mask.valid
+        own_k, own_v = heads.keys_and_values()
+        x, q, k, v, valid = heads.x, heads.q, own_k, own_v, heads.mask.valid
         plan, length, kept = self.config.grid, q.shape[2], valid
         missing = 0 if self.dims.causal or not length else -length % plan.unit(length)
         if missing:
@@ -291,4 +291,6 @@ class Combiner(HeadMixer):
         value = pattern_attention(q, k, v, rows, key_valid=kept)
         average = value if self.config.row_summary == "proj" else pattern_attention(q, k, k, rows, key_valid=kept)
         key = self.split(row_summary(x, average.to(x.dtype).transpose(1, 2).flatten(2)))
-        return combiner_attention_with_summaries(heads.q, k, v, key, value, plan, causal=self.dims.causal, valid=valid)
+        return combiner_attention_with_summaries(
+            heads.q, own_k, own_v, key, value, plan, causal=self.dims.causal, valid=valid
+        )

@@ -31,6 +31,7 @@ from subquad.report.sweep_section import sweep_section
 from subquad.report.widgets import Figures, card, heading_cells, table
 
 REPORT_FILE = "report.html"
+MOST_TASKS_IN_TITLE = 2
 
 
 def write_report(output: Path) -> Path:
@@ -98,7 +99,8 @@ def _top(records: Records, found: Sequence[Comparison], profiled: int) -> Html:
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     mechanisms = {entry.mixer_key for comparison in found for entry in comparison.entries} or mixer_labels(records)
     tasks = list(dict.fromkeys(comparison.task.title for comparison in found))
-    what = f"{_number(len(mechanisms), 'mechanism')} on {', '.join(tasks)}" if tasks else "Speed and memory"
+    named = ", ".join(tasks) if len(tasks) <= MOST_TASKS_IN_TITLE else f"{len(tasks)} tasks"
+    what = f"{_number(len(mechanisms), 'mechanism')} on {named}" if tasks else "Speed and memory"
     links = [(f"#sweep-{i}", "Sweep") for i in range(len(records.sweeps))]
     links += [(f"#comparison-{i}", text) for i, text in enumerate(_link_texts(found))]
     links += [(f"#scaling-{i}", "Scaling") for i in range(profiled)]
