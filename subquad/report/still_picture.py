@@ -4,6 +4,7 @@ It draws the `BubbleChart` of the page with matplotlib's Agg canvas and needs no
 so that the picture sits on any page of its scheme.
 """
 
+import textwrap
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,8 @@ from subquad.report.palette import BAND_OPACITY, FILL_OPACITY, MUTED, NEUTRAL, I
 
 Scheme = Literal["light", "dark"]
 PIXELS_PER_INCH = 100
+LONGEST_TITLE = 80
+"""Characters that fit beside each other."""
 RULE = {"light": "#dfe3e8", "dark": "#333b46"}
 CAPTION = (
     "Speed of forward + backward relative to dense fused attention\n"
@@ -51,9 +54,12 @@ def write_bubble_picture(records: Records, comparison: Comparison, path: Path, *
     margins = (0.075, 0.15, WIDE.width / 960, WIDE.height / 540)
     axes = figure.add_axes(margins)
     _draw(axes, chart, inks(records), scheme)
-    text = f"{comparison.task.title}, {units.count(chart.length)} tokens, {comparison.protocol.hardware}"
-    color = _pick(NEUTRAL, scheme)
-    axes.set_title(text, loc="left", color=color, fontsize=12, fontweight="bold", pad=12, parse_math=False)
+    title = textwrap.shorten(comparison.task.title, LONGEST_TITLE, placeholder=" …")
+    color, muted = _pick(NEUTRAL, scheme), _pick(MUTED, scheme)
+    axes.set_title(title, loc="left", color=color, fontsize=12, fontweight="bold", pad=25, parse_math=False)
+    facts = f"{units.count(chart.length)} tokens, {comparison.preset} preset, {comparison.protocol.hardware}"
+    note = axes.annotate(facts, (0, 1), (0, 9), xycoords="axes fraction", textcoords="offset points", color=muted)
+    note.set(fontsize=10, parse_math=False)
     figure.savefig(path, transparent=True, dpi=2 * PIXELS_PER_INCH)
     return path
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,16 @@ def test_the_still_picture_is_drawn(records: Records, tmp_path: Path, name: str,
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
     else:
         assert "</svg>" in path.read_text()
+
+
+def test_nothing_is_cut_off_at_the_edges_of_a_still_picture(records: Records, tmp_path: Path) -> None:
+    (comparison,) = comparisons(records)
+    task = comparison.task.model_copy(update={"title": "a title without end " * 20})
+    path = write_bubble_picture(records, replace(comparison, task=task), tmp_path / "bubbles.png")
+    with Image.open(path) as image:
+        box = image.getchannel("A").getbbox()
+        assert box is not None
+        assert min(box[0], box[1], image.width - box[2], image.height - box[3]) > 0
 
 
 def test_a_still_picture_of_nothing_or_of_another_format_is_refused(records: Records, tmp_path: Path) -> None:
