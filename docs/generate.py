@@ -82,11 +82,10 @@ def _filled(text: str, place: str, content: str) -> str:
 def package_table() -> str:
     """Every package of the library: its first sentence."""
     rows = ["| folder | what lies there |", "| --- | --- |"]
-    for folder in sorted(path.parent for path in (ROOT / "subquad").glob("*/__init__.py")):
-        sentence = (ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or "").split(
-            "\n\n"
-        )[0]
-        rows.append(f"| `subquad/{folder.name}/` | {' '.join(sentence.split())} |")
+    for path in sorted((ROOT / "subquad").glob("*/__init__.py")):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        sentence, _, _ = text.partition("\n\n")
+        rows.append(f"| `subquad/{path.parent.name}/` | {' '.join(sentence.split())} |")
     return "\n".join(rows) + "\n"
 
 

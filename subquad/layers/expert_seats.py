@@ -45,10 +45,12 @@ class Seats:
             chosen: int64 (G, N, k), experts of each item.
             valid: bool (G, N); the other items take no seat.
             factor: an expert takes this many times an equal share of a group's choices; None for all that come.
-            priority: (G, N), items take their seats from the largest to the smallest; None for their order.
+            priority: (G, N), items take their seats from the largest to the smallest; None for their order. Where
+                seats aren't limited nobody has to be first, and it counts for nothing.
         """
-        capacity = None
-        if factor is not None:
+        if factor is None:
+            capacity = priority = None
+        else:
             items = chosen.new_full(chosen.shape[:1], chosen.shape[1]) if valid is None else valid.sum(dim=1)
             capacity = seats(items, experts=self.experts, top_k=chosen.shape[2], factor=factor, least=self.least)
         rows = expert_rows(chosen, self.experts, valid=valid, capacity=capacity, priority=priority)

@@ -45,7 +45,7 @@ class Heads(NamedTuple):
     key_mask: Mask
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """K and v of a call that brought them: any but one of cross-attention whose context lies in the state."""
+        """Of a call that brought them: any but one of cross-attention whose context lies in the state."""
         assert self.k is not None
         assert self.v is not None
         return self.k, self.v

@@ -200,11 +200,8 @@ class _SumKeys(torch.autograd.Function):
         ctx: Any, grad_values: Tensor, grad_features: Tensor, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         k, v, valid, reference = ctx.saved_tensors
-        grad_k, grad_v, workspace = (
-            torch.empty_like(k, dtype=v.dtype),
-            torch.empty_like(v),
-            Workspace(k, grad_values.dtype),
-        )
+        grad_k, grad_v = torch.empty_like(k, dtype=v.dtype), torch.empty_like(v)
+        workspace = Workspace(k, grad_values.dtype)
         with full_precision(k.device):
             for group in head_groups(k, grad_features.shape[-1]):
                 of_values, of_features = grad_values[group], grad_features[group][..., None, :]
@@ -248,23 +245,16 @@ class _ReadSums(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
         q, sums, out, total = ctx.saved_tensors
-        grad_q, grad_sums, workspace = (
-            torch.empty_like(q, dtype=grad.dtype),
-            torch.zeros_like(sums),
-            Workspace(q, sums.dtype),
-        )
+        grad_q, grad_sums = torch.empty_like(q, dtype=grad.dtype), torch.zeros_like(sums)
+        workspace = Workspace(q, sums.dtype)
         with full_precision(q.device):
             for group in head_groups(q, sums.shape[2]):
                 for tokens in token_slices(q.shape[2]):
                     part = *group, tokens
                     rows = q[part].to(sums.dtype)
                     mapped = _map_queries(rows, ctx.feature_map, workspace)
-                    of_read = gradients_of_division(
-                        grad[part],
-                        None if out is None else out[part],
-                        None if total is None else total[part],
-                        workspace,
-                    )
+                    divided, by = (None if x is None else x[part] for x in (out, total))
+                    of_read = gradients_of_division(grad[part], divided, by, workspace)
                     grad_sums[group] += _outer_sums(mapped, of_read)
                     of_mapped = _product(of_read, sums[group].mT, "gradient of features", workspace)
                     ctx.feature_map.write_gradient(rows, mapped, of_mapped, grad_q[part], keys=False)

@@ -204,7 +204,7 @@ class _BlockedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, examples: list[Example], scale: float
     ) -> tuple[Tensor, Tensor]:
-        out = _room(q, examples)
+        out = _result_like(q, examples)
         lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
         for index, example in enumerate(examples):
             everything = _widened(q[index], k[index], v[index], out[index], lse[index], example, scale)
@@ -222,7 +222,7 @@ class _BlockedAttention(torch.autograd.Function):
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        grads = _room(q, ctx.examples), zeros_like(k), zeros_like(v)
+        grads = _result_like(q, ctx.examples), zeros_like(k), zeros_like(v)
         upstream = torch.zeros_like(out) if grad_out is None else grad_out
         upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
         for index, example in enumerate(ctx.examples):
@@ -238,7 +238,7 @@ class _BlockedAttention(torch.autograd.Function):
         return *grads, None, None
 
 
-def _room(q: Tensor, examples: list[Example]) -> Tensor:
+def _result_like(q: Tensor, examples: list[Example]) -> Tensor:
     """Where one row for each query will stand; zeros where some may stay unwritten."""
     complete = examples and all(example.complete for example in examples)
     return empty_like(q) if complete else zeros_like(q)
