@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,10 +136,17 @@ def machine_facts() -> dict[str, Any]:
 
 
 def write_figures(path: Path | None, figures: Mapping[str, object]) -> None:
-    """Write figures to a JSON file, if one is asked for, with the machine that they depend on."""
+    """Write figures to a JSON file, if one is asked for, with the command and the machine that they depend on."""
     if path is not None:
-        document = {"environment": machine_facts(), **figures}
+        document = {"command": _command(path), "environment": machine_facts(), **figures}
         path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _command(figures: Path) -> str:
+    """This program as it was started, but for the file that it writes."""
+    aside = ("--json", str(figures), f"--json={figures}")
+    arguments = [argument for argument in sys.argv[1:] if argument not in aside]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 
 def describe_machine(console: Console) -> None:

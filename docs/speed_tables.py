@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from subquad.records.units import percent, seconds, size, times
 
@@ -16,27 +16,19 @@ Figures = Mapping[str, Any]
 """A file of figures, as `benchmarks/sampling.py` writes it."""
 
 
-class Benchmark(NamedTuple):
-    """A file of figures on the page: the command that writes it (without --json), and its table."""
-
-    command: str
-    table: Callable[[Figures], list[str]]
-
-
 def speed_sections(folder: Path) -> str:
     """Markdown: every machine, in the order of their names."""
-    machines = sorted({path.parent for path in folder.glob("*/*.json") if path.stem in BENCHMARKS})
+    machines = sorted({path.parent for path in folder.glob("*/*.json") if path.stem in TABLES})
     return "\n".join(map(_machine, machines))
 
 
 def _machine(folder: Path) -> str:
-    files = {name: folder / f"{name}.json" for name in BENCHMARKS}
+    files = {name: folder / f"{name}.json" for name in TABLES}
     found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.exists()}
     here = [figures["environment"] for figures in found.values()]
     lines = [f"## {here[0]['accelerator'] or here[0]['cpu']}, {here[0]['threads']} threads", "", _software(here), ""]
     for name, figures in found.items():
-        command, table = BENCHMARKS[name]
-        lines += [f"`python benchmarks/{command}`{_sgemm(figures)}", "", *table(figures), ""]
+        lines += [f"`{figures['command']}`{_sgemm(figures)}", "", *TABLES[name](figures), ""]
     return "\n".join(lines)
 
 
@@ -100,11 +92,11 @@ def _scaling(figures: Figures) -> list[str]:
     return _table(f"method | {' | '.join(f'{length:,}' for length in lengths)} | peak at the last", rows)
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {
-    "pattern_attention": Benchmark("pattern_attention.py", _attention),
-    "mechanism_attention": Benchmark("mechanism_attention.py", _attention),
-    "attention_free": Benchmark("attention_free.py", _attention_free),
-    "pattern_scaling": Benchmark("pattern_attention.py --scaling", _scaling),
-    "mechanism_scaling": Benchmark("mechanism_attention.py --scaling", _scaling),
+TABLES: Mapping[str, Callable[[Figures], list[str]]] = {
+    "pattern_attention": _attention,
+    "mechanism_attention": _attention,
+    "attention_free": _attention_free,
+    "pattern_scaling": _scaling,
+    "mechanism_scaling": _scaling,
 }
-"""Name of a file -> what it holds, in the order of the page."""
+"""Name of a file -> its table, in the order of the page."""

@@ -254,6 +254,19 @@ def test_hugging_face_longformer_with_our_weights_is_our_longformer(scripts: Sim
     torch.testing.assert_close(mixer(x).y, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("written", [["--json", "FILE"], ["--json=FILE"]])
+def test_figures_name_the_command_that_makes_them_again(
+    scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: list[str]
+) -> None:
+    path = tmp_path / "figures.json"
+    asked = [argument.replace("FILE", str(path)) for argument in written]
+    monkeypatch.setattr("sys.argv", ["/anywhere/benchmarks/peers.py", "--samples", "5", *asked, "--length", "64"])
+    scripts.sampling.write_figures(path, {"rows": []})
+    document = json.loads(path.read_text())
+    assert document["command"] == "python benchmarks/peers.py --samples 5 --length 64"
+    assert document["rows"] == []
+
+
 def test_a_stream_is_flat_when_neither_time_nor_memory_grows(
     scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
