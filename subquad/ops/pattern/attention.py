@@ -117,12 +117,12 @@ Backend = Callable[[Tensor, Tensor, Tensor, Request], tuple[Tensor, Tensor | Non
 def _backend(name: str | None, q: Tensor, *, with_lse: bool) -> Backend:
     backends: dict[str, Backend] = {
         "dense": attend_dense,
-        "blocked": attend_blocked,
+        "blocked": partial(attend_blocked, with_lse=with_lse),
         "flex": partial(attend_flex, with_lse=with_lse),
     }
     if name is None:
         if q.device.type != "cuda":
-            return partial(attend_blocked, asked="the default, blocked")
+            return partial(attend_blocked, with_lse=with_lse, asked="the default, blocked")
         name = "flex"
     if name not in backends:
         raise ValueError(f"pattern_attention: unknown backend {name!r}; known: {', '.join(sorted(backends))}")

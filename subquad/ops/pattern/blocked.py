@@ -30,8 +30,8 @@ from subquad.patterns.pattern import Pattern
 from subquad.patterns.tokens import Global
 from subquad.receipt import leave_receipt
 
-CALL_FLOPS = 2**22
-"""What starting a call costs, in products of q · k of all heads: with 8 heads of 64, 8,192 pairs of each."""
+CALL_FLOPS = 3 * 2**20
+"""What starting a call costs, in products of q · k of all heads: with 8 heads of 64, 6,144 pairs of each."""
 
 
 class Part(NamedTuple):
@@ -79,9 +79,11 @@ class Example(NamedTuple):
 
 
 def attend_blocked(
-    q: Tensor, k: Tensor, v: Tensor, request: Request, *, asked: str = "blocked"
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, request: Request, *, with_lse: bool, asked: str = "blocked"
+) -> tuple[Tensor, Tensor | None]:
     """Attend; arguments and result as in `pattern_attention_with_lse`, and `asked` for the receipts.
+
+    Without `with_lse` the log-sum-exp may be None.
 
     Raises:
         ValueError: tensors that aren't on the CPU.
@@ -89,8 +91,9 @@ def attend_blocked(
     if q.device.type != "cpu":
         raise ValueError(f"pattern_attention: backend 'blocked' runs on the CPU, got {q.device}; use 'flex' or 'dense'")
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    if _saves_nothing(q, k, request, asked):
-        return attend_sliced(q, k, v, request)
+    shape = replace(_shape(q, k, request.offset(0)), examples=len(q))
+    if _saves_nothing(request, shape, asked):
+        return attend_sliced(q, k, v, request, shape, with_lse=with_lse)
     examples = _plan_examples(q, k, request)
     out, lse = _BlockedAttention.apply(q, k, v, examples, request.scale)  # pyright: ignore[reportGeneralTypeIssues] - apply has no types
     valid = request.facts.query_valid
@@ -99,26 +102,25 @@ def attend_blocked(
     return out.masked_fill(~valid[:, None, :, None], 0.0), lse.masked_fill(~valid[:, None], -torch.inf)
 
 
-def _saves_nothing(q: Tensor, k: Tensor, request: Request, asked: str) -> bool:
+def _saves_nothing(request: Request, shape: Shape, asked: str) -> bool:
     """Whether dense attention in slices costs less than any plan; leaves a receipt."""
-    (_, num_heads, length, _), key_length = q.shape, k.shape[2]
-    if 0 in (*q.shape, key_length):
+    if 0 in (shape.examples, shape.heads, shape.queries, shape.keys):
         return False
-    shape = replace(_shape(q, k, request.offset(0)), examples=len(q))
-    plan = plan_pattern(request.pattern, num_heads, shape, sliced=request.facts.anything)
+    plan = plan_pattern(request.pattern, shape, sliced=request.facts.anything)
     if not plan.dense or not plan.parts:
         return False
     leave_receipt(
         "pattern_attention",
         asked=asked,
         ran="dense attention in slices of queries",
-        reason=f"{length} queries and {key_length} keys are too few for the pattern to save anything",
+        reason=f"{shape.queries} queries and {shape.keys} keys are too few for the pattern to save anything",
     )
     return True
 
 
 def _shape(q: Tensor, k: Tensor, offset: int) -> Shape:
-    return Shape(q.shape[2], k.shape[2], offset, CALL_FLOPS // (q.shape[1] * q.shape[3]))
+    num_heads, length, width = q.shape[1:]
+    return Shape(num_heads, length, k.shape[2], offset, CALL_FLOPS // max(1, num_heads * width))
 
 
 def _plan_examples(q: Tensor, k: Tensor, request: Request) -> list[Example]:
@@ -130,7 +132,7 @@ def _plan_examples(q: Tensor, k: Tensor, request: Request) -> list[Example]:
         shape, facts = _shape(q, k, request.offset(index)), request.facts.example(index)
         columns, restricting = _seen_columns(facts), ExampleFacts.of(facts)
         of_pattern = restricting if columns is None else restricting.without_keys(columns)
-        plan = plan_pattern(request.pattern, num_heads, shape, sliced=of_pattern.anything)
+        plan = plan_pattern(request.pattern, shape, sliced=of_pattern.anything)
         if not plan.parts and length == key_length:
             _leave_word_of_nothing(request.pattern, length)
         parts = [(part, of_pattern) for part in plan.parts]
@@ -142,12 +144,13 @@ def _plan_examples(q: Tensor, k: Tensor, request: Request) -> list[Example]:
 
 
 @lru_cache(maxsize=32)
-def plan_pattern(pattern: Pattern, num_heads: int, shape: Shape, *, sliced: bool) -> Plan:
+def plan_pattern(pattern: Pattern, shape: Shape, *, sliced: bool) -> Plan:
     """Compile a pattern for all heads; equal strips of different heads become one part.
 
     A pure function, remembered because layers ask again with the same arguments.
     """
     resolved = pattern.resolve(shape.keys)
+    num_heads = shape.heads
     ranges = _equal_heads(resolved, num_heads)
     plans = [compile_pattern(resolved.of_head(head0), shape, sliced=sliced) for head0, _ in ranges]
     common = set.intersection(*({piece.signature for piece in plan.pieces} - {None} for plan in plans))

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 
 from subquad.ops.pattern.band_strips import SLICE_PAIRS, band_strips, lanes_of
 from subquad.ops.pattern.piece import Piece
+from subquad.ops.pattern.row_slices import price, row_slices
 from subquad.ops.pattern.strip_piece import StripPiece
 from subquad.ops.pattern.strips import Numbering, Shape, Strips, make_strips
 from subquad.ops.pattern.tile_piece import compile_tiles
 from subquad.patterns.bands import pattern_of
-from subquad.patterns.pattern import UNBOUNDED, And, Classes, Indices, Not, Or, Pattern, Term, Tile
+from subquad.patterns.pattern import And, Classes, Indices, Not, Or, Pattern, Term, Tile
 
 Maker = Callable[[Term, Shape, bool], list[Piece]]
 
@@ -61,28 +62,21 @@ def compile_pattern(pattern: Pattern, shape: Shape, *, sliced: bool) -> HeadPlan
     plans = [slices, _by_terms(pattern, shape, sliced=sliced)]
     if pattern.block is not None:
         plans.append(compile_tiles(pattern, shape))
-    prices = [_price(pieces, shape, shape.call_pairs) + shape.call_pairs for pieces in plans]
-    prices[0] = _price(slices, shape, shape.call_pairs // shape.examples)
+    prices = [sum(price(piece.strips, shape) for piece in slices)]
+    prices += [_price(pieces, shape) + shape.call_pairs for pieces in plans[1:]]
     best = int(np.argmin(prices))
     return HeadPlan(tuple(plans[best]), dense=best == 0)
 
 
-def _price(pieces: list[Piece], shape: Shape, call_pairs: int) -> float:
-    return sum(piece.price(call_pairs) for piece in pieces) + PIECE_PAIRS * shape.queries * max(0, len(pieces) - 1)
+def _price(pieces: list[Piece], shape: Shape) -> float:
+    return sum(piece.price(shape) for piece in pieces) + PIECE_PAIRS * shape.queries * max(0, len(pieces) - 1)
 
 
-def _in_slices(pattern: Pattern, shape: Shape) -> list[Piece]:
+def _in_slices(pattern: Pattern, shape: Shape) -> list[StripPiece]:
     """Dense attention in slices of queries, cut to the keys that they may reach."""
-    rows = max(SLICE_ROWS, min(512, SLICE_PAIRS // shape.keys))
-    row0 = np.arange(0, shape.queries, rows)
-    row1 = np.minimum(row0 + rows, shape.queries)
     low, high = pattern.offsets()
-    column0 = np.zeros_like(row0) if high >= UNBOUNDED else np.clip(row0 + shape.offset - high, 0, shape.keys)
-    column1 = np.full_like(row0, shape.keys)
-    if low > -UNBOUNDED:
-        column1 = np.clip(row1 + shape.offset - low, 0, shape.keys)
-    numbering = Numbering(shape.queries, shape.keys)
-    piece = StripPiece(numbering, make_strips(row0, row1, column0, column1), pattern, invariant=False)
+    strips = row_slices(shape, low, high, max(1, SLICE_PAIRS // shape.keys))
+    piece = StripPiece(Numbering(shape.queries, shape.keys), strips, pattern, invariant=False)
     seen = piece.without_hidden(pattern, shape.offset)
     return [] if seen.empty else [seen]
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from subquad.ops.pattern.example_facts import ExampleFacts
+from subquad.ops.pattern.strips import Shape
 
 
 class Work(NamedTuple):
@@ -66,8 +67,8 @@ class Piece(ABC):
         """Whether nothing is left to compute."""
 
     @abstractmethod
-    def price(self, call_pairs: int) -> float:
-        """What it costs for one head, in pairs of dense attention, of which starting a call costs `call_pairs`."""
+    def price(self, shape: Shape) -> float:
+        """What it costs for one head, in pairs of dense attention."""
 
     @property
     @abstractmethod

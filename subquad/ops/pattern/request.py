@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,14 @@ class Request:
         return self.offsets[min(example, len(self.offsets) - 1)]
 
 
-def visible_mask(request: Request, pattern: Pattern, num_heads: int, rows: range, columns: range) -> Tensor:
+def visible_mask(
+    request: Request,
+    pattern: Pattern,
+    num_heads: int,
+    rows: range,
+    columns: range,
+    ask: Callable[[Pattern, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """Which pairs are visible, pattern and facts together.
 
     Args:
@@ -75,6 +83,7 @@ def visible_mask(request: Request, pattern: Pattern, num_heads: int, rows: range
         num_heads: H.
         rows: of queries.
         columns: of keys.
+        ask: what the pattern of one head shows of queries (n, rows, 1) and keys (columns); its predicate by default.
 
     Returns:
         bool (B or 1, H or 1, rows, columns).
@@ -91,7 +100,8 @@ def visible_mask(request: Request, pattern: Pattern, num_heads: int, rows: range
     j = torch.arange(columns.start, columns.stop, device=device)
     distinct = [pattern.of_head(head) for head in range(num_heads)] if pattern.num_heads else [pattern]
     shape = len(request.offsets), len(rows), len(columns)
-    visible = torch.stack([head.to(i.device).visible(i, j).expand(shape) for head in distinct], dim=1)
+    seen = [head.visible(i, j) if ask is None else ask(head, i, j) for head in (head.to(i.device) for head in distinct)]
+    visible = torch.stack([of_head.expand(shape) for of_head in seen], dim=1)
     query, key = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
     if facts.global_keys is not None:
         chosen = facts.global_keys[:, None, None, key]

@@ -15,7 +15,7 @@ from subquad.ops.fused import fused_backward, fused_forward, lse_backward
 from subquad.ops.partial_softmax import CALL_BYTES, Bias, add_stack, make_bias, merge, share_out
 from subquad.ops.pattern.piece import Gradients, Piece, Work
 from subquad.ops.pattern.strip_views import indexed, stacked, units
-from subquad.ops.pattern.strips import Numbering, Run, Strips
+from subquad.ops.pattern.strips import Numbering, Run, Shape, Strips
 from subquad.ops.pattern.triangles import triangles_backward, triangles_forward, triangles_pay
 from subquad.ops.pattern.unfused import add_unfused, unfused_pays
 from subquad.patterns.pattern import Pattern, Tile
@@ -56,13 +56,16 @@ class StripPiece(Piece):
         """Whether there are no strips."""
         return len(self.strips.row0) == 0
 
-    def price(self, call_pairs: int) -> float:
+    def price(self, shape: Shape) -> float:
         """Small strips run less efficiently, masks and calls cost something too."""
         strips = self.strips
         rows, columns = strips.row1 - strips.row0, strips.column1 - strips.column0
-        pairs = rows * columns * np.where(strips.causal, 0.6, 1.0) * (1 + 32 / rows + 32 / columns)
+        alone = np.minimum(1.0, 0.5 + 256 / rows)  # the operator leaves out only what is 512 keys behind the diagonal
+        of_causal = 0.6 if triangles_pay(int(strips.causal.sum()), int(rows.max(initial=0))) else alone
+        pairs = rows * columns * np.where(strips.causal, of_causal, 1.0) * (1 + 32 / rows + 32 / columns)
         masks = 1.0 if self.invariant else 1 + 0.15 * strips.masked
-        return self.numbering.lanes * float((pairs * masks).sum()) + call_pairs * len(self.runs)
+        calls = sum(_count_calls(run, self.numbering, shape.heads) for run in self.runs)
+        return self.numbering.lanes * float((pairs * masks).sum()) + shape.call_pairs * calls
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -234,16 +237,27 @@ def _runs_as_triangles(run: Run, part: slice) -> bool:
     return run.causal and part.stop - part.start == 1 and triangles_pay(run.number, run.rows)
 
 
+def _count_calls(run: Run, numbering: Numbering, heads: int) -> int:
+    """How many calls `_sequences` makes of a run, in all units, as long as its size asks for no more."""
+    sequences = heads if numbering.lanes <= heads else numbering.lanes
+    calls = sequences if _stands_alone(run) else 1
+    return calls * min(heads, numbering.lanes)
+
+
 def _sequences(run: Run, count: int, like: Tensor) -> Iterator[slice]:
     """Ranges of sequences for one call each: one where a run has strips enough for all threads, else more.
 
     The gradients of several stand between each other, row by row, which slows the operator down.
     """
-    if run.number >= STRIPS_PER_THREAD * torch.get_num_threads():
+    if _stands_alone(run):
         yield from (slice(start, start + 1) for start in range(count))
         return
     elements = run.number * (run.rows + 2 * run.columns) * like.shape[-1]
     yield from share_out(count, CALL_BYTES // (elements * like.element_size()))
+
+
+def _stands_alone(run: Run) -> bool:
+    return run.number >= STRIPS_PER_THREAD * torch.get_num_threads()
 
 
 def _of_sequences(bias: Bias | None, part: slice) -> Bias | None:

@@ -22,6 +22,7 @@ class Shape:
     """The size of a problem.
 
     Attributes:
+        heads: H.
         queries: L.
         keys: S.
         offset: absolute position of the first query.
@@ -29,6 +30,7 @@ class Shape:
         examples: how many share the calls of dense attention in slices; pieces are called for each one.
     """
 
+    heads: int
     queries: int
     keys: int
     offset: int

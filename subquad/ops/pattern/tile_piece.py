@@ -92,10 +92,10 @@ class TilePiece(Piece):
         """Whether nothing is left to compute."""
         return not self.groups
 
-    def price(self, call_pairs: int) -> float:
+    def price(self, shape: Shape) -> float:
         """What it costs for one head, in pairs of dense attention; gathering costs something too."""
         pairs = sum(group.rows * group.tiles.size * self.size * (1.3 if group.masked else 1.0) for group in self.groups)
-        return pairs * (1.25 + 32 / self.size) + call_pairs * len(self.groups)
+        return pairs * (1.25 + 32 / self.size) + shape.call_pairs * len(self.groups)
 
     @property
     def signature(self) -> Hashable:

@@ -335,7 +335,7 @@ def kept_and_peak_bytes(pattern: Pattern, length: int) -> tuple[int, int]:
     """Of compiling a pattern for two heads."""
     plan_pattern.cache_clear()
     tracemalloc.start()
-    plan = plan_pattern(pattern, 2, Shape(length, length, 0, 8192), sliced=False)
+    plan = plan_pattern(pattern, Shape(2, length, length, 0, 8192), sliced=False)
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert plan.parts
