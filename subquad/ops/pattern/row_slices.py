@@ -9,7 +9,7 @@ from subquad.patterns.pattern import UNBOUNDED
 
 MOST_SLICES = 8
 """Beyond, strips that share a call are cheaper in any case."""
-CALLS_PER_SLICE = 1.5
+CALLS_PER_SLICE = 2.0
 """What each slice after the first costs, in calls: its result isn't merged with another."""
 MASK = 1.1
 """What the mask costs, in multiples of the pairs."""
