@@ -59,13 +59,15 @@ def classify(some: NDArray[np.bool_], everything: NDArray[np.bool_]) -> Classes:
 
 
 def check_integer(owner: str, name: str, value: object, *, least: int, remedy: str) -> None:
-    """Refuse what is no integer, or too small.
+    """Refuse what is no integer, too small, or larger than any length.
 
     Raises:
         ValueError: ending with the remedy.
     """
     if not is_integer(value) or value < least:
         raise ValueError(f"{owner}: {name} must be an integer of at least {least}, got {value!r}; {remedy}")
+    if int(value) > UNBOUNDED:
+        raise ValueError(f"{owner}: {name} must be at most 2**62, got {value!r}; {remedy}")
 
 
 def is_integer(value: object) -> TypeGuard[Integral]:

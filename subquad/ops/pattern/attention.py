@@ -18,6 +18,7 @@ from subquad.mask import Mask
 from subquad.ops.pattern.blocked import attend_blocked
 from subquad.ops.pattern.flex import attend_flex
 from subquad.ops.pattern.request import Request, check_request, visible_mask
+from subquad.ops.precision import full_precision
 from subquad.ops.softmax import softmax_attention_with_lse
 from subquad.patterns.pattern import Pattern
 
@@ -58,7 +59,7 @@ def pattern_attention(
         scale=scale,
         query_offset=query_offset,
     )
-    return _backend(backend, q, with_lse=False)(q, k, v, request)[0]
+    return _attend(q, k, v, request, backend, with_lse=False)[0]
 
 
 def pattern_attention_with_lse(
@@ -82,7 +83,7 @@ def pattern_attention_with_lse(
         v: (B, H, S, E).
         pattern: who attends whom, in absolute positions.
         mask: facts about the tokens of q; where S = L, about those of k too. Its global tokens are seen by all queries
-            of their example (by later ones only, where the pattern is causal).
+            of their example (by later ones only, in heads whose pattern is causal).
         key_valid: bool (B, S), True for a real key.
         key_segments: int (B, S), compared with `mask.segments`; needed where S differs from L.
         scale: factor of the scores; 1 / √E by default.
@@ -106,9 +107,17 @@ def pattern_attention_with_lse(
         scale=scale,
         query_offset=query_offset,
     )
-    out, lse = _backend(backend, q, with_lse=True)(q, k, v, request)
+    out, lse = _attend(q, k, v, request, backend, with_lse=True)
     assert lse is not None
     return out, lse
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, request: Request, backend: str | None, *, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    attend = _backend(backend, q, with_lse=with_lse)
+    with full_precision(q.device):
+        return attend(q, k, v, request)
 
 
 Backend = Callable[[Tensor, Tensor, Tensor, Request], tuple[Tensor, Tensor | None]]

@@ -8,6 +8,7 @@ the backward pass but q, k, v, the result and the log-sum-exp.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from subquad.ops.pattern.piece import Gradients, Piece, Work
 from subquad.ops.pattern.request import Facts, Request
 from subquad.ops.pattern.sliced import attend_sliced
 from subquad.ops.pattern.strips import Shape
+from subquad.ops.precision import full_precision
 from subquad.patterns.bands import Causal
 from subquad.patterns.expression import write_pattern
 from subquad.patterns.pattern import Pattern
@@ -55,12 +57,14 @@ class Plan(NamedTuple):
 
     Attributes:
         parts: of all heads.
-        dense: whether dense attention in slices costs less.
+        dense_heads: those for which dense attention in slices costs less.
+        empty_heads: those in which nothing is visible.
         complete: whether every query of every head stands in a part that comes fresh to it.
     """
 
     parts: tuple[Part, ...]
-    dense: bool
+    dense_heads: tuple[int, ...]
+    empty_heads: tuple[int, ...]
     complete: bool
 
 
@@ -107,15 +111,16 @@ def _saves_nothing(request: Request, shape: Shape, asked: str) -> bool:
     if 0 in (shape.examples, shape.heads, shape.queries, shape.keys):
         return False
     plan = plan_pattern(request.pattern, shape, sliced=request.facts.anything)
-    if not plan.dense or not plan.parts:
-        return False
-    leave_receipt(
-        "pattern_attention",
-        asked=asked,
-        ran="dense attention in slices of queries",
-        reason=f"{shape.queries} queries and {shape.keys} keys are too few for the pattern to save anything",
-    )
-    return True
+    dense = plan.dense_heads
+    if dense:
+        which = "" if len(dense) == shape.heads else f" in {_name_heads(dense)}"
+        leave_receipt(
+            "pattern_attention",
+            asked=asked,
+            ran=f"dense attention in slices of queries{which}",
+            reason=f"{shape.queries} queries and {shape.keys} keys are too few for the pattern to save anything",
+        )
+    return len(dense) == shape.heads
 
 
 def _shape(q: Tensor, k: Tensor, offset: int) -> Shape:
@@ -133,12 +138,11 @@ def _plan_examples(q: Tensor, k: Tensor, request: Request) -> list[Example]:
         columns, restricting = _seen_columns(facts), ExampleFacts.of(facts)
         of_pattern = restricting if columns is None else restricting.without_keys(columns)
         plan = plan_pattern(request.pattern, shape, sliced=of_pattern.anything)
-        if not plan.parts and length == key_length:
-            _leave_word_of_nothing(request.pattern, length)
+        if plan.empty_heads and length == key_length:
+            _leave_word_of_nothing(request.pattern, plan.empty_heads, length)
         parts = [(part, of_pattern) for part in plan.parts]
         if columns is not None:
-            pieces = _column_pieces(columns, shape, causal=request.pattern.causal)
-            parts += [(Part(0, num_heads, piece, fresh=False), restricting) for piece in pieces]
+            parts += [(part, restricting) for part in _column_parts(columns, request.pattern, shape)]
         examples.append(Example(parts, shape.offset, plan.complete and not of_pattern.anything))
     return examples
 
@@ -165,23 +169,36 @@ def plan_pattern(pattern: Pattern, shape: Shape, *, sliced: bool) -> Plan:
         parts.append(Part(head0, head1, piece, fresh))
         covered[head0:head1] |= rows
         written[head0:head1] |= rows & fresh
-    return Plan(tuple(parts), all(plan.dense for plan in plans), bool(written.all()))
+    empty = tuple(np.flatnonzero(~covered.any(axis=1)).tolist())
+    dense = [
+        head for (head0, head1), plan in zip(ranges, plans, strict=True) if plan.dense for head in range(head0, head1)
+    ]
+    return Plan(tuple(parts), tuple(head for head in dense if head not in empty), empty, bool(written.all()))
 
 
 def _equal_heads(pattern: Pattern, num_heads: int) -> list[tuple[int, int]]:
     """Ranges of neighbouring heads that share a pattern."""
-    if not pattern.num_heads:
-        return [(0, num_heads)]
-    of_heads = [pattern.of_head(head) for head in range(num_heads)]
-    borders = [0, *(head for head in range(1, num_heads) if of_heads[head] != of_heads[head - 1]), num_heads]
+    return _equal_neighbours(
+        [pattern.of_head(head) for head in range(num_heads)] if pattern.num_heads else num_heads * [0]
+    )
+
+
+def _equal_neighbours(values: Sequence[object]) -> list[tuple[int, int]]:
+    """Ranges of equal neighbours."""
+    borders = [0, *(at for at in range(1, len(values)) if values[at] != values[at - 1]), len(values)]
     return list(itertools.pairwise(borders))
 
 
-def _leave_word_of_nothing(pattern: Pattern, length: int) -> None:
+def _name_heads(heads: tuple[int, ...]) -> str:
+    return f"head{'s' if len(heads) > 1 else ''} {', '.join(map(str, heads))}"
+
+
+def _leave_word_of_nothing(pattern: Pattern, heads: tuple[int, ...], length: int) -> None:
+    which = f" in {_name_heads(heads)}" if pattern.num_heads else ""
     leave_receipt(
         "pattern_attention",
-        asked=write_pattern(pattern),
-        ran="no attention: the result is 0",
+        asked=write_pattern(pattern.of_head(heads[0])),
+        ran=f"no attention: the result is 0{which}",
         reason=f"none of {length} queries sees a key in it at this length",
     )
 
@@ -194,10 +211,14 @@ def _seen_columns(facts: Facts) -> Tensor | None:
     return columns if bool(columns.any()) else None
 
 
-def _column_pieces(columns: Tensor, shape: Shape, *, causal: bool) -> tuple[Piece, ...]:
-    chosen: Pattern = Global(columns.nonzero()[:, 0], rows=False)
-    pattern = (Causal() & chosen if causal else chosen).resolve(shape.keys)
-    return compile_pattern(pattern, shape, sliced=True).pieces
+def _column_parts(columns: Tensor, pattern: Pattern, shape: Shape) -> Iterator[Part]:
+    """What every query sees besides the pattern; in heads whose pattern is causal, every later query."""
+    chosen = Global(columns.nonzero()[:, 0], rows=False).resolve(shape.keys)
+    causal = [pattern.of_head(head).causal for head in range(shape.heads)]
+    for head0, head1 in _equal_neighbours(causal):
+        seen = Causal() & chosen if causal[head0] else chosen
+        for piece in compile_pattern(seen, shape, sliced=True).pieces:
+            yield Part(head0, head1, piece, fresh=False)
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -224,21 +245,27 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        grads = _result_like(q, ctx.examples), zeros_like(k), zeros_like(v)
-        upstream = torch.zeros_like(out) if grad_out is None else grad_out
-        upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
-        for index, example in enumerate(ctx.examples):
-            finite = lse[index].masked_fill(lse[index] == -torch.inf, 0.0)
-            everything = _widened(q[index], k[index], v[index], out[index], finite, example, ctx.scale)
-            grad_q, grad_k, grad_v = (grad[index].to(lse.dtype) for grad in grads)
-            of_lse = None if grad_lse is None else grad_lse[index]
-            gradients = Gradients(upstream[index].to(lse.dtype), of_lse, grad_q, grad_k, grad_v)
-            for part, facts in example.parts:
-                part.piece.backward(_of_heads(everything, part, facts), _gradients_of_heads(gradients, part))
-            for grad, total in zip(grads, (grad_q, grad_k, grad_v), strict=True):
-                _write_back(grad[index], total)
-        return *grads, None, None
+        with full_precision(torch.device("cpu")):  # autocast may be on where backward is called
+            return *_gradients(ctx, grad_out, grad_lse), None, None
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, k and v."""
+    q, k, v, out, lse = ctx.saved_tensors
+    grads = _result_like(q, ctx.examples), zeros_like(k), zeros_like(v)
+    upstream = torch.zeros_like(out) if grad_out is None else grad_out
+    upstream = upstream if upstream.stride(-1) == 1 else upstream.contiguous()
+    for index, example in enumerate(ctx.examples):
+        finite = lse[index].masked_fill(lse[index] == -torch.inf, 0.0)
+        everything = _widened(q[index], k[index], v[index], out[index], finite, example, ctx.scale)
+        grad_q, grad_k, grad_v = (grad[index].to(lse.dtype) for grad in grads)
+        of_lse = None if grad_lse is None else grad_lse[index]
+        gradients = Gradients(upstream[index].to(lse.dtype), of_lse, grad_q, grad_k, grad_v)
+        for part, facts in example.parts:
+            part.piece.backward(_of_heads(everything, part, facts), _gradients_of_heads(gradients, part))
+        for grad, total in zip(grads, (grad_q, grad_k, grad_v), strict=True):
+            _write_back(grad[index], total)
+    return grads
 
 
 def _result_like(q: Tensor, examples: list[Example]) -> Tensor:

@@ -113,7 +113,9 @@ def make_block_mask(q: Tensor, k: Tensor, request: Request) -> BlockMask:
 def make_mask_mod(k: Tensor, request: Request) -> MaskMod:
     """Pattern and facts together: whether a query of an example and head sees a key of k (B, H, S, E)."""
     pattern = _pattern_mod(request.pattern, k.shape[2], k.device)
-    facts, causal = request.facts, request.pattern.causal
+    facts = request.facts
+    causal = [request.pattern.of_head(head).causal for head in range(k.shape[1])]
+    forward = torch.tensor(causal, device=k.device).logical_not()
     starts = torch.tensor(request.offsets, device=k.device) if len(request.offsets) > 1 else None
     start = request.offset(0)
 
@@ -122,7 +124,7 @@ def make_mask_mod(k: Tensor, request: Request) -> MaskMod:
         seen = pattern(example, head, position, key)
         if facts.global_keys is not None:
             column = facts.global_keys[example, key]
-            seen = seen | (column & (key <= position) if causal else column)
+            seen = seen | (column & (forward[head] | (key <= position)))
         if facts.key_valid is not None:
             seen = seen & facts.key_valid[example, key]
         if facts.query_valid is not None:
@@ -150,9 +152,9 @@ def block_classes(q: Tensor, k: Tensor, request: Request) -> Tensor:
     classes = torch.stack([_stacked(heads, offset, lengths, q.device) for offset in request.offsets])
     if facts.global_keys is not None:
         columns = _of_tokens(facts.global_keys)[:, None, None, :]
-        if pattern.causal:
-            past = [_stacked((Causal(),), offset, lengths, q.device) for offset in request.offsets]
-            columns = torch.minimum(columns, torch.stack(past))
+        past = torch.stack([_stacked((Causal(),), offset, lengths, q.device) for offset in request.offsets])
+        forward = torch.tensor([head.causal for head in heads], device=q.device).logical_not()[:, None, None]
+        columns = torch.minimum(columns, torch.where(forward, int(Tile.FULL), past))
         classes = torch.maximum(classes, columns)
     if facts.key_valid is not None:
         classes = torch.minimum(classes, _of_tokens(facts.key_valid)[:, None, None, :])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ class Facts:
         key_valid: bool (B, S).
         query_segments: int (B, L); together with key_segments, only equal ones see each other.
         key_segments: int (B, S).
-        global_keys: bool (B, S): keys that every query of their example sees, besides the pattern's.
+        global_keys: bool (B, S): keys that every query of their example sees, besides the pattern's; in heads whose
+            pattern is causal, every later query.
     """
 
     query_valid: Tensor | None = None
@@ -104,8 +106,8 @@ def visible_mask(
     visible = torch.stack([of_head.expand(shape) for of_head in seen], dim=1)
     query, key = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
     if facts.global_keys is not None:
-        chosen = facts.global_keys[:, None, None, key]
-        visible = visible | (chosen & (j <= i)[:, None] if request.pattern.causal else chosen)
+        forward = torch.tensor([not head.causal for head in distinct], device=device)[:, None, None]
+        visible = visible | (facts.global_keys[:, None, None, key] & (forward | (j <= i)[:, None]))
     if facts.key_valid is not None:
         visible = visible & facts.key_valid[:, None, None, key]
     if facts.query_valid is not None:
@@ -136,16 +138,7 @@ def check_request(
     _check_tensors(q, k, v)
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern_attention: pattern must come from subquad.patterns, got {type(pattern).__name__}")
-    if pattern.num_heads > q.shape[1]:
-        raise ValueError(
-            f"pattern_attention: the pattern speaks of head {pattern.num_heads - 1}, q has {q.shape[1]} heads, counted "
-            "from 0; give .heads only those"
-        )
-    if not any(pattern.of_head(head).terms() for head in range(max(1, pattern.num_heads))):
-        raise ValueError(
-            f"pattern_attention: no query sees any key in {write_pattern(pattern)}; the result would be 0 everywhere; "
-            "join it with a pattern that isn't empty"
-        )
+    _check_pattern(pattern, q.shape[1])
     facts = _facts(q, k, mask, key_valid, key_segments)
     return Request(pattern, facts, _offsets(q, query_offset), _scale(q, scale))
 
@@ -168,6 +161,23 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"pattern_attention: expected q (B, H, L, E) and k, v (B, H, S, E), got {tuple(q.shape)}, "
             f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
+
+
+@lru_cache(maxsize=64)
+def _check_pattern(pattern: Pattern, num_heads: int) -> None:
+    """Remembered, since a call of few tokens would take twice as long."""
+    if pattern.num_heads > num_heads:
+        raise ValueError(
+            f"pattern_attention: the pattern speaks of head {pattern.num_heads - 1}, q has {num_heads} heads, counted "
+            "from 0; give .heads only those"
+        )
+    for head in range(num_heads if pattern.num_heads else 1):
+        if not pattern.of_head(head).terms():
+            which = f" of head {head}" if pattern.num_heads else ""
+            raise ValueError(
+                f"pattern_attention: no query{which} sees any key in {write_pattern(pattern.of_head(head))}; the "
+                "result would be 0 everywhere; join it with a pattern that isn't empty"
+            )
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

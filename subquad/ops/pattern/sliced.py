@@ -28,6 +28,8 @@ SLICE_PAIRS = 2**21
 """Largest mask of a slice, in pairs of all examples and heads that differ; at least one query runs at a time."""
 REMEMBERED_PAIRS = 2**19
 """Largest masks that are kept for the next call."""
+MOST_KEPT = 0.6
+"""Largest mask that autograd may keep, in multiples of q: a seventh of what it keeps anyway, q, k, v and the result."""
 BLOCK = 64
 """Tokens that are classified together where the pattern has no blocks of its own."""
 
@@ -67,6 +69,8 @@ def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, request: Request, shape: Sh
         return None
     ((rows, columns, bias),) = slices
     if rows != slice(0, shape.queries) or columns != slice(0, shape.keys):
+        return None
+    if bias is not None and bias.values.numel() > MOST_KEPT * q.numel():
         return None
     return fused_forward(q, k, v, request.scale, None if bias is None else bias.values)[0]
 
