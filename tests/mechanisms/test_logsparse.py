@@ -139,6 +139,11 @@ def test_without_options_it_is_the_pattern_of_powers_of_two() -> None:
     assert LogSparseConfig().pattern(causal=True).pairs(9) == 9 + sum(i.bit_length() for i in range(9))
 
 
+def test_the_last_row_of_64_is_the_published_one() -> None:
+    row = DoublingDistances(6, 64, both=False).dense(64)[63]
+    assert row.nonzero()[:, 0].tolist() == [26, 42, 50, 54, *range(56, 64)]
+
+
 def test_pairs_are_counted_at_lengths_that_nobody_could_write_out() -> None:
     length = 2**20
     powers = 20 * length - (length - 1)  # length - 2^m for each m < 20

@@ -27,6 +27,18 @@ def test_a_loaded_model_gives_the_same_logits(mixer: Any, tmp_path: Path) -> Non
     assert loaded.config.layer_mixers() == model.config.layer_mixers()
 
 
+def test_a_loaded_model_draws_the_same_random_blocks(tmp_path: Path) -> None:
+    mixer = {"name": "bigbird", "block": 2, "num_random": 2}
+    tokens = torch.arange(38)[None] % 10 + 1
+    model = classifier(mixer=mixer | {"seed": 5}, max_position_embeddings=40)
+    model.save_pretrained(tmp_path)
+    loaded = SubquadForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    other = classifier(mixer=mixer | {"seed": 6}, max_position_embeddings=40)
+    other.load_state_dict(model.state_dict())
+    assert not torch.equal(other(tokens).logits, model(tokens).logits), "the blocks must matter"
+
+
 @pytest.mark.parametrize("changes", [{"positions": "learned"}, {"positions": "rotary"}, {"pooling": "mean"}])
 def test_other_embeddings_and_poolings_load_too(changes: dict[str, Any], tmp_path: Path) -> None:
     model, (tokens, attention) = classifier(**changes), batch()

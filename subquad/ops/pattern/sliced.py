@@ -78,7 +78,7 @@ def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, request: Request, shape: Sh
 def _slices(q: Tensor, k: Tensor, request: Request, shape: Shape) -> Iterator[Slice]:
     """All slices; made anew where masks are large or depend on the examples."""
     remembered = _remembered(q, k, request, shape)
-    yield from _make_slices(request, shape, *q.shape[:2], _wide(q)) if remembered is None else remembered
+    yield from _make_slices(request, shape, len(q), q.shape[1], _wide(q)) if remembered is None else remembered
 
 
 def _remembered(q: Tensor, k: Tensor, request: Request, shape: Shape) -> tuple[Slice, ...] | None:
