@@ -121,9 +121,22 @@ def check_dims(config: MixerConfig, dims: Dims) -> None:
 
 
 def make_dims(
-    *, embed_dim: int, num_heads: int, head_dim: int | None = None, owner: str = "build_mixer", **circumstances: Any
+    *,
+    embed_dim: int,
+    num_heads: int,
+    head_dim: int | None = None,
+    causal: bool = False,
+    cross: bool = False,
+    max_length: int | None = None,
+    positions: Literal["none", "rotary"] = "none",
+    bias: bool = True,
+    dropout: float = 0.0,
+    layer: int = 0,
+    num_global: int = 0,
+    context_length: int | None = None,
+    owner: str = "build_mixer",
 ) -> Dims:
-    """Dims with the default head width; `owner` is the function that was called, for messages.
+    """Dims with the default head width; the arguments are the attributes of `Dims`.
 
     Raises:
         ValueError: embed_dim is no multiple of num_heads and head_dim is not given, or a value out of range.
@@ -137,7 +150,21 @@ def make_dims(
                 "choose another number of heads or pass head_dim"
             )
         head_dim = embed_dim // num_heads
-    return Dims(embed_dim=embed_dim, num_heads=num_heads, head_dim=head_dim, owner=owner, **circumstances)
+    return Dims(
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        causal=causal,
+        cross=cross,
+        max_length=max_length,
+        positions=positions,
+        bias=bias,
+        dropout=dropout,
+        layer=layer,
+        num_global=num_global,
+        context_length=context_length,
+        owner=owner,
+    )
 
 
 def list_mixers(**traits: bool) -> list[str]:

@@ -7,7 +7,7 @@ without global tokens ignores it and leaves a receipt. Causality is not in here;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,10 @@ class Mask:
                 raise ValueError(f"{where} is on {tensor.device} but the input is on {x.device}; move it there")
         if self.segments is not None and not _never_decrease(self.segments):
             raise ValueError(f"{owner}: {name}.segments must not decrease along a sequence; number documents in order")
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Mask:
+        """The mask of other tokens or examples: each of the facts (B, L) changed in the same way."""
+        return Mask(**{field: change(tensor) for field, tensor in self._given()})
 
     def zero_invalid(self, x: Tensor) -> Tensor:
         """X (B, L, D) with invalid tokens set to exactly 0 and cut off from the gradient, whatever they hold."""

@@ -67,6 +67,20 @@ def test_a_wrong_field_is_refused_when_the_mask_is_made(fields: dict[str, Any], 
         Mask(**fields)
 
 
+def test_all_facts_are_changed_alike() -> None:
+    marked = torch.tensor([[True, False, True]])
+    mask = Mask(marked, torch.tensor([[0, 0, 1]]), ~marked).map(lambda fact: fact[:, 1:])
+    assert mask.valid is not None
+    assert mask.segments is not None
+    assert mask.global_tokens is not None
+    assert [fact.tolist() for fact in (mask.valid, mask.segments, mask.global_tokens)] == [
+        [[False, True]],
+        [[0, 1]],
+        [[True, False]],
+    ]
+    assert Mask().map(lambda fact: fact[:, 1:]) == Mask()
+
+
 def test_what_invalid_tokens_hold_is_cut_off_with_its_gradient() -> None:
     x = torch.tensor([[[1.0], [float("nan")], [float("inf")]]], requires_grad=True)
     kept = Mask(valid=torch.tensor([[True, False, False]])).zero_invalid(x)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from subquad.benchmark.probe_subject import (
+    EQUAL,
+    EXACT,
     LENGTH,
     Finding,
     Inputs,
@@ -27,8 +29,6 @@ from subquad.interface import TokenMixer
 from subquad.mask import Mask
 from subquad.state import State
 
-EXACT = 1e-12
-EQUAL = 1e-10
 _CUTS = (1, 2, 5, 13, 22, LENGTH - 1)
 _PARTITIONS = ((1,) * LENGTH, (5, 1, 17, 14), (36, 1))
 
@@ -96,7 +96,7 @@ def rows(subject: Subject) -> Finding:
         _, state = _stream(mixer, inputs, (14,), mask, context_mask)
         rest = Inputs(inputs.x[order, 14:], None)
         rest_mask = cut_mask(mask, 14, LENGTH)
-        chosen = None if rest_mask is None else _map_mask(rest_mask, order)
+        chosen = None if rest_mask is None else rest_mask.map(lambda fact: fact[order])
         gaps.append(difference(call(mixer, rest, chosen, None, state.index_select(order)).y, y[order, 14:]))
     return at_most(worst(gaps), EQUAL, "streams continued from reordered rows")
 
@@ -154,10 +154,4 @@ def _stream(
 
 def cut_mask(mask: Mask | None, start: int, stop: int) -> Mask | None:
     """The facts about the tokens start..stop-1."""
-    if mask is None:
-        return None
-    return Mask(*(None if fact is None else fact[:, start:stop] for fact in (mask.valid, mask.segments)))
-
-
-def _map_mask(mask: Mask, order: Tensor) -> Mask:
-    return Mask(*(None if fact is None else fact[order] for fact in (mask.valid, mask.segments)))
+    return None if mask is None else mask.map(lambda fact: fact[:, start:stop])

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from subquad.benchmark.probe_subject import (
     CONTEXT_LENGTH,
+    EQUAL,
+    EXACT,
     LENGTH,
     Finding,
     Inputs,
@@ -25,9 +27,6 @@ from subquad.benchmark.probe_subject import (
 )
 from subquad.mask import Mask
 from subquad.receipt import receipts
-
-EXACT = 1e-12
-EQUAL = 1e-10
 
 Side = Literal["left", "right"]
 
@@ -133,9 +132,7 @@ def batch(subject: Subject) -> Finding:
 
 
 def _row(mask: Mask | None, row: int) -> Mask | None:
-    if mask is None:
-        return None
-    return Mask(*(None if fact is None else fact[row : row + 1] for fact in (mask.valid, mask.segments)))
+    return None if mask is None else mask.map(lambda fact: fact[row : row + 1])
 
 
 def documents(subject: Subject) -> Finding:

@@ -20,6 +20,8 @@ from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer
 from subquad.mask import Mask
 from subquad.state import State
 
+EXACT, EQUAL = 1e-12, 1e-10
+"""Differences in float64 that count as none: where nothing may change, and where the order of sums may."""
 LENGTH = 37
 """Tokens of an ordinary probe: prime, so that it is no multiple of any block."""
 

@@ -171,7 +171,8 @@ class Block(GradientCheckpointingLayer):
             return self.feedforward(x, mask=mask)
         y = []
         for index, part in enumerate(x.split(size, dim=1)):
-            of_part = None if mask is None else _cut(mask, index * size, (index + 1) * size)
+            tokens = slice(index * size, (index + 1) * size)
+            of_part = None if mask is None else mask.map(lambda fact, tokens=tokens: fact[:, tokens])
             y.append(checkpoint(self._transform, part, of_part, use_reentrant=False))
         return Mixed(torch.cat(y, dim=1))
 
@@ -186,11 +187,6 @@ def add_losses(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     if first is None or second is None:
         return second if first is None else first
     return first + second
-
-
-def _cut(mask: Mask, start: int, stop: int) -> Mask:
-    fields = (mask.valid, mask.segments, mask.global_tokens)
-    return Mask(*(None if field is None else field[:, start:stop] for field in fields))
 
 
 def layers_of(blocks: nn.ModuleList) -> list[Block]:

@@ -21,8 +21,8 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-ser
 SPEED_TICKS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16, 32, 64)
 
 
-def axis(title: str, **settings: Any) -> Figure:
-    """Return an axis with a title and the page's colours."""
+def axis(title: str) -> Figure:
+    """Return an axis with a title and the page's colours; what is particular to it is joined with `|`."""
     return {
         "title": {"text": title, "standoff": 10, "font": {"size": 13, "color": "var(--muted)"}},
         "gridcolor": "var(--rule)",
@@ -33,11 +33,10 @@ def axis(title: str, **settings: Any) -> Figure:
         "ticks": "outside",
         "ticklen": 4,
         "automargin": True,
-        **settings,
     }
 
 
-def layout(xaxis: Figure, yaxis: Figure, *, height: int, **settings: Any) -> Figure:
+def layout(xaxis: Figure, yaxis: Figure, *, height: int) -> Figure:
     """Return a layout without legend or title: the page's own chips and headings serve for these."""
     return {
         "xaxis": xaxis,
@@ -55,7 +54,6 @@ def layout(xaxis: Figure, yaxis: Figure, *, height: int, **settings: Any) -> Fig
             "bordercolor": "var(--rule-strong)",
             "font": {"family": FONT, "size": 12.5, "color": "var(--text)"},
         },
-        **settings,
     }
 
 
@@ -72,15 +70,15 @@ def bubble_figure(chart: BubbleChart, inks: dict[str, Ink], *, narrow: bool = Fa
     parts = ("Speed of forward + backward", f"at {units.count(chart.length)} tokens,", "relative to dense")
     title = ("<br>" if narrow else " ").join(parts) + " fused attention (×)"
     ticks = [tick for tick in SPEED_TICKS if chart.speed_range[0] <= tick <= chart.speed_range[1]]
-    x = axis(title, type="log", range=[math.log10(bound) for bound in chart.speed_range])
+    x = axis(title) | {"type": "log", "range": [math.log10(bound) for bound in chart.speed_range]}
     x |= {"tickvals": ticks, "ticktext": [_tick(tick) for tick in ticks]}
-    y = axis(chart.kind.label("Test"), range=[scale * bound for bound in chart.score_range])
+    y = axis(chart.kind.label("Test")) | {"range": [scale * bound for bound in chart.score_range]}
     shapes = [_rule(x0=1, x1=1, y0=0, y1=1, yref="paper")]
     annotations = [_label(point, scale) for point in chart.points]
     if chart.guess is not None:
         shapes.append(_level(scale * chart.guess))
         annotations.append(_guess_note(chart.guess_label, chart.guess, chart.kind))
-    return {"data": traces, "layout": layout(x, y, height=484, shapes=shapes, annotations=annotations)}
+    return {"data": traces, "layout": layout(x, y, height=484) | {"shapes": shapes, "annotations": annotations}}
 
 
 def _tick(value: float) -> str:
@@ -179,8 +177,8 @@ def score_curves(comparison: Comparison, inks: dict[str, Ink]) -> Figure:
     if comparison.guess_score is not None:
         shapes = [_level(kind.scale * comparison.guess_score)]
         notes = [_guess_note(comparison.guess_label, comparison.guess_score, kind)]
-    x, y = axis("Training step", rangemode="tozero"), axis(kind.label("Validation"))
-    return {"data": traces, "layout": layout(x, y, height=340, shapes=shapes, annotations=notes)}
+    x, y = axis("Training step") | {"rangemode": "tozero"}, axis(kind.label("Validation"))
+    return {"data": traces, "layout": layout(x, y, height=340) | {"shapes": shapes, "annotations": notes}}
 
 
 def loss_curves(comparison: Comparison, inks: dict[str, Ink]) -> Figure:
@@ -193,7 +191,7 @@ def loss_curves(comparison: Comparison, inks: dict[str, Ink]) -> Figure:
             traces.append(_curve(entry, run, steps, losses, inks, ""))
             if run.status is not Status.OK:
                 traces.append(_cross(entry, run, steps[-1], losses[-1], inks))
-    x, y = axis("Training step", rangemode="tozero"), axis("Training loss (nats)")
+    x, y = axis("Training step") | {"rangemode": "tozero"}, axis("Training loss (nats)")
     return {"data": traces, "layout": layout(x, y, height=340)}
 
 

@@ -64,7 +64,7 @@ def position_curves(comparison: Comparison, inks: dict[str, Ink]) -> Figure:
     drawn = [(entry, places) for entry in comparison.entries if (places := places_of(entry))]
     bounds = sorted({place.first for _, places in drawn for place in places})
     before = "tokens of the document before" if comparison.is_stream else "tokens read before"
-    x = axis(f"Position in the {positions_of(comparison)} ({before})", type="log", minor={"ticks": ""})
+    x = axis(f"Position in the {positions_of(comparison)} ({before})") | {"type": "log", "minor": {"ticks": ""}}
     x |= {"tickvals": bounds, "ticktext": [units.count(bound) for bound in bounds]}
     traces = [_trace(entry, places, comparison.kind, inks[entry.mixer_key]) for entry, places in drawn]
     return {"data": traces, "layout": layout(x, axis(comparison.kind.label("Test")), height=360)}

@@ -103,12 +103,14 @@ def flops_figure(lines: Sequence[Line], inks: dict[str, Ink]) -> Figure:
 
 def _figure(traces: list[Figure], title: str) -> Figure:
     lengths = sorted({round(x) for trace in traces if trace["mode"] == "lines+markers" for x in trace["x"]})
-    x = axis("Length (tokens)", type="log") | {
+    x = axis("Length (tokens)") | {
+        "type": "log",
         "tickvals": lengths,
         "ticktext": [units.count(length) for length in lengths],
         "minor": {"ticks": ""},
     }
-    y = axis(title, type="log", dtick=1, exponentformat="none", minor={"showgrid": False, "ticks": "outside"})
+    minor = {"showgrid": False, "ticks": "outside"}
+    y = axis(title) | {"type": "log", "dtick": 1, "exponentformat": "none", "minor": minor}
     return {"data": traces, "layout": layout(x, y, height=360)}
 
 
