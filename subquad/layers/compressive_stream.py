@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from subquad.layers.memory_mixer import recent_inputs
-from subquad.ops.memory.compressed import Sight
+from subquad.ops.memory.compressed import VisibleRows
 from subquad.ops.memory.evictions import Eviction, Stand
 from subquad.ops.memory.stream_layout import Example, Layout
 from subquad.ops.packing import take
@@ -134,7 +134,7 @@ def _examples(stands: Sequence[Stand], added: Sequence[int], eviction: Eviction,
     return [known[key] for key in zip(stands, added, strict=True)]
 
 
-def note_untaught(stream: Stream, sight: Sight) -> None:
+def note_untaught(stream: Stream, sight: VisibleRows) -> None:
     """Leave a receipt for a call that sees rows, all of them made before and cut off from f_c."""
     stored = stream.layout.stored_rows
     if stored and not stream.rows.requires_grad and int(sight.stop.max()) <= stored:

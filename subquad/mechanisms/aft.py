@@ -38,7 +38,7 @@ from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.means.biased_means import biased_means
 from subquad.ops.means.running_means import LOG_ZERO
-from subquad.ops.means.strip_geometry import Reach, count_pairs
+from subquad.ops.means.strip_geometry import BiasReach, count_pairs
 from subquad.ops.packing import packing_order, put_back, take
 from subquad.registry import register
 from subquad.state import State
@@ -96,16 +96,16 @@ class AftConfig(MixerConfig):
         if dims.positions == "rotary":
             raise ValueError("aft: it has no products of queries and keys to rotate; pass positions='none'")
 
-    def reach(self, *, causal: bool) -> Reach:
+    def reach(self, *, causal: bool) -> BiasReach:
         """Where w may differ from 0; simple has none."""
         if self.kind == "simple":
-            return Reach(0, 0, causal)
+            return BiasReach(0, 0, causal)
         if self.kind == "full":
-            return Reach(None, 0 if causal else None, causal)
+            return BiasReach(None, 0 if causal else None, causal)
         size = self.window if self.kind == "local" else self.kernel
         left, right = window_sides("aft", size, causal=causal)
         stride = 1 if self.columns is None else self.columns + 1  # rows and columns of the grid as far
-        return Reach(left * stride, right * stride, causal)
+        return BiasReach(left * stride, right * stride, causal)
 
     def key_width(self, dims: Dims) -> int:
         """Numbers of the key of a token: one for each channel, or for each head."""

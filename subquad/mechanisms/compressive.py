@@ -41,8 +41,8 @@ from subquad.layers.compressive_cost import attention_loss_cost, decoding_loss_c
 from subquad.layers.compressive_stream import CompressiveState, Sizes, Stream, begin, note_untaught, store
 from subquad.layers.heads import Attended, Heads, projection_cost
 from subquad.layers.memory_mixer import DEVIATION, MemoryMixer, Packed
-from subquad.ops.memory.attention import Distances, Reach
-from subquad.ops.memory.compressed import CompressedRows, Sight, compressed_attention
+from subquad.ops.memory.attention import Distances, VisibleColumns
+from subquad.ops.memory.compressed import CompressedRows, VisibleRows, compressed_attention
 from subquad.ops.memory.evictions import Eviction, tally
 from subquad.ops.memory.most_used import Scored, most_used
 from subquad.ops.memory.reconstruction import attention_parts, decoding_parts, mean_of
@@ -256,7 +256,9 @@ class Compressive(MemoryMixer):
         after = None if before is None else store(before, x, kept, usage, layout, config.segment_length)
         return Attended(out if call.order is None else put_back(out, call.order), after, loss)
 
-    def _distances(self, layout: Layout, reach: Reach, sight: Sight, x: Tensor) -> tuple[Distances, Distances | None]:
+    def _distances(
+        self, layout: Layout, reach: VisibleColumns, sight: VisibleRows, x: Tensor
+    ) -> tuple[Distances, Distances | None]:
         """Distances of tokens, and of rows where any is seen."""
         columns = layout.stored + torch.arange(layout.length, device=x.device)
         farthest = int((columns - reach.first).max())
@@ -272,7 +274,7 @@ class Compressive(MemoryMixer):
         vectors = self.encode(farthest_row + 1, self.project_row_distance, x)
         return distances, Distances(vectors, self.content_bias, self.row_position_bias)
 
-    def _rows(self, rows: Tensor, distances: Distances, sight: Sight) -> CompressedRows:
+    def _rows(self, rows: Tensor, distances: Distances, sight: VisibleRows) -> CompressedRows:
         """Keys and values of rows (B, R, D)."""
         k, v = self.split(self.project_key(rows)), self.split(self.project_value(rows))
         return CompressedRows(k, v, distances, sight)

@@ -36,7 +36,7 @@ from subquad.registry import register
 from subquad.state import State, state_dataclass
 
 
-class Grid(NamedTuple):
+class BlockedWindow(NamedTuple):
     """A window of whole blocks; a sliding window is one of blocks of a single token.
 
     Attributes:
@@ -108,11 +108,11 @@ class LocalConfig(MixerConfig):
         """A two-sided window is symmetric, hence odd."""
         self.grid(causal=dims.causal)
 
-    def grid(self, *, causal: bool) -> Grid:
+    def grid(self, *, causal: bool) -> BlockedWindow:
         """The window in blocks."""
         if self.kind == "block":
-            return Grid(self.block, self.neighbours, 0 if causal else self.neighbours, causal)
-        return Grid(1, *window_sides("local", self.window, causal=causal), causal)
+            return BlockedWindow(self.block, self.neighbours, 0 if causal else self.neighbours, causal)
+        return BlockedWindow(1, *window_sides("local", self.window, causal=causal), causal)
 
     def build(self, dims: Dims) -> Local:
         """The module."""
@@ -201,7 +201,7 @@ class Local(HeadMixer):
 
 
 def _attend_placed(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, grid: Grid, before: WindowState
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, grid: BlockedWindow, before: WindowState
 ) -> tuple[Tensor, WindowState]:
     """Attend to the columns of a state and to this call's tokens, each in its column; valid tokens come first."""
     valid = torch.ones_like(q[:, 0, :, 0], dtype=torch.bool) if mask.valid is None else mask.valid
@@ -221,7 +221,7 @@ def _attend_placed(
     return placed.collect(out) if spread else out, _newest(before, stretch, placed, mask, grid)
 
 
-def _extend(before: WindowState, k: Tensor, v: Tensor, placed: BlockColumns, grid: Grid) -> Stretch:
+def _extend(before: WindowState, k: Tensor, v: Tensor, placed: BlockColumns, grid: BlockedWindow) -> Stretch:
     """The columns of the state and behind them this call's, with room for the rest of the last block."""
     offset = grid.left * grid.size + before.place
     total = grid.stored + placed.width + grid.size - 1
@@ -232,7 +232,9 @@ def _extend(before: WindowState, k: Tensor, v: Tensor, placed: BlockColumns, gri
     return Stretch(keys, values, seen, documents.cummax(dim=1).values, offset)
 
 
-def _newest(before: WindowState, stretch: Stretch, placed: BlockColumns, mask: Mask, grid: Grid) -> WindowState:
+def _newest(
+    before: WindowState, stretch: Stretch, placed: BlockColumns, mask: Mask, grid: BlockedWindow
+) -> WindowState:
     """The columns that the next token may see: those of the block in which it stands and of `left` blocks before."""
     behind, document = placed.end()
     end, added, segment = stretch.offset + behind, placed.valid.sum(dim=1), before.segment

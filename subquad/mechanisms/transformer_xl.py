@@ -34,7 +34,7 @@ from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.heads import Heads, projection_cost
 from subquad.layers.memory_mixer import MemoryMixer, Packed, recent_inputs, recent_rows
 from subquad.layers.segment_sight import SegmentRule, segment_pairs
-from subquad.ops.memory.attention import Distances, Memory, Reach, memory_attention
+from subquad.ops.memory.attention import Distances, Memory, VisibleColumns, memory_attention
 from subquad.ops.packing import put_back
 from subquad.registry import register
 from subquad.state import State, state_dataclass
@@ -247,7 +247,7 @@ class TransformerXL(MemoryMixer):
         hidden = recent_inputs(before.hidden, call.x, added, unfinished)
         return RecentTokens(length, hidden, before.keys, before.values)
 
-    def _reach(self, x: Tensor, stored: int, length: Tensor | None) -> Reach:
+    def _reach(self, x: Tensor, stored: int, length: Tensor | None) -> VisibleColumns:
         """Columns of the stored tokens and the call in which a token's segment and what it sees begin.
 
         Args:
@@ -268,9 +268,9 @@ class TransformerXL(MemoryMixer):
             first = torch.maximum(first, columns - memory + 1)
         if not self.config.zero_memory:
             first = torch.maximum(first, first_ever)
-        return Reach(first.clamp_min(0), own.clamp_min(0))
+        return VisibleColumns(first.clamp_min(0), own.clamp_min(0))
 
-    def _distances(self, reach: Reach, stored: int, x: Tensor) -> Distances:
+    def _distances(self, reach: VisibleColumns, stored: int, x: Tensor) -> Distances:
         """The projected encodings of the distances that occur, and u and w."""
         columns = stored + torch.arange(x.shape[1], device=x.device)
         farthest, clamp = int((columns - reach.first).max()), self.rule.clamp_length

@@ -19,17 +19,17 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.means.far_means import Far
-from subquad.ops.means.gated import Kept, Upstream
+from subquad.ops.means.gated import SavedMeans, Upstream
 from subquad.ops.means.position_bias import PositionBias
 from subquad.ops.means.running_means import LOG_ZERO, running_gradients, running_means
-from subquad.ops.means.strip_geometry import Reach, Strips, strips
+from subquad.ops.means.strip_geometry import BiasReach, Strips, strips
 from subquad.ops.means.strip_means import Summed, Tokens, add_strip_gradients_, pair_gradients, strip_means
 from subquad.ops.means.weighted_columns import Columns, Group, column_groups
 from subquad.ops.precision import full_precision
 from subquad.ops.recomputed import recomputed
 
 
-def biased_means_by_pairs(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach) -> Tensor:
+def biased_means_by_pairs(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, reach: BiasReach) -> Tensor:
     """The definition, a weight for every pair and channel. Arguments and result as in `biased_means`."""
     length, total = q.shape[2], k.shape[2]
     offset = total - length
@@ -44,7 +44,7 @@ def biased_means_by_pairs(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | 
     return q.sigmoid() * (logits.softmax(dim=3) * v[:, :, None]).sum(dim=3)
 
 
-def biased_means(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach) -> Tensor:
+def biased_means(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, reach: BiasReach) -> Tensor:
     """Gated means, in time proportional to the reach of the bias.
 
     Args:
@@ -87,7 +87,7 @@ class _BiasedMeans(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, *tensors: Tensor
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, reach: BiasReach, *tensors: Tensor
     ) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         wide_bias = None if bias is None else bias.of(*(tensor.to(wide) for tensor in tensors))
@@ -105,7 +105,7 @@ class _BiasedMeans(Function):
         q, k, v, level, mean, *tensors = ctx.saved_tensors
         wide = mean.dtype
         bias = None if ctx.bias is None else ctx.bias.of(*(tensor.to(wide) for tensor in tensors))
-        upstream = Upstream(q, grad, Kept(level, mean), _real_queries(k, q.shape[2]))
+        upstream = Upstream(q, grad, SavedMeans(level, mean), _real_queries(k, q.shape[2]))
         with full_precision(q.device):
             of_q, of_k, of_v, *of_bias = _gradients(k.to(wide), v.to(wide), bias, upstream, ctx.parts)
         of_tensors = (found.to(tensor.dtype) for found, tensor in zip(of_bias, tensors, strict=True))
@@ -118,13 +118,17 @@ def _real_queries(k: Tensor, length: int) -> Tensor | None:
     return None if bool(real.all()) else real
 
 
-def _means(k: Tensor, v: Tensor, bias: PositionBias | None, reach: Reach, length: int) -> tuple[Kept, _Parts | None]:
+def _means(
+    k: Tensor, v: Tensor, bias: PositionBias | None, reach: BiasReach, length: int
+) -> tuple[SavedMeans, _Parts | None]:
     """Means for all queries, and what they are made of if not running means."""
     if bias is None:
         start = k.shape[2] - length
-        return Kept(*(x[:, :, start:] for x in running_means(k, v))), None
+        return SavedMeans(*(x[:, :, start:] for x in running_means(k, v))), None
     tokens, singles = Tokens(k, v, bias), strips(length, k.shape[2], reach)
-    result = Kept(k.new_empty((*k.shape[:2], length, k.shape[3])), v.new_empty((*v.shape[:2], length, v.shape[3])))
+    result = SavedMeans(
+        k.new_empty((*k.shape[:2], length, k.shape[3])), v.new_empty((*v.shape[:2], length, v.shape[3]))
+    )
     parts = _Parts(Far.of(k, v, singles), [])
     for group in column_groups(k, singles):
         columns = Columns.weigh(k, v, group)

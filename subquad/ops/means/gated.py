@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Kept(NamedTuple):
+class SavedMeans(NamedTuple):
     """What the backward pass knows of the means.
 
     Attributes:
@@ -20,9 +20,9 @@ class Kept(NamedTuple):
     level: Tensor
     mean: Tensor
 
-    def of(self, queries: slice) -> Kept:
+    def of(self, queries: slice) -> SavedMeans:
         """The part of some queries."""
-        return Kept(*(x[:, :, queries] for x in self))
+        return SavedMeans(*(x[:, :, queries] for x in self))
 
 
 class Wanted(NamedTuple):
@@ -34,7 +34,7 @@ class Wanted(NamedTuple):
         of_weights: (B, G, R, E or 1), grad times mean, summed over the channels that share k.
     """
 
-    kept: Kept
+    kept: SavedMeans
     grad: Tensor
     of_weights: Tensor
 
@@ -55,7 +55,7 @@ class Upstream(NamedTuple):
 
     q: Tensor
     grad: Tensor
-    kept: Kept
+    kept: SavedMeans
     real: Tensor | None
 
     def of(self, queries: slice) -> Upstream:

@@ -16,7 +16,7 @@ WHOLE = 16
 """Columns of a strip are a multiple of this where there are enough, since products of odd widths are slower."""
 
 
-class Reach(NamedTuple):
+class BiasReach(NamedTuple):
     """How far the bias reaches, and what is seen.
 
     Attributes:
@@ -47,7 +47,7 @@ class Strips(NamedTuple):
     queries: slice
     columns: slice
     offset: int
-    reach: Reach
+    reach: BiasReach
     before: bool = False
     behind: bool = False
 
@@ -113,7 +113,7 @@ class Strips(NamedTuple):
         return same and strip.columns.stop == self.columns.stop + self.rows
 
 
-def strips(length: int, total: int, reach: Reach) -> list[Strips]:
+def strips(length: int, total: int, reach: BiasReach) -> list[Strips]:
     """The strips of `length` queries, the last of `total` columns, one by one."""
     left, right, causal = reach
     reached = total if left is None or right is None else left + right + 1
@@ -132,7 +132,7 @@ def strips(length: int, total: int, reach: Reach) -> list[Strips]:
     return found
 
 
-def count_pairs(length: int, reach: Reach) -> int:
+def count_pairs(length: int, reach: BiasReach) -> int:
     """Pairs of all strips of `length` queries and as many columns.
 
     Where the reach is bounded, all strips but those at the ends are alike, so that they are counted and not listed.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops.means.far_means import Far
-from subquad.ops.means.gated import Kept, Wanted
+from subquad.ops.means.gated import SavedMeans, Wanted
 from subquad.ops.means.pair_means import gradients_by_pairs, means_by_pairs
 from subquad.ops.means.position_bias import PositionBias
 from subquad.ops.means.running_means import LOG_ZERO, Means
@@ -51,7 +51,7 @@ class Summed(NamedTuple):
     top: Tensor | None
 
 
-def strip_means(tokens: Tokens, strips: Strips, columns: Columns, far: Far, result: Kept) -> list[Summed]:
+def strip_means(tokens: Tokens, strips: Strips, columns: Columns, far: Far, result: SavedMeans) -> list[Summed]:
     """Write the means for the queries of some strips.
 
     Args:
@@ -80,7 +80,7 @@ def strip_means(tokens: Tokens, strips: Strips, columns: Columns, far: Far, resu
     return [Summed(strips, top)]
 
 
-def _separately(tokens: Tokens, strips: Strips, columns: Columns, far: Far, result: Kept) -> list[Summed]:
+def _separately(tokens: Tokens, strips: Strips, columns: Columns, far: Far, result: SavedMeans) -> list[Summed]:
     """Each strip for itself; a single one pair by pair."""
     if len(strips.numbers) > 1:
         return [one for strip in strips.singles() for one in strip_means(tokens, strip, columns, far, result)]

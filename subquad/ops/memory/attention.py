@@ -40,7 +40,7 @@ class Distances(NamedTuple):
     position_bias: Tensor
 
 
-class Reach(NamedTuple):
+class VisibleColumns(NamedTuple):
     """Where what a query sees begins; it ends with the query's own column.
 
     Attributes:
@@ -65,7 +65,7 @@ class Memory(NamedTuple):
 
 
 def memory_attention_by_table(
-    q: Tensor, k: Tensor, v: Tensor, distances: Distances, reach: Reach, memory: Memory | None = None
+    q: Tensor, k: Tensor, v: Tensor, distances: Distances, reach: VisibleColumns, memory: Memory | None = None
 ) -> Tensor:
     """The definition of `memory_attention`, with an r for every pair; arguments and result as there."""
     scores, own = memory_scores_by_table(q, k, distances, reach, memory)
@@ -73,7 +73,7 @@ def memory_attention_by_table(
 
 
 def memory_scores_by_table(
-    q: Tensor, k: Tensor, distances: Distances, reach: Reach, memory: Memory | None = None
+    q: Tensor, k: Tensor, distances: Distances, reach: VisibleColumns, memory: Memory | None = None
 ) -> tuple[Tensor, Tensor]:
     """Scores (B, H, L, S), -inf where hidden, and which pairs lie in one segment, bool (B or 1, 1, L, S)."""
     i = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
@@ -93,14 +93,14 @@ def read_by_table(weights: Tensor, own: Tensor, v: Tensor, memory: Memory | None
 
 
 def memory_attention(
-    q: Tensor, k: Tensor, v: Tensor, distances: Distances, reach: Reach, memory: Memory | None = None
+    q: Tensor, k: Tensor, v: Tensor, distances: Distances, reach: VisibleColumns, memory: Memory | None = None
 ) -> Tensor:
     """Attend; arguments and result as the first of `memory_attention_with_lse`."""
     return memory_attention_with_lse(q, k, v, distances, reach, memory)[0]
 
 
 def memory_attention_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, distances: Distances, reach: Reach, memory: Memory | None = None
+    q: Tensor, k: Tensor, v: Tensor, distances: Distances, reach: VisibleColumns, memory: Memory | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attend.
 
@@ -138,7 +138,7 @@ class Slice(NamedTuple):
     own: Tensor | None
 
 
-def slices(q: Tensor, k: Tensor, count: int, reach: Reach) -> Iterator[Slice]:
+def slices(q: Tensor, k: Tensor, count: int, reach: VisibleColumns) -> Iterator[Slice]:
     """All slices; `count` is the number of distances with an r of their own."""
     batch, num_heads, length, _ = q.shape
     before, device = k.shape[2] - length, q.device
@@ -188,7 +188,7 @@ class _MemoryAttention(torch.autograd.Function):
         position_bias: Tensor,
         memory_k: Tensor | None,
         memory_v: Tensor | None,
-        reach: Reach,
+        reach: VisibleColumns,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
         batch, num_heads, length, width = q.shape

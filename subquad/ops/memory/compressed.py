@@ -23,7 +23,7 @@ from subquad.ops.memory.attention import (
     SLICE_PAIRS,
     Distances,
     Memory,
-    Reach,
+    VisibleColumns,
     memory_attention_with_lse,
     memory_scores_by_table,
     read_by_table,
@@ -33,7 +33,7 @@ from subquad.ops.recomputed import recomputed
 from subquad.ops.softmax import masked_softmax_with_lse
 
 
-class Sight(NamedTuple):
+class VisibleRows(NamedTuple):
     """Which rows a query sees and how far they are.
 
     Attributes:
@@ -62,7 +62,7 @@ class CompressedRows(NamedTuple):
     k: Tensor
     v: Tensor
     distances: Distances
-    sight: Sight
+    sight: VisibleRows
 
 
 def compressed_attention_by_table(
@@ -70,7 +70,7 @@ def compressed_attention_by_table(
     k: Tensor,
     v: Tensor,
     distances: Distances,
-    reach: Reach,
+    reach: VisibleColumns,
     memory: Memory | None = None,
     rows: CompressedRows | None = None,
 ) -> Tensor:
@@ -96,7 +96,7 @@ def compressed_attention(
     k: Tensor,
     v: Tensor,
     distances: Distances,
-    reach: Reach,
+    reach: VisibleColumns,
     memory: Memory | None = None,
     rows: CompressedRows | None = None,
 ) -> Tensor:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.memory.attention import Distances, Reach, Slice, slice_scores, slices
-from subquad.ops.memory.compressed import CompressedRows, RowSlice, Sight, row_scores, row_slice
+from subquad.ops.memory.attention import Distances, Slice, VisibleColumns, slice_scores, slices
+from subquad.ops.memory.compressed import CompressedRows, RowSlice, VisibleRows, row_scores, row_slice
 from subquad.ops.memory.evictions import Segment
 from subquad.ops.memory.stream_layout import Example, Layout
 from subquad.ops.packing import take
@@ -41,11 +41,11 @@ class Scored(NamedTuple):
     row_k: Tensor
     distances: Distances
     row_distances: Distances | None
-    sight: Sight
+    sight: VisibleRows
 
 
 def received_attention(
-    q: Tensor, k: Tensor, distances: Distances, reach: Reach, rows: CompressedRows | None, counted: Tensor
+    q: Tensor, k: Tensor, distances: Distances, reach: VisibleColumns, rows: CompressedRows | None, counted: Tensor
 ) -> Tensor:
     """The attention that tokens get, summed over heads and queries.
 
@@ -136,11 +136,11 @@ def _add_wave(
     rows = None
     if given.row_distances is not None:
         first_row, stop_row, ahead = (take(fact.expand(layout.batch, -1)[b], q_index) for fact in given.sight[:3])
-        sight = Sight(first_row, stop_row, ahead, given.sight.step)
+        sight = VisibleRows(first_row, stop_row, ahead, given.sight.step)
         rows = CompressedRows(given.row_k[b], given.row_k[b], given.row_distances, sight)
     counted = own >= (span - queries)[:, None]
     found = received_attention(
-        take(given.q[b], q_index), take(given.k[b], index), given.distances, Reach(first, first), rows, counted
+        take(given.q[b], q_index), take(given.k[b], index), given.distances, VisibleColumns(first, first), rows, counted
     )
     received.index_put_((b[:, None], index), found.to(received.dtype), accumulate=True)
 

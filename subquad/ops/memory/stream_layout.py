@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.memory.attention import Reach
-from subquad.ops.memory.compressed import Sight
+from subquad.ops.memory.attention import VisibleColumns
+from subquad.ops.memory.compressed import VisibleRows
 from subquad.ops.memory.evictions import Run, Segment, Stand
 
 
@@ -124,12 +124,12 @@ class Layout(NamedTuple):
         own, memory, waiting, rows = torch.stack(tables).to(device).unbind(dim=-1)
         return own, memory, waiting, rows
 
-    def reach(self, device: torch.device) -> Reach:
+    def reach(self, device: torch.device) -> VisibleColumns:
         """What every token sees of tokens."""
         own, memory, _, _ = self.facts(device)
-        return Reach(memory.clamp_min(0), own.clamp_min(0))
+        return VisibleColumns(memory.clamp_min(0), own.clamp_min(0))
 
-    def sight(self, device: torch.device, most: int, true_step: int | None) -> Sight:
+    def sight(self, device: torch.device, most: int, true_step: int | None) -> VisibleRows:
         """What every token sees of rows.
 
         Args:
@@ -143,8 +143,8 @@ class Layout(NamedTuple):
         first = stop - torch.minimum(stop - self.stored_rows + rows, torch.tensor(most, device=device))
         columns = self.stored + torch.arange(self.length, device=device)
         if true_step is None:
-            return Sight(first, stop, columns - own, 1)
-        return Sight(first, stop, columns - waiting, true_step)
+            return VisibleRows(first, stop, columns - own, 1)
+        return VisibleRows(first, stop, columns - waiting, true_step)
 
     def windows(self, rate: int, window: int, device: torch.device) -> Tensor:
         """The columns of every window, int64 (B, R, window); 0 for rows that an example doesn't make."""

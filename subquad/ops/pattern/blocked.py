@@ -36,7 +36,7 @@ CALL_FLOPS = 3 * 2**20
 """What starting a call costs, in products of q · k of all heads: with 8 heads of 64, 6,144 pairs of each."""
 
 
-class Part(NamedTuple):
+class HeadPiece(NamedTuple):
     """A piece for some neighbouring heads.
 
     Attributes:
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
         complete: whether every query of every head stands in a part that comes fresh to it.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[HeadPiece, ...]
     dense_heads: tuple[int, ...]
     empty_heads: tuple[int, ...]
     complete: bool
@@ -77,7 +77,7 @@ class Example(NamedTuple):
         complete: whether every query is written before anything is merged into it.
     """
 
-    parts: list[tuple[Part, ExampleFacts]]
+    parts: list[tuple[HeadPiece, ExampleFacts]]
     offset: int
     complete: bool
 
@@ -166,7 +166,7 @@ def plan_pattern(pattern: Pattern, shape: Shape, *, sliced: bool) -> Plan:
     for head0, head1, piece in assigned:
         rows = piece.covered(shape.queries)
         fresh = not (covered[head0:head1] & rows).any()
-        parts.append(Part(head0, head1, piece, fresh))
+        parts.append(HeadPiece(head0, head1, piece, fresh))
         covered[head0:head1] |= rows
         written[head0:head1] |= rows & fresh
     empty = tuple(np.flatnonzero(~covered.any(axis=1)).tolist())
@@ -211,14 +211,14 @@ def _seen_columns(facts: Facts) -> Tensor | None:
     return columns if bool(columns.any()) else None
 
 
-def _column_parts(columns: Tensor, pattern: Pattern, shape: Shape) -> Iterator[Part]:
+def _column_parts(columns: Tensor, pattern: Pattern, shape: Shape) -> Iterator[HeadPiece]:
     """What every query sees besides the pattern; in heads whose pattern is causal, every later query."""
     chosen = Global(columns.nonzero()[:, 0], rows=False).resolve(shape.keys)
     causal = [pattern.of_head(head).causal for head in range(shape.heads)]
     for head0, head1 in _equal_neighbours(causal):
         seen = Causal() & chosen if causal[head0] else chosen
         for piece in compile_pattern(seen, shape, sliced=True).pieces:
-            yield Part(head0, head1, piece, fresh=False)
+            yield HeadPiece(head0, head1, piece, fresh=False)
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -285,13 +285,13 @@ def _write_back(tensor: Tensor, widened: Tensor) -> None:
         tensor.copy_(widened)
 
 
-def _of_heads(work: Work, part: Part, facts: ExampleFacts) -> Work:
+def _of_heads(work: Work, part: HeadPiece, facts: ExampleFacts) -> Work:
     heads = slice(part.head0, part.head1)
     names = ("q", "k", "v", "out", "lse")
     return work._replace(facts=facts, fresh=part.fresh, **{name: getattr(work, name)[heads] for name in names})
 
 
-def _gradients_of_heads(gradients: Gradients, part: Part) -> Gradients:
+def _gradients_of_heads(gradients: Gradients, part: HeadPiece) -> Gradients:
     heads = slice(part.head0, part.head1)
     lse = None if gradients.lse is None else gradients.lse[heads]
     names = ("out", "q", "k", "v")

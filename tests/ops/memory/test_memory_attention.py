@@ -14,7 +14,7 @@ from subquad.ops.memory import attention as module
 from subquad.ops.memory.attention import (
     Distances,
     Memory,
-    Reach,
+    VisibleColumns,
     memory_attention,
     memory_attention_by_table,
     project_memory,
@@ -30,11 +30,11 @@ def random_inputs(length: int, before: int, count: int) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def random_reach(length: int, before: int, segment: int, memory: int) -> Reach:
+def random_reach(length: int, before: int, segment: int, memory: int) -> VisibleColumns:
     """Two rows whose segments begin in different places."""
     columns = before + torch.arange(length)
     own = columns - (columns + torch.tensor([[0], [2]])) % segment
-    return Reach((own - memory).clamp_min(0), own.clamp_min(0))
+    return VisibleColumns((own - memory).clamp_min(0), own.clamp_min(0))
 
 
 @pytest.mark.parametrize("pairs", [1, 300, 2**20])
@@ -65,7 +65,7 @@ def test_it_equals_the_definition_whatever_is_held_at_a_time(
 
 def test_the_scores_are_the_four_terms_of_the_paper() -> None:
     q, k, v, r, u, w = (tensor.detach() for tensor in random_inputs(5, 3, 8))
-    out = memory_attention(q, k, v, Distances(r, u, w), Reach(*2 * [torch.zeros(1, 5, dtype=torch.int64)]))
+    out = memory_attention(q, k, v, Distances(r, u, w), VisibleColumns(*2 * [torch.zeros(1, 5, dtype=torch.int64)]))
     for b, h, i in ((0, 0, 0), (1, 2, 3), (0, 1, 4)):
         scores = []
         for j in range(3 + i + 1):
@@ -79,7 +79,7 @@ def test_memory_gets_its_gradient_apart_and_the_own_segment_none_of_it() -> None
     q, k, v, *distances = random_inputs(4, 4, 8)
     past = [tensor.detach().clone().requires_grad_() for tensor in (k, v)]
     own = torch.tensor([[4, 4, 6, 6]])  # two segments of two, and a memory of four
-    out = memory_attention(q, k, v, Distances(*distances), Reach(own - 4, own), Memory(*past))
+    out = memory_attention(q, k, v, Distances(*distances), VisibleColumns(own - 4, own), Memory(*past))
     gradients = torch.autograd.grad(out.square().sum(), [k, v, *past])
     moved = [gradient.abs().sum(dim=(0, 1, 3)).bool().tolist() for gradient in gradients]
     assert moved[0] == moved[1] == [False] * 4 + [True] * 4

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from subquad.ops.memory import attention as memory_attention
-from subquad.ops.memory.attention import Distances, Reach
-from subquad.ops.memory.compressed import CompressedRows, Sight, compressed_attention_by_table
+from subquad.ops.memory.attention import Distances, VisibleColumns
+from subquad.ops.memory.compressed import CompressedRows, VisibleRows, compressed_attention_by_table
 from subquad.ops.memory.most_used import received_attention
 
 
-def attention_by_table(q: Tensor, k: Tensor, distances: Distances, reach: Reach, rows: CompressedRows | None) -> Tensor:
+def attention_by_table(
+    q: Tensor, k: Tensor, distances: Distances, reach: VisibleColumns, rows: CompressedRows | None
+) -> Tensor:
     """The weights (B, H, L, S) of tokens: what is read of values that are unit vectors."""
     unit = torch.eye(k.shape[2], dtype=k.dtype).expand(*k.shape[:2], -1, -1)
     blank = None if rows is None else rows._replace(v=unit.new_zeros(*rows.k.shape[:3], k.shape[2]))
@@ -32,10 +34,10 @@ def test_what_tokens_receive_is_the_sum_of_their_column(pairs: int, length: int,
     first = (before + torch.arange(length)[None] - torch.tensor([[2], [7]])).clamp_min(0)
     rows, i = None, torch.arange(length)[None]
     if seen:
-        sight = Sight(0 * i, (i % (seen + 1)), i, 1)
+        sight = VisibleRows(0 * i, (i % (seen + 1)), i, 1)
         rows = CompressedRows(row_k, row_k, Distances(row_r, u, row_w), sight)
     counted = torch.rand(2, length) < 0.7
-    reach, distances = Reach(first, first), Distances(r, u, w)
+    reach, distances = VisibleColumns(first, first), Distances(r, u, w)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory_attention, "SLICE_PAIRS", pairs)
         found = received_attention(q, k, distances, reach, rows, counted)
