@@ -117,6 +117,10 @@ def check_dims(config: MixerConfig, dims: Dims) -> None:
         raise refuse(config, "cross", "cross=True")
     if traits.fixed_length and dims.max_length is None:
         raise ValueError(f"{config.name}: its parameters depend on the length; pass max_length (longest input)")
+    if dims.positions == "rotary" and config.why_not_rotary:
+        raise ValueError(
+            f"{config.name}: positions='rotary' is not supported, {config.why_not_rotary}; use positions='none'"
+        )
     config.check(dims)
 
 

@@ -86,6 +86,8 @@ class MixerConfig(_WrittenConfig, ABC):
     """A sublayer gets the normalised stream; a block owns norm, residual and channel mixing."""
     why_not_causal: ClassVar[str] = ""
     """Where options decide whether there is a causal form: why there is none, and which options give one."""
+    why_not_rotary: ClassVar[str] = ""
+    """Why queries and keys can't be rotated, behind "positions='rotary' is not supported,"; "" where they can."""
 
     @property
     def padded_structure(self) -> str:

@@ -53,6 +53,7 @@ class AftConfig(MixerConfig):
     """Options of the Attention Free Transformer."""
 
     family: ClassVar[str] = "attention-free"
+    why_not_rotary: ClassVar[str] = "it has no products of queries and keys to rotate"
 
     kind: Literal["full", "local", "simple", "conv"] = "local"
     """Which pairs have a learned number w: all, those in a window, none, or those in each head's kernel."""
@@ -91,10 +92,8 @@ class AftConfig(MixerConfig):
         )
 
     def check(self, dims: Dims) -> None:
-        """Two-sided windows and kernels are symmetric; nothing is there to rotate."""
+        """Two-sided windows and kernels are symmetric."""
         self.reach(causal=dims.causal)
-        if dims.positions == "rotary":
-            raise ValueError("aft: it has no products of queries and keys to rotate; pass positions='none'")
 
     def reach(self, *, causal: bool) -> BiasReach:
         """Where w may differ from 0; simple has none."""

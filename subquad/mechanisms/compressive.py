@@ -59,6 +59,7 @@ class CompressiveConfig(MixerConfig):
     """Options of the Compressive Transformer."""
 
     family: ClassVar[str] = "recurrent"
+    why_not_rotary: ClassVar[str] = "it has relative ones"
 
     compression: Kind = "convolution"
     """f_c, of windows of tokens; "most_used" keeps tokens."""
@@ -169,11 +170,6 @@ class CompressiveConfig(MixerConfig):
         compressed = max(self.compressed_length, self.eval_compressed_length or 0)
         zeros = (eviction.memory_length, most) if self.zero_memory else (0, 0)
         return Sizes(hidden, compressed, hidden if self.compression == "most_used" else 0, *zeros)
-
-    def check(self, dims: Dims) -> None:
-        """Raise ValueError for rotary positions."""
-        if dims.positions == "rotary":
-            raise ValueError("compressive: positions='rotary' is not supported, it has relative ones; use 'none'")
 
     def build(self, dims: Dims) -> Compressive:
         """The module."""

@@ -43,6 +43,7 @@ class CosformerConfig(MixerConfig):
     """cosFormer has no options."""
 
     family: ClassVar[str] = "factorised"
+    why_not_rotary: ClassVar[str] = "it has positions of its own, in the weights"
 
     @property
     def traits(self) -> Traits:
@@ -56,15 +57,6 @@ class CosformerConfig(MixerConfig):
             constant_state=True,
             fixed_length=True,
         )
-
-    def check(self, dims: Dims) -> None:
-        """Positions are in the weights.
-
-        Raises:
-            ValueError: rotary positions, which could make weights negative.
-        """
-        if dims.positions == "rotary":
-            raise ValueError("cosformer: has positions of its own, in the weights; use positions='none'")
 
     def build(self, dims: Dims) -> Cosformer:
         """The module."""

@@ -47,6 +47,7 @@ class GmlpConfig(MixerConfig):
 
     family: ClassVar[str] = "attention-free"
     placement: ClassVar[Literal["sublayer", "block"]] = "block"
+    why_not_rotary: ClassVar[str] = "its weights belong to positions"
 
     hidden_dim: int | None = None
     """F, channels of z₁ and z₂ together; None for 6 D."""
@@ -69,15 +70,6 @@ class GmlpConfig(MixerConfig):
     def traits(self) -> Traits:
         """Bound to a maximal length, since W belongs to positions."""
         return Traits(bidirectional=True, causal=True, padding=True, state=True, fixed_length=True)
-
-    def check(self, dims: Dims) -> None:
-        """Positions are in W already.
-
-        Raises:
-            ValueError: rotary positions.
-        """
-        if dims.positions == "rotary":
-            raise ValueError("gmlp: its weights belong to positions; pass positions='none'")
 
     def half(self, dims: Dims) -> int:
         """F / 2, the channels that are gated."""

@@ -40,6 +40,7 @@ class MlpMixerConfig(MixerConfig):
 
     family: ClassVar[str] = "attention-free"
     placement: ClassVar[Literal["sublayer", "block"]] = "block"
+    why_not_rotary: ClassVar[str] = "its weights belong to positions"
 
     token_hidden_dim: int | None = None
     """S, hidden width along the tokens; None for D / 2, rounded up."""
@@ -58,15 +59,6 @@ class MlpMixerConfig(MixerConfig):
     def traits(self) -> Traits:
         """Bidirectional alone, and bound to a maximal length."""
         return Traits(bidirectional=True, padding=True, fixed_length=True)
-
-    def check(self, dims: Dims) -> None:
-        """Positions are in the weights already.
-
-        Raises:
-            ValueError: rotary positions.
-        """
-        if dims.positions == "rotary":
-            raise ValueError("mlp_mixer: its weights belong to positions; pass positions='none'")
 
     def widths(self, dims: Dims) -> tuple[int, int]:
         """S and F."""

@@ -46,6 +46,7 @@ class RTransformerConfig(MixerConfig):
 
     family: ClassVar[str] = "recurrent"
     placement: ClassVar[Literal["sublayer", "block"]] = "block"
+    why_not_rotary: ClassVar[str] = "its windows stand for positions"
 
     cell: CellName = "gru"
     """The local network."""
@@ -68,15 +69,6 @@ class RTransformerConfig(MixerConfig):
     def traits(self) -> Traits:
         """Causal alone; documents would need windows and caches that end with them."""
         return Traits(causal=True, padding=True, state=True)
-
-    def check(self, dims: Dims) -> None:
-        """The local networks know the order.
-
-        Raises:
-            ValueError: rotary positions.
-        """
-        if dims.positions == "rotary":
-            raise ValueError("r_transformer: its windows stand for positions; pass positions='none'")
 
     def width(self, dims: Dims) -> int:
         """F."""

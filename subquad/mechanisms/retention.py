@@ -49,6 +49,7 @@ class RetentionConfig(MixerConfig):
     """Options of retention."""
 
     family: ClassVar[str] = "recurrent"
+    why_not_rotary: ClassVar[str] = "it has a rotation of its own (rotation=True)"
 
     decays: tuple[float, ...] | None = None
     """γ of each head; None for 1 - 2^(-5-h)."""
@@ -78,13 +79,11 @@ class RetentionConfig(MixerConfig):
         return Traits(causal=True, padding=True, state=True, constant_state=True)
 
     def check(self, dims: Dims) -> None:
-        """The rotation is its own.
+        """The rotation takes pairs of channels, and every head has a decay.
 
         Raises:
-            ValueError: rotary positions, an odd head to rotate, or another number of decays than heads.
+            ValueError: an odd head to rotate, or another number of decays than heads.
         """
-        if dims.positions == "rotary":
-            raise ValueError("retention: has a rotation of its own (rotation=True); use positions='none'")
         if self.rotation and dims.head_dim % 2:
             raise ValueError(f"retention: rotation needs an even head_dim, got {dims.head_dim}; or rotation=False")
         if self.decays is not None and len(self.decays) != dims.num_heads:

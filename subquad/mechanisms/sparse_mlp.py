@@ -51,6 +51,7 @@ class SparseMlpConfig(MixerConfig):
 
     family: ClassVar[str] = "conditional"
     placement: ClassVar[Literal["sublayer", "block"]] = "block"
+    why_not_rotary: ClassVar[str] = "its weights belong to positions"
 
     token_experts: int = 8
     """Experts of MoE_S, for channels."""
@@ -102,15 +103,6 @@ class SparseMlpConfig(MixerConfig):
     def traits(self) -> Traits:
         """Bidirectional alone, and bound to a maximal length."""
         return Traits(bidirectional=True, padding=True, fixed_length=True, aux_loss=self.balance_weight > 0)
-
-    def check(self, dims: Dims) -> None:
-        """Positions are in the weights already.
-
-        Raises:
-            ValueError: rotary positions.
-        """
-        if dims.positions == "rotary":
-            raise ValueError("sparse_mlp: its weights belong to positions; pass positions='none'")
 
     def inner_shape(self, dims: Dims) -> tuple[int, int]:
         """Tokens and channels that R makes, or those that there are."""

@@ -51,6 +51,7 @@ class StarConfig(MixerConfig):
 
     family: ClassVar[str] = "sparse"
     placement: ClassVar[Literal["sublayer", "block"]] = "block"
+    why_not_rotary: ClassVar[str] = "since the relay has no position"
 
     steps: int = 2
     """T, rounds of satellites and relay in one layer."""
@@ -73,18 +74,6 @@ class StarConfig(MixerConfig):
     def traits(self) -> Traits:
         """Bidirectional alone: the relay sees everything. It is one relay, hence no segments."""
         return Traits(bidirectional=True, padding=True)
-
-    def check(self, dims: Dims) -> None:
-        """The relay stands nowhere, so that no position can be rotated.
-
-        Raises:
-            ValueError: rotary positions.
-        """
-        if dims.positions == "rotary":
-            raise ValueError(
-                "star: positions='rotary' is not supported, since the relay has no position; "
-                "use positions='none' and add positions to x"
-            )
 
     def build(self, dims: Dims) -> Star:
         """The module."""

@@ -54,6 +54,7 @@ class SynthesizerConfig(MixerConfig):
     """Options of the Synthesizer."""
 
     family: ClassVar[str] = "attention-free"
+    why_not_rotary: ClassVar[str] = "its scores belong to positions"
 
     components: tuple[Literal["dense", "random", "factorised_dense", "factorised_random", "dot_product"], ...] = (
         "random",
@@ -86,11 +87,6 @@ class SynthesizerConfig(MixerConfig):
     def traits(self) -> Traits:
         """Bound to a maximal length, since scores belong to positions."""
         return Traits(bidirectional=True, causal=True, padding=True, state=True, fixed_length=True)
-
-    def check(self, dims: Dims) -> None:
-        """Positions are in the scores already."""
-        if dims.positions == "rotary":
-            raise ValueError("synthesizer: its scores belong to positions; pass positions='none'")
 
     def build(self, dims: Dims) -> Synthesizer:
         """The module."""

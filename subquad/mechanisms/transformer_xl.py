@@ -46,6 +46,7 @@ class TransformerXLConfig(MixerConfig):
     """Options of Transformer-XL."""
 
     family: ClassVar[str] = "recurrent"
+    why_not_rotary: ClassVar[str] = "it has relative ones"
 
     memory_length: int = 512
     """M, tokens before the segment that are attended."""
@@ -115,11 +116,6 @@ class TransformerXLConfig(MixerConfig):
     def stored(self) -> int:
         """Tokens that the state holds: the longer memory, and an unfinished segment."""
         return max(self.memory_length, self.eval_memory_length or 0) + (self.segment_length or 1) - 1
-
-    def check(self, dims: Dims) -> None:
-        """Raise ValueError for rotary positions."""
-        if dims.positions == "rotary":
-            raise ValueError("transformer_xl: positions='rotary' is not supported, it has relative ones; use 'none'")
 
     def build(self, dims: Dims) -> TransformerXL:
         """The module."""

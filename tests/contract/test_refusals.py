@@ -160,6 +160,13 @@ def test_a_fixed_length_needs_max_length_and_holds_it(name: str) -> None:
         mixer(torch.randn(1, 10, 24))
 
 
+@pytest.mark.parametrize("name", [name for name in list_mixers() if mixer_config(name).why_not_rotary])
+def test_rotary_positions_are_refused_with_the_reason(name: str) -> None:
+    dims = replace(offered(name).dims, positions="rotary")
+    with pytest.raises(ValueError, match=rf"^{name}: positions='rotary' is not supported, .+; use positions='none'$"):
+        build_from_config(small_config(name), dims)
+
+
 class TestInputs:
     """Checks that all mechanisms share."""
 

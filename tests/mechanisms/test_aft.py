@@ -200,7 +200,6 @@ def test_a_stream_beyond_the_longest_is_refused(kind: str) -> None:
         ({"window": 0}, "aft: window must be at least 1, got 0"),
         ({"kind": "conv", "kernel": 4}, "aft: a two-sided window .* must be odd; got 4, use 3 or 5"),
         ({"kind": "simple", "columns": 3}, "aft: columns .* for kind='conv' alone; got 3 with kind='simple'"),
-        ({"positions": "rotary"}, "aft: it has no products of queries and keys to rotate"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], message: str) -> None:

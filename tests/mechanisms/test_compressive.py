@@ -403,7 +403,6 @@ def test_what_layers_share_are_the_biases() -> None:
             "compression='mean' has no parameters that loss='attention' could",
         ),
         ({"loss": "bptt"}, "loss='bptt' needs segment_length, at most half of a training sequence"),
-        ({"positions": "rotary"}, "positions='rotary' is not supported, it has relative ones"),
     ],
 )
 def test_what_makes_no_sense_is_refused(given_options: dict[str, Any], message: str) -> None:

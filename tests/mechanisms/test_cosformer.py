@@ -99,11 +99,6 @@ def test_the_longest_input_is_required() -> None:
         build_mixer("cosformer", embed_dim=4, num_heads=2)
 
 
-def test_rotary_positions_are_refused() -> None:
-    with pytest.raises(ValueError, match="cosformer: has positions of its own, in the weights; use positions='none'"):
-        build_mixer("cosformer", embed_dim=4, num_heads=2, max_length=16, positions="rotary")
-
-
 def test_a_context_is_summed_once() -> None:
     mixer = cosformer(cross=True)
     x, context = torch.randn(1, 5, 4, dtype=torch.float64), torch.randn(1, 7, 4, dtype=torch.float64)

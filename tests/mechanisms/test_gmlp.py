@@ -149,11 +149,6 @@ def test_a_stream_longer_than_the_weights_is_refused() -> None:
         mixer(torch.randn(1, 1, 4).double(), state=state)
 
 
-def test_rotary_positions_are_refused() -> None:
-    with pytest.raises(ValueError, match="gmlp: its weights belong to positions; pass positions='none'"):
-        build_mixer("gmlp", embed_dim=4, num_heads=2, max_length=4, positions="rotary")
-
-
 @pytest.mark.parametrize("hidden_dim", [0, 7])
 def test_a_hidden_layer_without_two_halves_is_refused(hidden_dim: int) -> None:
     with pytest.raises(ValueError, match=f"gmlp: hidden_dim .* even and at least 2, got {hidden_dim}"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from subquad import Mask
-from subquad.build import build_mixer, cost, make_dims
+from subquad.build import cost, make_dims
 from subquad.mechanisms.mlp_mixer import MlpMixer, MlpMixerConfig
 
 LONGEST = 12
@@ -75,11 +75,6 @@ def test_the_price_is_that_of_the_papers_sizes() -> None:
     price = cost("mlp_mixer", length=196, embed_dim=512, num_heads=8, max_length=196)
     assert price.flops == 2 * 2 * 196 * 512 * (256 + 2048)
     assert price.parameters == 2 * 196 * 256 + 256 + 196 + 2 * 512 * 2048 + 2048 + 512 + 4 * 512
-
-
-def test_rotary_positions_are_refused() -> None:
-    with pytest.raises(ValueError, match="mlp_mixer: its weights belong to positions; pass positions='none'"):
-        build_mixer("mlp_mixer", embed_dim=4, num_heads=2, max_length=4, positions="rotary")
 
 
 def test_a_layer_without_width_is_refused() -> None:

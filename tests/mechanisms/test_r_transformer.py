@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from subquad import Mask
-from subquad.build import build_mixer, cost, make_dims
+from subquad.build import cost, make_dims
 from subquad.mechanisms.r_transformer import LocalNetwork, RTransformer, RTransformerConfig
 
 NETWORKS: dict[str, type[nn.RNN | nn.GRU | nn.LSTM]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
@@ -133,11 +133,6 @@ def test_a_wider_window_costs_one_product_more_for_each_token() -> None:
     price, wider = (cost("r_transformer", **sizes, window=window) for window in (4, 5))
     assert wider.flops - price.flops == 2 * 8 * 24 * (50 + 1)  # and one more token before the first
     assert wider.activation_bytes - price.activation_bytes == 4 * (8 + 24)
-
-
-def test_rotary_positions_are_refused() -> None:
-    with pytest.raises(ValueError, match="r_transformer: its windows stand for positions; pass positions='none'"):
-        build_mixer("r_transformer", embed_dim=4, num_heads=2, causal=True, positions="rotary")
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,6 @@ def test_the_claims_of_the_contract_hold_with_other_options() -> None:
         ({"value_expansion": 0}, "retention: value_expansion must be at least 1, got 0"),
         ({"chunk": 0}, "retention: chunk must be at least 1, got 0"),
         ({"head_dim": 3}, "retention: rotation needs an even head_dim, got 3; or rotation=False"),
-        ({"positions": "rotary"}, r"retention: has a rotation of its own \(rotation=True\); use positions='none'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:

@@ -186,11 +186,6 @@ def test_satellites_cost_five_keys_and_the_relay_one_for_each_token() -> None:
     assert one_more - price == projections + 2 * 2 * 8 * (5 + 1)
 
 
-def test_rotary_positions_are_refused() -> None:
-    with pytest.raises(ValueError, match="star: positions='rotary' is not supported, since the relay has no position"):
-        build_mixer("star", embed_dim=4, num_heads=2, positions="rotary")
-
-
 def test_no_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="star: steps must be at least 1, got 0"):
         build_mixer("star", embed_dim=4, num_heads=2, steps=0)

@@ -414,7 +414,6 @@ def test_the_price_counts_the_visible_pairs(length: int, options: dict[str, Any]
         ),
         ({"eval_clamp_length": -1}, "transformer_xl: eval_clamp_length must be at least 0, got -1"),
         ({"clamp_length": -1}, "transformer_xl: clamp_length must be at least 0, got -1"),
-        ({"positions": "rotary"}, "positions='rotary' is not supported, it has relative ones"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
