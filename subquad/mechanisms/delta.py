@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from subquad.costs import Cost
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.layers.convolved import Channels, ConvolvedMixer, activate, check_kernel, convolution_cost
 from subquad.layers.heads import initialise_projection
 from subquad.layers.projection import Projection
 from subquad.layers.recurrent import (
     RecurrentHeads,
-    RecurrentMixer,
     RecurrentState,
     check_chunk,
     delta_cost,
@@ -44,11 +44,10 @@ from subquad.layers.recurrent import (
     scaled_width,
 )
 from subquad.mask import Mask
-from subquad.ops.packing import packing_order, put_back, take
 from subquad.ops.recomputed import recomputed
-from subquad.ops.recurrence.short_convolution import short_convolution, unit_vectors
+from subquad.ops.recurrence.short_convolution import unit_vectors
 from subquad.registry import register
-from subquad.state import State, state_dataclass
+from subquad.state import State
 
 
 @register("delta")
@@ -74,8 +73,7 @@ class DeltaConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        if self.kernel < 0:
-            raise ValueError(f"delta: kernel counts the tokens of a convolution, 0 for none; got {self.kernel}")
+        check_kernel("delta", self.kernel)
         check_chunk("delta", self.chunk)
 
     @property
@@ -104,47 +102,31 @@ class DeltaConfig(MixerConfig):
         return Delta(self, dims)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """Projections, those of β and α, and the delta rule.
+        """Projections, those of β and α, the convolution, and the delta rule.
 
-        Autograd keeps q, k and v before their convolution too, and for α what is projected for it.
+        Autograd keeps for α what is projected for it, too.
         """
         heads, wide_bytes = self.heads(dims), max(4, dtype_bytes)
-        channels = dims.num_heads * (2 * heads.width + heads.value_width)
         small = (1 + self.gated) * dims.embed_dim * dims.num_heads
         numbers = dims.num_heads * length * (self.negative_eigenvalues + self.gated)
         own = Cost(
             flops=2 * length * small,
-            activation_bytes=dtype_bytes * length * (channels + dims.num_heads * self.gated) + wide_bytes * numbers,
-            state_bytes=wide_bytes * max(0, self.kernel - 1) * channels,
-            parameters=small + self.kernel * channels + 2 * dims.num_heads * self.gated,
+            activation_bytes=dtype_bytes * length * dims.num_heads * self.gated + wide_bytes * numbers,
+            parameters=small + 2 * dims.num_heads * self.gated,
         )
+        own += convolution_cost(dims, heads, length, dtype_bytes, kernel=self.kernel)
         recurrence = delta_cost(dims, heads, length, dtype_bytes, decay_width=0)
         return recurrent_cost(dims, heads, length, dtype_bytes) + recurrence + own
 
 
-@state_dataclass
-class DeltaState(RecurrentState):
-    """The matrix, and what the convolution still sees.
-
-    Attributes:
-        length: int64 (B,).
-        matrix: (B, H, E, Ev).
-        recent: (B, K - 1, H * (2 E + Ev)), queries, keys and values before the convolution, the newest last.
-    """
-
-    recent: Tensor
-
-
-class Delta(RecurrentMixer):
+class Delta(ConvolvedMixer):
     """The delta rule."""
 
     config: DeltaConfig
 
     def __init__(self, config: DeltaConfig, dims: Dims) -> None:
-        super().__init__(config, dims, config.heads(dims))
+        super().__init__(config, dims, config.heads(dims), config.kernel)
         heads = dims.num_heads
-        self.channels = (heads * self.heads.width, heads * self.heads.width, heads * self.heads.value_width)
-        self.taps = nn.Parameter(torch.empty(config.kernel, sum(self.channels))) if config.kernel else None
         self.project_beta = Projection(dims.embed_dim, heads, bias=False)
         self.project_decay = Projection(dims.embed_dim, heads, bias=False) if config.gated else None
         self.log_rate = nn.Parameter(torch.empty(heads)) if config.gated else None
@@ -156,47 +138,23 @@ class Delta(RecurrentMixer):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """A gain of 1, taps as torch's convolutions have them, rates uniform to 16, steps log-uniform in 0.001..0.1."""
+        """Rates uniform to 16, steps log-uniform in 0.001..0.1; gain and taps as ever."""
         super().initialise()
-        if self.taps is not None:
-            bound = self.config.kernel**-0.5
-            nn.init.uniform_(self.taps, -bound, bound)
         if self.log_rate is not None and self.rate_bias is not None:
             self.log_rate.uniform_(0, 16).clamp_min_(1e-4).log_()
             steps = self.rate_bias.uniform_(math.log(0.001), math.log(0.1)).exp_()
             self.rate_bias.copy_(steps.expm1().log())  # softplus of it is the step
 
-    def new_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> DeltaState:
-        """Nothing seen yet."""
-        length, matrix = self.empty_memory(batch_size, device, dtype)
-        reach = max(0, self.config.kernel - 1)
-        return DeltaState(length, matrix, matrix.new_zeros(batch_size, reach, sum(self.channels)))
+    def prepare(self, queries: Channels, keys: Channels, values: Channels) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolve, and divide queries and keys by their lengths."""
+        unit = partial(_activate_to_units, heads=self.dims.num_heads)
+        return recomputed(unit, *queries), recomputed(unit, *keys), recomputed(activate, *values)
 
-    def recur(
-        self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], mask: Mask, state: State | None
-    ) -> tuple[Tensor, State | None]:
-        """Convolve, divide by lengths, and store by the delta rule; padding is taken out first."""
-        valid = mask.valid
-        order = packing_order(valid)
-        if valid is not None and order is not None:
-            x, *moved = (take(tensor[:, None], order)[:, 0] for tensor in (x, *qkv))
-            qkv, mask = (moved[0], moved[1], moved[2]), Mask(take(valid, order))
-        before = state if isinstance(state, DeltaState) else None
-        q, k, v = self._prepare(qkv, before)
-        out, after = self.remember(q, k, v, self._log_decays(x), mask, state, beta=self._beta(x))
-        out = out if order is None else put_back(out, order)
-        if before is None or after is None:
-            return out, None
-        return out, DeltaState(after.length, after.matrix, _newest(before.recent, qkv, mask.valid))
-
-    def _prepare(self, qkv: tuple[Tensor, Tensor, Tensor], before: DeltaState | None) -> list[Tensor]:
-        """Queries, keys and values in heads, float32 or wider, (B, H, L, ·)."""
-        taps = [None] * 3 if self.taps is None else self.taps.split(self.channels, dim=1)
-        past = [None] * 3 if before is None else before.recent.split(self.channels, dim=2)
-        return [
-            self.split(recomputed(partial(_activate, heads=self.dims.num_heads, unit=unit), x, own_taps, own_past))
-            for x, own_taps, own_past, unit in zip(qkv, taps, past, (True, True, False), strict=True)
-        ]
+    def recur_prepared(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: State | None
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """Store by the delta rule."""
+        return self.remember(q, k, v, self._log_decays(x), mask, state, beta=self._beta(x))
 
     def _beta(self, x: Tensor) -> Tensor:
         """β, (B, H, L)."""
@@ -211,24 +169,12 @@ class Delta(RecurrentMixer):
         return self.split(recomputed(_log_decays, self.project_decay(x), self.log_rate, self.rate_bias))
 
 
-def _activate(x: Tensor, taps: Tensor | None, past: Tensor | None, *, heads: int, unit: bool) -> Tensor:
-    """Silu of x (B, L, C), convolved behind its past where there are taps, each head a unit vector or not."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x, past = x.to(wide), None if past is None else past.to(wide)
-    x = F.silu(x if taps is None else short_convolution(x, taps.to(wide), past))
-    return unit_vectors(x.unflatten(-1, (heads, -1))).flatten(-2) if unit else x
+def _activate_to_units(x: Tensor, taps: Tensor | None, past: Tensor | None, *, heads: int) -> Tensor:
+    """`activate`, each head of each token divided by its length."""
+    return unit_vectors(activate(x, taps, past).unflatten(-1, (heads, -1))).flatten(-2)
 
 
 def _log_decays(x: Tensor, log_rate: Tensor, bias: Tensor) -> Tensor:
     """-exp(A) softplus(x + b), x: (B, L, H), float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return -log_rate.to(wide).exp() * F.softplus(x.to(wide) + bias.to(wide))
-
-
-def _newest(recent: Tensor, qkv: tuple[Tensor, ...], valid: Tensor | None) -> Tensor:
-    """The last K - 1 valid tokens; the valid ones of this call stand in front."""
-    tokens = torch.cat((recent, torch.cat(qkv, dim=2).to(recent.dtype)), dim=1)
-    reach = recent.shape[1]
-    if valid is None:
-        return tokens[:, tokens.shape[1] - reach :]
-    return take(tokens[:, None], valid.sum(dim=1, keepdim=True) + torch.arange(reach, device=valid.device))[:, 0]

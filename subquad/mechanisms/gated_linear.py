@@ -4,16 +4,19 @@ Yang et al. 2023, "Gated Linear Attention Transformers with Hardware-Efficient T
 
     S_t = diag(α_t) S_{t-1} + k_t v_tᵀ        o_t = S_tᵀ q_t        α_t = σ(x_t W_1 W_2 + b)^(1/τ)
     y_t = (norm(o_t) ⊙ swish(x_t W_g)) W_o
+    kernel: q, k, v = silu of a convolution of the projections over K tokens, each channel for itself
 
 Keys and queries are half as wide as values; there is no feature map. W_1 W_2 has rank 16 and τ = 16, so that at first
 a channel keeps 96 % from token to token.
 
-Cost O(L (C + E) D) with chunks of C tokens, O(E D) state. Decays inside a chunk are taken in log space, and pairs that
-decay too much for one matrix product are computed in halves of the chunk, so that no gate overflows.
+Cost O(L (C + E) D) with chunks of C tokens, O(E D) state, the last K - 1 tokens of a convolution included. Decays
+inside a chunk are taken in log space, and pairs that decay too much for one matrix product are computed in halves of
+the chunk, so that no gate overflows.
 
 Departures: the norm is the RMSNorm of the published code, with a gain; the paper writes LayerNorm (`norm="layer"`, here
-with a gain and no bias). No factor 1/√E on queries, which the norm would cancel; the published code has one. Packed
-documents are refused: a matrix can't tell them apart.
+with a gain and no bias). The convolution is an option of the published code, off as there; the paper has none. An
+invalid token takes no place in it. No factor 1/√E on queries, which the norm would cancel; the published code has one.
+Packed documents are refused: a matrix can't tell them apart.
 """
 
 from __future__ import annotations
@@ -28,11 +31,12 @@ from torch import Tensor
 
 from subquad.costs import Cost
 from subquad.interface import Dims, MixerConfig, Traits
+from subquad.layers.convolved import Channels, ConvolvedMixer, activate, check_kernel, convolution_cost
 from subquad.layers.heads import initialise_projection
 from subquad.layers.projection import Projection
 from subquad.layers.recurrent import (
     RecurrentHeads,
-    RecurrentMixer,
+    RecurrentState,
     additive_cost,
     check_chunk,
     recurrent_cost,
@@ -65,6 +69,8 @@ class GatedLinearConfig(MixerConfig):
     """Norm of each head of the result: RMSNorm, or LayerNorm, which subtracts the mean; both with a gain."""
     gate: bool = True
     """Multiply the normed result by swish(x W_g)."""
+    kernel: int = 0
+    """K, tokens that a convolution of queries, keys and values sees, itself included; 0 for none."""
     chunk: int = 32
     """Tokens per chunk, rounded down to a power of two: speed only, the result doesn't depend on it."""
 
@@ -75,6 +81,7 @@ class GatedLinearConfig(MixerConfig):
             raise ValueError(f"gated_linear: rank must be at least 1, got {self.rank}")
         if self.temperature <= 0:
             raise ValueError(f"gated_linear: temperature must be above 0, got {self.temperature}")
+        check_kernel("gated_linear", self.kernel)
         check_chunk("gated_linear", self.chunk)
 
     @property
@@ -110,27 +117,35 @@ class GatedLinearConfig(MixerConfig):
         own = Cost(
             flops=2 * length * weights, activation_bytes=dtype_bytes * length * self.rank, parameters=weights + keys
         )
+        if self.kernel:
+            own += convolution_cost(dims, heads, length, dtype_bytes, kernel=self.kernel)
         recurrence = additive_cost(dims, heads, length, dtype_bytes, decay_width=heads.width)
         return recurrent_cost(dims, heads, length, dtype_bytes) + recurrence + own
 
 
-class GatedLinear(RecurrentMixer):
+class GatedLinear(ConvolvedMixer):
     """Gated linear attention."""
 
     config: GatedLinearConfig
 
     def __init__(self, config: GatedLinearConfig, dims: Dims) -> None:
-        super().__init__(config, dims, config.heads(dims))
+        super().__init__(config, dims, config.heads(dims), config.kernel)
         self.narrow_forget = Projection(dims.embed_dim, config.rank, bias=False)
         self.project_forget = Projection(config.rank, dims.num_heads * self.heads.width)
         for projection in (self.narrow_forget, self.project_forget):
             initialise_projection(projection)
+        self.initialise()
 
-    def recur(
-        self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], mask: Mask, state: State | None
-    ) -> tuple[Tensor, State | None]:
+    def prepare(self, queries: Channels, keys: Channels, values: Channels) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolved and activated; as they are without a convolution."""
+        if self.taps is None:
+            return queries.x, keys.x, values.x
+        return recomputed(activate, *queries), recomputed(activate, *keys), recomputed(activate, *values)
+
+    def recur_prepared(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: State | None
+    ) -> tuple[Tensor, RecurrentState | None]:
         """Forget by channels."""
-        q, k, v = (self.split(tensor) for tensor in qkv)
         return self.remember(q, k, v, self._log_decays(x), mask, state)
 
     def _log_decays(self, x: Tensor) -> Tensor:

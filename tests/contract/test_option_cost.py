@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 
 import pytest
@@ -104,6 +104,7 @@ CONFIGS = [
         mixer_config("gated_linear", key_expansion=keys, value_expansion=values, rank=3, norm=norm, gate=gate)
         for keys, values, norm, gate in ((1.0, 0.5, "layer", False), (0.25, 2.0, "rms", True))
     ),
+    *(mixer_config("gated_linear", value_expansion=2.0, kernel=kernel) for kernel in (1, 4)),
     *(
         mixer_config("delta", gated=gated, kernel=kernel, negative_eigenvalues=turned, value_expansion=values)
         for gated, kernel, turned, values in ((True, 4, False, 2.0), (True, 0, True, 1.0), (False, 1, True, 0.5))
@@ -158,6 +159,17 @@ def test_parameters_are_those_of_the_module(config: MixerConfig) -> None:
     dims = replace(WIDE_HEADS, causal=config.traits.causal)
     module = build_from_config(config, dims)
     assert config.cost(dims, 10, 4).parameters == sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("config", [each for each in CONFIGS if each.traits.causal and each.traits.state], ids=repr)
+def test_state_bytes_are_those_of_a_state_without_its_counters(config: MixerConfig) -> None:
+    dims = replace(WIDE_HEADS, causal=True)
+    mixer = build_from_config(config, dims)
+    state = mixer(torch.randn(1, 40, 24), state=mixer.init_state(1)).state
+    assert state is not None
+    tensors = [getattr(state, field.name) for field in fields(state)]
+    held = sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())
+    assert config.cost(dims, 40, 4).state_bytes == held
 
 
 @pytest.mark.parametrize("config", [config for config in CONFIGS if config.traits.cross], ids=repr)

@@ -11,14 +11,23 @@ import torch.nn.functional as F
 from comparison import masks
 from hypothesis import given
 from hypothesis import strategies as st
-from recurrences import assert_claims_hold, assert_equals_recurrence, convolved, in_heads, recurrent, swish
+from recurrences import (
+    assert_claims_hold,
+    assert_equals_recurrence,
+    assert_stream_goes_on,
+    convolved,
+    in_heads,
+    recurrent,
+    swish,
+)
 from torch import Tensor
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from subquad.build import build_mixer
+from subquad.layers.convolved import ConvolvedState
 from subquad.layers.recurrent import NORM_EPSILON
-from subquad.mechanisms.delta import Delta, DeltaState
+from subquad.mechanisms.delta import Delta
 
 LENGTHS = st.sampled_from([1, 2, 3, 5, 9, 13])
 
@@ -67,20 +76,14 @@ def test_it_equals_the_recurrence(options: dict[str, Any], length: int, data: st
 @given(cut=st.integers(1, 8), data=st.data())
 def test_a_stream_with_padding_anywhere_goes_on(gated: bool, kernel: int, cut: int, data: st.DataObject) -> None:
     """What the convolution still sees is the last real tokens, in however small pieces they come."""
-    mixer, mask = delta(gated=gated, kernel=kernel), data.draw(masks(2, 9, segments=False))
-    x, state, pieces = torch.randn(2, 9, 6, dtype=torch.float64), mixer.init_state(2), []
-    for part in (slice(0, 1), slice(1, cut), slice(cut, 9)):
-        if part.start < part.stop:
-            own = None if mask is None or mask.valid is None else type(mask)(mask.valid[:, part])
-            y, state, _ = mixer(x[:, part], mask=own, state=state)
-            pieces.append(y)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), mixer(x, mask=mask).y, rtol=1e-10, atol=1e-10)
+    mask = data.draw(masks(2, 9, segments=False))
+    assert_stream_goes_on(delta(gated=gated, kernel=kernel), cut, mask)
 
 
 def test_the_state_holds_the_last_inputs_of_the_convolution() -> None:
     mixer, x = delta(), torch.randn(1, 5, 6, dtype=torch.float64)
     state = mixer(x, state=mixer.init_state(1)).state
-    assert isinstance(state, DeltaState)
+    assert isinstance(state, ConvolvedState)
     inputs = torch.cat((mixer.project_query(x), mixer.project_key(x), mixer.project_value(x)), dim=2)
     assert torch.equal(state.recent, inputs[:, 2:])
 

@@ -9,10 +9,19 @@ import torch
 from comparison import masks
 from hypothesis import given
 from hypothesis import strategies as st
-from recurrences import assert_claims_hold, assert_equals_recurrence, in_heads, recurrent
+from recurrences import (
+    assert_claims_hold,
+    assert_equals_recurrence,
+    assert_stream_goes_on,
+    convolved,
+    in_heads,
+    recurrent,
+    swish,
+)
 from torch import Tensor
 
 from subquad.build import build_mixer
+from subquad.layers.convolved import ConvolvedState
 from subquad.mechanisms.gated_linear import GatedLinear
 
 LENGTHS = st.sampled_from([1, 2, 3, 5, 9, 13])
@@ -24,7 +33,10 @@ def gated_linear(**options: Any) -> GatedLinear:
 
 def recur(mixer: GatedLinear, x: Tensor) -> Tensor:
     """S = diag(α) S + k vᵀ, o = Sᵀ q."""
-    q, k, v = (in_heads(mixer, project(x)) for project in (mixer.project_query, mixer.project_key, mixer.project_value))
+    projected = [mixer.project_query(x), mixer.project_key(x), mixer.project_value(x)]
+    if mixer.taps is not None:
+        projected = list(swish(convolved(torch.cat(projected, dim=1), mixer.taps)).split(mixer.channels, dim=1))
+    q, k, v = (in_heads(mixer, tensor) for tensor in projected)
     logits = mixer.project_forget(mixer.narrow_forget(x))
     alpha = in_heads(mixer, torch.sigmoid(logits) ** (1 / mixer.config.temperature))
     matrix, out = torch.zeros_like(k[0, :, :, None] * v[0, :, None, :]), []
@@ -40,6 +52,8 @@ def recur(mixer: GatedLinear, x: Tensor) -> Tensor:
         {},
         {"norm": "layer", "gate": False, "key_expansion": 1.0, "value_expansion": 1.5},
         {"temperature": 0.05, "rank": 1},
+        {"kernel": 4},
+        {"kernel": 1, "gate": False, "value_expansion": 1.5},
     ],
     ids=str,
 )
@@ -47,6 +61,21 @@ def recur(mixer: GatedLinear, x: Tensor) -> Tensor:
 def test_it_equals_the_recurrence(options: dict[str, Any], length: int, data: st.DataObject) -> None:
     mask = data.draw(masks(2, length, segments=False))
     assert_equals_recurrence(gated_linear(chunk=4, **options), recur, length, mask)
+
+
+@pytest.mark.parametrize("kernel", [0, 1, 4])
+@given(cut=st.integers(1, 8), data=st.data())
+def test_a_stream_with_padding_anywhere_goes_on(kernel: int, cut: int, data: st.DataObject) -> None:
+    """What the convolution still sees is the last real tokens, in however small pieces they come."""
+    assert_stream_goes_on(gated_linear(kernel=kernel), cut, data.draw(masks(2, 9, segments=False)))
+
+
+def test_the_state_holds_the_last_inputs_of_the_convolution() -> None:
+    mixer, x = gated_linear(kernel=3), torch.randn(1, 5, 6, dtype=torch.float64)
+    state = mixer(x, state=mixer.init_state(1)).state
+    assert isinstance(state, ConvolvedState)
+    inputs = torch.cat((mixer.project_query(x), mixer.project_key(x), mixer.project_value(x)), dim=2)
+    assert torch.equal(state.recent, inputs[:, 3:])
 
 
 def test_a_closed_gate_forgets_everything_but_the_token() -> None:
@@ -73,8 +102,9 @@ def test_an_open_gate_sums_everything() -> None:
     torch.testing.assert_close(mixer(x).y[0], mixer.project_out(normed.flatten(1)), rtol=1e-10, atol=1e-10)
 
 
-def test_the_claims_of_the_contract_hold_with_other_options() -> None:
-    assert_claims_hold("gated_linear", norm="layer", gate=False, temperature=0.1)
+@pytest.mark.parametrize("kernel", [0, 3])
+def test_the_claims_of_the_contract_hold_with_other_options(kernel: int) -> None:
+    assert_claims_hold("gated_linear", norm="layer", gate=False, temperature=0.1, kernel=kernel)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +114,7 @@ def test_the_claims_of_the_contract_hold_with_other_options() -> None:
         ({"temperature": 0.0}, "gated_linear: temperature must be above 0, got 0.0"),
         ({"key_expansion": 0.3}, "gated_linear: key_expansion=0.3 of head_dim=4 must give a whole width of at least 1"),
         ({"value_expansion": 0.0}, "gated_linear: value_expansion=0.0 of head_dim=4 must give a whole width"),
+        ({"kernel": -1}, "gated_linear: kernel counts the tokens of a convolution, 0 for none; got -1"),
         ({"chunk": 0}, "gated_linear: chunk must be at least 1, got 0"),
         ({"positions": "rotary"}, "gated_linear: positions='rotary' is not supported"),
     ],
