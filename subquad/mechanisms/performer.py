@@ -5,20 +5,22 @@ Choromanski et al. 2020, "Rethinking Attention with Performers", arXiv:2009.1479
     φ(x) = m^(-1/2) exp(Ω x' - |x'|²/2),  x' = x / E^(1/4)        o_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)
 
 Cost O(L F D) with F = m features, O(F D) state. Causal: j <= i. The estimate is good while |q|, |k| are small; its
-error falls like F^(-1/2). Two other estimators, and the generalised kernel of ReLU, are options.
+error falls like F^(-1/2). Two other estimators, and the generalised kernel of ReLU with Ω or without, are options.
 
 Departures: the signs of the orthogonal blocks are corrected; the official code leaves the bias of Householder QR in
 (mean estimate 0.71 of the true kernel at E = 16 for positive vectors). Exponents are shifted by the largest one of the
 query, and of the keys that the query sees: a running maximum in the causal form, where the official code takes that of
 the whole sequence. No ε is added to the features of softmax, which would bias the estimate and, with the official
 maximum, show the future; a query whose every weight underflows gives 0. Padding is left out of every sum and maximum.
-ReLU features come from projected, scaled x as in the paper, where the official code projects nothing.
+ReLU features come from projected, scaled x as in the paper (`kernel="relu"`). The official code in JAX projects and
+scales nothing (`kernel="plain_relu"`); that in TensorFlow is max(m^(-1/2) Ω x, 0) + ε, which is `kernel="relu"` with
+`epsilon` times m^(1/2) E^(-1/4).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -32,6 +34,7 @@ from subquad.ops.backward_pass import is_recomputing
 from subquad.ops.features.maps import (
     FeatureMap,
     HyperbolicRandom,
+    PlainRelu,
     PositiveRandom,
     ReluRandom,
     TrigonometricRandom,
@@ -43,6 +46,12 @@ from subquad.state import State
 _PAIRED = ("hyperbolic", "trigonometric")
 """Estimators with two features for each direction."""
 
+_RECTIFIED = ("relu", "plain_relu")
+"""Kernels of ReLU."""
+
+_OF_DIRECTIONS = ("features", "directions", "norms", "redraw", "seed")
+"""Options that say how Ω is drawn."""
+
 
 @register("performer")
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +62,15 @@ class PerformerConfig(MixerConfig):
 
     features: int = 256
     """F, random features per head; one matrix of directions serves all heads of a layer."""
-    kernel: Literal["positive", "hyperbolic", "trigonometric", "relu"] = "positive"
+    kernel: Literal["positive", "hyperbolic", "trigonometric", "relu", "plain_relu"] = "positive"
     """Softmax by positive features, by pairs of them for ±ω, or by cos and sin, whose weights have both signs and may
-    sum to 0; or max(Ω x', 0) + ε, a kernel of its own."""
+    sum to 0; or max(Ω x', 0) + ε, a kernel of its own, or max(x, 0) + ε without anything random, F = E."""
     directions: Literal["orthogonal", "independent"] = "orthogonal"
     """Rows of Ω orthogonal within blocks of E, which lowers the variance, or independent."""
     norms: Literal["random", "constant"] = "random"
     """Lengths of the rows: those of Gaussian vectors, or √E."""
     epsilon: float = 1e-3
-    """ε of kernel="relu"."""
+    """ε of kernel="relu" and "plain_relu"."""
     redraw: int = 0
     """Training calls after which new features are drawn; 0 for never. A recompute inside a backward pass doesn't count;
     evaluation and calls with a state keep what was drawn last."""
@@ -83,6 +92,22 @@ class PerformerConfig(MixerConfig):
                 f"performer: kernel={self.kernel!r} has two features for each direction, so features must be even; "
                 f"got {self.features}, use {self.features - 1} or {self.features + 1}"
             )
+        self._refuse_what_is_not_projected()
+
+    def _refuse_what_is_not_projected(self) -> None:
+        """Raise ValueError for options of directions where there are none."""
+        defaults = {each.name: each.default for each in fields(self)}
+        given = [name for name in _OF_DIRECTIONS if getattr(self, name) != defaults[name]]
+        if given and not self.is_random:
+            raise ValueError(
+                f"performer: kernel='plain_relu' draws no directions, its features are the head_dim channels "
+                f"themselves; leave out {', '.join(given)}, or choose kernel='relu', which projects"
+            )
+
+    @property
+    def is_random(self) -> bool:
+        """Whether there are directions."""
+        return self.kernel != "plain_relu"
 
     @property
     def traits(self) -> Traits:
@@ -94,12 +119,14 @@ class PerformerConfig(MixerConfig):
             padding=True,
             state=True,
             constant_state=True,
-            approximates_softmax=self.kernel != "relu",
+            approximates_softmax=self.kernel not in _RECTIFIED,
         )
 
     @property
     def num_directions(self) -> int:
         """m, rows of Ω."""
+        if not self.is_random:
+            return 0
         return self.features // 2 if self.kernel in _PAIRED else self.features
 
     def build(self, dims: Dims) -> Performer:
@@ -107,14 +134,14 @@ class PerformerConfig(MixerConfig):
         return Performer(self, dims)
 
     def cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        """F features from m products."""
+        """F features from m products, or the E channels from none."""
         return feature_sum_cost(
             dims,
             length,
             dtype_bytes,
-            features=self.features,
+            features=self.features if self.is_random else dims.head_dim,
             projected=self.num_directions,
-            exponential=self.kernel != "relu",
+            exponential=self.kernel not in _RECTIFIED,
             keeps_features=False,
             chunk=self.chunk,
         )
@@ -142,6 +169,8 @@ class Performer(FeatureSumMixer):
 
     def feature_map(self, dtype: torch.dtype) -> FeatureMap:
         """The kernel's, with the directions drawn last."""
+        if not self.config.is_random:
+            return PlainRelu(self.config.epsilon)
         directions = self.directions.to(dtype) * self.dims.head_dim**-0.25
         square_scale = self.dims.head_dim**-0.5
         if self.config.kernel == "relu":

@@ -42,6 +42,7 @@ CONFIGS = [
         mixer_config("performer", kernel=kernel, features=10, chunk=chunk, redraw=1)
         for kernel, chunk in product(("positive", "hyperbolic", "trigonometric", "relu"), (5, 64))
     ),
+    *(mixer_config("performer", kernel="plain_relu", chunk=chunk) for chunk in (5, 64)),
     *(
         mixer_config("logsparse", local=local, restart=restart, kernel=kernel)
         for local, restart, kernel in ((4, None, 1), (3, 16, 5), (1, 7, 2))

@@ -23,28 +23,25 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from subquad import Mask
-from subquad.build import build_mixer
+from subquad.benchmark.probes import run_probes
+from subquad.build import build_mixer, make_dims, mixer_config
 from subquad.layers.feature_sums import FeatureSums
 from subquad.mechanisms.performer import Performer
 from subquad.ops.features.random_features import (
     hyperbolic_features,
+    plain_relu_features,
     positive_features,
     relu_features,
     trigonometric_features,
 )
 
-KERNELS = ("positive", "hyperbolic", "trigonometric", "relu")
+KERNELS = ("positive", "hyperbolic", "trigonometric", "relu", "plain_relu")
 
 
 def performer(*, causal: bool = False, cross: bool = False, layer: int = 0, **options: Any) -> Performer:
+    sizes: dict[str, Any] = {"chunk": 4} if options.get("kernel") == "plain_relu" else {"features": 6, "chunk": 4}
     mixer = build_mixer(
-        "performer",
-        embed_dim=4,
-        num_heads=2,
-        causal=causal,
-        cross=cross,
-        layer=layer,
-        **{"features": 6, "chunk": 4, **options},
+        "performer", embed_dim=4, num_heads=2, causal=causal, cross=cross, layer=layer, **(sizes | options)
     )
     assert isinstance(mixer, Performer)
     disturbed(mixer)
@@ -53,6 +50,8 @@ def performer(*, causal: bool = False, cross: bool = False, layer: int = 0, **op
 
 def features_of(mixer: Performer, x: Tensor) -> Tensor:
     """φ of x (..., E) as the paper writes it, not stabilised."""
+    if mixer.config.kernel == "plain_relu":
+        return plain_relu_features(x, mixer.config.epsilon)
     x, directions = x * mixer.dims.head_dim**-0.25, mixer.directions
     if mixer.config.kernel == "relu":
         return relu_features(x, directions, mixer.config.epsilon)
@@ -92,13 +91,38 @@ def test_it_equals_the_definition(causal: bool, kernel: str, length: int, data: 
     )
 
 
-@pytest.mark.parametrize("kernel", ["positive", "relu"])
+@pytest.mark.parametrize("kernel", ["positive", "relu", "plain_relu"])
 @given(length=st.sampled_from([1, 6]), source_length=st.sampled_from([1, 5]), data=st.data())
 def test_cross_attention_equals_the_definition(
     kernel: str, length: int, source_length: int, data: st.DataObject
 ) -> None:
     mixer = performer(cross=True, kernel=kernel)
     assert_cross_equals_definition(mixer, definition, length, source_length, data)
+
+
+@pytest.mark.parametrize("kernel", ["relu", "plain_relu"])
+def test_kernels_of_relu_keep_every_claim_of_the_contract(kernel: str) -> None:
+    results = run_probes(mixer_config("performer", kernel=kernel), make_dims(embed_dim=8, num_heads=2, causal=True))
+    assert not [f"{result.name}: {result.detail}" for result in results if not result.passed]
+
+
+def test_another_epsilon_gives_the_relu_kernel_whose_products_are_divided_by_the_root_of_their_number() -> None:
+    epsilon, features, width = 0.1, 6, 2
+    mixer = performer(kernel="relu", features=features, epsilon=epsilon * features**0.5 * width**-0.25)
+    x = torch.randn(1, 9, 4, dtype=torch.float64)
+    q, k, v = qkv(mixer, x, x)
+    q, k = ((x @ mixer.directions.mT / features**0.5).relu() + epsilon for x in (q, k))
+    weights = torch.einsum("bihm,bjhm->bhij", q, k)
+    out = torch.einsum("bhij,bjhe->bihe", weights / weights.sum(dim=3, keepdim=True), v)
+    torch.testing.assert_close(mixer(x).y, finish(mixer, out, None), rtol=1e-10, atol=1e-10)
+
+
+def test_without_directions_nothing_random_is_left() -> None:
+    one, other = performer(kernel="plain_relu"), performer(kernel="plain_relu", layer=1)
+    assert not one.directions.numel()
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(1, 9, 4, dtype=torch.float64)
+    assert torch.equal(one(x).y, other(x).y)
 
 
 @given(chunk=st.integers(1, 20), length=st.integers(1, 17))
@@ -259,6 +283,12 @@ class TestDraws:
         ({"epsilon": -1.0}, "performer: epsilon must not be negative, got -1.0"),
         ({"seed": -1}, "performer: seed must be at least 0, got -1"),
         ({"norms": "unit"}, "option 'norms' must be one of 'random', 'constant', got 'unit'"),
+        (
+            {"kernel": "plain_relu", "features": 64, "redraw": 10},
+            "performer: kernel='plain_relu' draws no directions, its features are the head_dim channels themselves; "
+            "leave out features, redraw, or choose kernel='relu', which projects",
+        ),
+        ({"kernel": "plain_relu", "seed": 1}, "leave out seed, or"),
         ({"kernel": "hyperbolic", "features": 7}, "so features must be even; got 7, use 6 or 8"),
     ],
 )

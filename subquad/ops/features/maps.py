@@ -109,6 +109,29 @@ class EluPlusOne(FeatureMap):
         return torch.mul(features.clamp_(max=1), grad, out=out)
 
 
+@dataclass(frozen=True)
+class PlainRelu(FeatureMap):
+    """max(x, 0) + ε, the kernel of ReLU without directions.
+
+    Attributes:
+        epsilon: ε.
+    """
+
+    epsilon: float
+
+    def count(self, width: int) -> int:
+        """E."""
+        return width
+
+    def queries(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rectified."""
+        return torch.clamp_min(x, 0, out=out).add_(self.epsilon)
+
+    def gradient(self, x: Tensor, features: Tensor, grad: Tensor, out: Tensor, *, keys: bool) -> Tensor:
+        """Through what is above 0."""
+        return torch.mul(x > 0, grad, out=out)
+
+
 @dataclass(frozen=True, eq=False)
 class Projected(FeatureMap):
     """Features of the products with random directions.

@@ -46,6 +46,11 @@ def relu_features(x: Tensor, directions: Tensor, epsilon: float) -> Tensor:
     return ((x @ directions.mT).relu() + epsilon) / math.sqrt(directions.shape[0])
 
 
+def plain_relu_features(x: Tensor, epsilon: float) -> Tensor:
+    """max(x, 0) + ε, (..., E): the kernel of ReLU without directions."""
+    return x.relu() + epsilon
+
+
 def random_directions(
     count: int,
     width: int,
@@ -57,7 +62,7 @@ def random_directions(
     """Random directions ω, float64 (count, width).
 
     Args:
-        count: m, number of rows.
+        count: m, number of rows; may be 0.
         width: E.
         orthogonal: rows are orthogonal within each block of `width` of them; else they are independent.
         norms: "random" gives each row the length of an independent Gaussian vector, so that rows are marginally
@@ -71,7 +76,7 @@ def random_directions(
 
 
 def _orthogonal_units(count: int, width: int, generator: torch.Generator) -> Tensor:
-    blocks = []
+    blocks = [_gaussian(0, width, generator)]
     for start in range(0, count, width):
         orthogonal, triangular = torch.linalg.qr(_gaussian(width, width, generator))
         # Householder QR prefers some signs, which would bias the estimator; R's diagonal undoes that preference.

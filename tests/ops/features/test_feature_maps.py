@@ -15,6 +15,7 @@ from subquad.ops.features.maps import (
     EluPlusOne,
     FeatureMap,
     HyperbolicRandom,
+    PlainRelu,
     PositiveRandom,
     Ready,
     ReluRandom,
@@ -23,6 +24,7 @@ from subquad.ops.features.maps import (
 from subquad.ops.features.random_features import (
     elu_plus_one,
     hyperbolic_features,
+    plain_relu_features,
     positive_features,
     random_directions,
     relu_features,
@@ -39,6 +41,7 @@ MAPS: dict[str, tuple[FeatureMap, Callable[[Tensor], Tensor]]] = {
     "hyperbolic": (HyperbolicRandom(DIRECTIONS, 1.0), lambda x: hyperbolic_features(x, DIRECTIONS)),
     "trigonometric": (TrigonometricRandom(DIRECTIONS, 1.0), lambda x: trigonometric_features(x, DIRECTIONS)),
     "relu": (ReluRandom(DIRECTIONS, 1.0, 1e-3), lambda x: relu_features(x, DIRECTIONS, 1e-3)),
+    "plain relu": (PlainRelu(1e-3), lambda x: plain_relu_features(x, 1e-3)),
 }
 ESTIMATORS = {
     "positive": positive_features,
