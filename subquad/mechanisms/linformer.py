@@ -13,7 +13,8 @@ P is drawn with variance 1 / max_length, so that compressed rows keep their scal
 one for each valid token: an invalid token takes no position. Pooling and convolution, which the paper names without
 details: blocks are counted over valid tokens, a last block that is not full has its own mean or maximum, one without a
 token is not attended; the convolution, kernel and stride c, is one for each channel of a head. A rank that falls over
-depth, as the paper proposes, is a list of mixers; with sharing="layerwise" those of equal rank share one P.
+depth, as the paper proposes, is a list of mixers; with sharing="layerwise" those of equal rank share one P. The
+official code can freeze P too (`trainable=False`); then P is random, as in the paper's theory.
 """
 
 from __future__ import annotations
@@ -49,7 +50,12 @@ class LinformerConfig(MixerConfig):
     sharing: Literal["none", "headwise", "key_value", "layerwise"] = "headwise"
     """Which P are one: each head its own P and P'; all heads share P and P'; also P = P'; also over all layers."""
     compression: Literal["linear", "mean", "max", "convolution"] = "linear"
-    """By a learned matrix P; by the mean or the maximum of each block; by a learned convolution over each block."""
+    """By a matrix P; by the mean or the maximum of each block; by a convolution over each block."""
+    trainable: bool = True
+    """Whether P, or the convolution, is learned; else it stays as (seed, layer) drew it, the same in all layers with
+    sharing="layerwise"."""
+    seed: int = 0
+    """Seeds what is not learned, together with the layer."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -61,11 +67,22 @@ class LinformerConfig(MixerConfig):
                 f"linformer: a rank for each head, {self.rank}, goes with compression='linear' and sharing='none' "
                 f"alone, got {self.compression!r} and {self.sharing!r}; give one rank for all heads"
             )
-        if not self.learned and self.sharing != "headwise":
+        if not self.weighted and self.sharing != "headwise":
             raise ValueError(
                 f"linformer: compression={self.compression!r} learns nothing that could be shared; leave out sharing, "
                 f"got {self.sharing!r}, or choose compression='linear' or 'convolution'"
             )
+        self._check_trainable()
+
+    def _check_trainable(self) -> None:
+        """Raise ValueError where nothing could be fixed, or for a seed below 0."""
+        if not self.weighted and not self.trainable:
+            raise ValueError(
+                f"linformer: compression={self.compression!r} learns nothing that could be fixed; leave out trainable, "
+                "or choose compression='linear' or 'convolution'"
+            )
+        if self.seed < 0:
+            raise ValueError(f"linformer: seed must not be negative, got {self.seed}")
 
     @property
     def _ranks(self) -> tuple[int, ...]:
@@ -85,8 +102,8 @@ class LinformerConfig(MixerConfig):
         return self._ranks * (num_heads // len(self._ranks))
 
     @property
-    def learned(self) -> bool:
-        """Whether the compression has parameters."""
+    def weighted(self) -> bool:
+        """Whether the compression has weights, learned or fixed."""
         return self.compression in ("linear", "convolution")
 
     @property
@@ -95,9 +112,10 @@ class LinformerConfig(MixerConfig):
         return Traits(bidirectional=True, cross=True, padding=True, fixed_length=True)
 
     def comparison(self, dims: Dims, length: int) -> Comparison:
-        """Nothing is left out, but what is learned is random."""
-        note = "What compresses keys and values is random until it is trained, and approximates nothing before."
-        return Comparison(self, note=note) if self.learned else super().comparison(dims, length)
+        """Nothing is left out, but weights are random."""
+        until = "until it is trained, and approximates nothing before" if self.trainable else "and stays so"
+        note = f"What compresses keys and values is random {until}."
+        return Comparison(self, note=note) if self.weighted else super().comparison(dims, length)
 
     def build(self, dims: Dims) -> Linformer:
         """The module."""
@@ -107,9 +125,9 @@ class LinformerConfig(MixerConfig):
         """c, tokens of a block."""
         return -(-dims.longest_input // self._ranks[0])
 
-    def parameter_shapes(self, dims: Dims) -> list[tuple[int, int, int]]:
+    def weight_shapes(self, dims: Dims) -> list[tuple[int, int, int]]:
         """Shapes of what compresses keys and, where that is something else, values; several ranks lie in one matrix."""
-        if not self.learned:
+        if not self.weighted:
             return []
         heads = dims.num_heads if self.sharing == "none" else 1
         shape = (heads, self.block(dims), dims.head_dim)
@@ -122,19 +140,19 @@ class LinformerConfig(MixerConfig):
 
         Autograd keeps the compressed rows and the log-sum-exp besides what the projections keep; for means neither k
         nor v but the sizes of the blocks; otherwise blocks are kept filled up. Results of heads that attend apart are
-        kept a second time, beside each other.
+        kept a second time, beside each other. What is not learned needs neither k, v nor their blocks.
         """
         keys = dims.key_length(length)
         blocks, linear = -(-keys // self.block(dims)), self.compression == "linear"
         rows = sum(self.ranks(dims.num_heads)) if linear else blocks * dims.num_heads  # of all heads
-        kept = {"linear": 2 * keys * dims.inner_dim, "mean": 2 * blocks}
+        kept = {"linear": 2 * keys * dims.inner_dim, "mean": 2 * blocks} if self.trainable else {self.compression: 0}
         filled = 2 * rows * self.block(dims) * dims.head_dim
         apart = length * dims.inner_dim if len(set(self._ranks)) > 1 else 0
         return projection_cost(dims, length, dtype_bytes, kept="q") + Cost(
             flops=2 * 2 * (length + (keys if linear else 0)) * rows * dims.head_dim,
             activation_bytes=dtype_bytes * (2 * rows * dims.head_dim + kept.get(self.compression, filled) + apart)
             + max(4, dtype_bytes) * dims.num_heads * length,
-            parameters=sum(math.prod(shape) for shape in self.parameter_shapes(dims)),
+            parameters=sum(math.prod(shape) for shape in self.weight_shapes(dims)) if self.trainable else 0,
         )
 
 
@@ -152,24 +170,39 @@ class Linformer(HeadMixer):
     """Softmax attention to compressed keys and values."""
 
     config: LinformerConfig
+    compress_key: Tensor | None
+    compress_value: Tensor | None
 
     def __init__(self, config: LinformerConfig, dims: Dims) -> None:
         super().__init__(config, dims)
-        parameters = [nn.Parameter(torch.empty(shape)) for shape in config.parameter_shapes(dims)]
-        self.compress_key = parameters[0] if parameters else None
-        self.compress_value = parameters[1] if len(parameters) == 2 else None
-        self.initialise()
+        shapes = config.weight_shapes(dims)
+        for name, shape in zip(("compress_key", "compress_value"), (*shapes, None, None), strict=False):
+            if shape is not None and not config.trainable:
+                self.register_buffer(name, torch.empty(shape, device="cpu"))
+            else:
+                self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape)))
+        self._draw(None if config.trainable else self._generator())
 
     def initialise(self) -> None:
+        """Draw what is learned."""
+        if self.config.trainable:
+            self._draw(None)
+
+    def _draw(self, generator: torch.Generator | None) -> None:
         """Draw P and P', or the convolutions, so that a compressed row has the scale of a key."""
         token_dim = 2 if self.config.compression == "linear" else 1
         for weights in (self.compress_key, self.compress_value):
             if weights is not None:
-                nn.init.normal_(weights, std=weights.shape[token_dim] ** -0.5)
+                nn.init.normal_(weights, std=weights.shape[token_dim] ** -0.5, generator=generator)
+
+    def _generator(self) -> torch.Generator:
+        """Draws the same for the same seed and layer, or for all layers."""
+        layer = 0 if self.config.sharing == "layerwise" else self.dims.layer
+        return torch.Generator().manual_seed(self.config.seed * 1_000_003 + layer)
 
     def shared_parameters(self) -> tuple[str, ...]:
-        """The one P of all layers, with sharing="layerwise"."""
-        return ("compress_key",) if self.config.sharing == "layerwise" else ()
+        """The one P of all layers, with sharing="layerwise"; one that isn't learned is drawn the same in all."""
+        return ("compress_key",) if self.config.sharing == "layerwise" and self.config.trainable else ()
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Compress, then attend to the rows that hold tokens; all rows of a matrix do."""
@@ -206,17 +239,17 @@ class Linformer(HeadMixer):
         ]
         return [_Run(*run) for run in zip(*(x.split(sizes, dim=1) for x in (q, k, v)), *matrices, strict=True)]
 
-    def _compress(self, x: Tensor, valid: Tensor | None, learned: Tensor | None) -> Tensor:
+    def _compress(self, x: Tensor, valid: Tensor | None, weights: Tensor | None) -> Tensor:
         """Rows (B, H, R, E) of keys or values x (B, H, S, E), the valid ones first."""
         if self.config.compression == "mean":
             return block_means(x, self.config.block(self.dims), valid)
         if self.config.compression == "max":
             return block_maxima(x, self.config.block(self.dims), valid)
-        assert learned is not None
+        assert weights is not None
         if self.config.compression == "convolution":
-            return block_sums(x, learned.to(x.dtype), valid)
+            return block_sums(x, weights.to(x.dtype), valid)
         x = x if valid is None else x.masked_fill(~valid[:, None, :, None], 0.0)
-        return compress(x, learned[..., : x.shape[2]].to(x.dtype))
+        return compress(x, weights[..., : x.shape[2]].to(x.dtype))
 
 
 def _filled_blocks(valid: Tensor, size: int) -> Tensor:

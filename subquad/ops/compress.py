@@ -45,7 +45,9 @@ def compress(x: Tensor, matrices: Tensor) -> Tensor:
 class _Compression(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrices: Tensor) -> Tensor:
-        ctx.save_for_backward(x, matrices)
+        wants_x, wants_matrices = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_matrices else None, matrices if wants_x else None)
+        ctx.count = matrices.shape[0]
         return _products(matrices.contiguous(), x)
 
     @staticmethod
@@ -54,9 +56,8 @@ class _Compression(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         x, matrices = ctx.saved_tensors
-        wants_x, wants_matrices = ctx.needs_input_grad
-        of_x = _products(matrices.mT.contiguous(), grad) if wants_x else None
-        return of_x, _sum_of_products(grad, x, matrices.shape[0]) if wants_matrices else None
+        of_x = None if matrices is None else _products(matrices.mT.contiguous(), grad)
+        return of_x, None if x is None else _sum_of_products(grad, x, ctx.count)
 
 
 def _products(matrices: Tensor, x: Tensor) -> Tensor:

@@ -61,6 +61,8 @@ CONFIGS = [
     *(mixer_config("linformer", rank=6, sharing=sharing) for sharing in ("none", "key_value")),
     mixer_config("linformer", rank=(6, 2), sharing="none"),
     *(mixer_config("linformer", rank=6, compression=compression) for compression in ("mean", "max", "convolution")),
+    *(mixer_config("linformer", rank=6, compression=kind, trainable=False) for kind in ("linear", "convolution")),
+    mixer_config("linformer", rank=(6, 2), sharing="none", trainable=False),
     *(mixer_config("nystromformer", landmarks=4, kernel=kernel, iterations=2) for kernel in (0, 5)),
     *(mixer_config("combiner", plan=plan, block=4) for plan in ("fixed", "vertical", "horizontal", "mixture")),
     *(

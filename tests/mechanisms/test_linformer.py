@@ -122,7 +122,8 @@ def test_it_equals_the_definition(sharing: str, length: int, data: st.DataObject
 def test_heads_of_different_ranks_equal_the_definition(
     ranks: tuple[int, ...], length: int, data: st.DataObject
 ) -> None:
-    mixer, mask = linformer(rank=ranks), data.draw(masks(2, length, segments=False))
+    trainable, mask = data.draw(st.booleans()), data.draw(masks(2, length, segments=False))
+    mixer = linformer(rank=ranks, trainable=trainable)
     assert [tuple(matrix.shape) for matrix in compressions(mixer)] == [(1, sum(ranks), 12)] * 2
     x = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
     assert_same_values_and_gradients(mixer, lambda: mixer(x, mask=mask).y, lambda: by_head(mixer, ranks, x, mask), [x])
@@ -216,11 +217,66 @@ def test_padding_leaves_the_result_wherever_it_stands(compression: str) -> None:
     torch.testing.assert_close(mixer(spread, mask=Mask(valid)).y[valid], mixer(x).y[0], rtol=1e-10, atol=1e-10)
 
 
-def test_compressed_rows_keep_the_scale_of_a_key() -> None:
-    mixer = build_mixer("linformer", embed_dim=4, num_heads=2, max_length=4096, rank=64)
+@pytest.mark.parametrize("trainable", [True, False])
+def test_compressed_rows_keep_the_scale_of_a_key(trainable: bool) -> None:
+    mixer = build_mixer("linformer", embed_dim=4, num_heads=2, max_length=4096, rank=64, trainable=trainable)
     assert isinstance(mixer, Linformer)
     compressed = compressions(mixer)[0].detach() @ torch.randn(4096, 8)
     assert 0.9 < float(compressed.std()) < 1.1
+
+
+class TestWhatIsNotLearned:
+    """With trainable=False compressions are random, drawn by (seed, layer), saved, and never change."""
+
+    @pytest.mark.parametrize("sharing", SHARINGS)
+    @given(length=st.sampled_from([1, 5, 12]), data=st.data())
+    def test_it_equals_the_definition(self, sharing: str, length: int, data: st.DataObject) -> None:
+        mixer, mask = linformer(trainable=False, sharing=sharing), data.draw(masks(2, length, segments=False))
+        x = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
+        assert_same_values_and_gradients(
+            mixer, lambda: mixer(x, mask=mask).y, lambda: definition(mixer, x, x, mask, mask), [x]
+        )
+
+    def test_convolutions_equal_the_definition(self) -> None:
+        mixer = blocks(compression="convolution", trainable=False)
+        x = torch.randn(2, 11, 4, dtype=torch.float64, requires_grad=True)
+        assert_same_values_and_gradients(mixer, lambda: mixer(x).y, lambda: definition(mixer, x, x, None, None), [x])
+
+    def test_it_is_saved_and_no_parameter(self) -> None:
+        mixer = linformer(trainable=False)
+        names = {"compress_key", "compress_value"}
+        assert mixer.state_dict().keys() >= names
+        assert not names & {name for name, _ in mixer.named_parameters()}
+
+    def test_initialising_keeps_it(self) -> None:
+        mixer = linformer(trainable=False)
+        before = compressions(mixer)[0].clone()
+        mixer.initialise()
+        assert torch.equal(compressions(mixer)[0], before)
+
+    def test_it_is_drawn_by_seed_and_layer(self) -> None:
+        first, *others = (
+            compressions(linformer(trainable=False, seed=seed, layer=layer)) for seed, layer in ((0, 0), (1, 0), (0, 1))
+        )
+        assert torch.equal(first[0], compressions(linformer(trainable=False))[0])
+        assert not torch.equal(first[0], first[1])
+        assert not any(torch.equal(first[0], other[0]) for other in others)
+
+    def test_shared_over_layers_it_is_drawn_the_same_in_all(self) -> None:
+        one, other = (linformer(trainable=False, sharing="layerwise", layer=layer) for layer in (0, 1))
+        assert torch.equal(compressions(one)[0], compressions(other)[0])
+        assert one.shared_parameters() == ()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"compression": "mean", "sharing": "headwise"}, "compression='mean' learns nothing that could be fixed"),
+            ({"seed": -1}, "linformer: seed must not be negative, got -1"),
+        ],
+    )
+    def test_options_that_mean_nothing_are_refused(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            linformer(**{"trainable": False, **options})
 
 
 def test_the_rank_may_fall_over_depth() -> None:

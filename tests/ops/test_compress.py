@@ -53,6 +53,12 @@ def test_a_gradient_that_is_not_wanted_is_not_computed(wanted: int) -> None:
     assert [leaf.grad is not None for leaf in leaves] == [wanted == 0, wanted == 1]
 
 
+def test_what_no_gradient_needs_is_not_kept() -> None:
+    x = torch.randn(2, 4, 30, 3, requires_grad=True)
+    rows = compress(x, torch.randn(1, 5, 30))
+    assert rows.grad_fn.saved_tensors[0] is None  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+
+
 def test_large_products_by_onednn_equal_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     x, p = torch.randn(1, 300, 2, 64).transpose(1, 2), torch.randn(1, 128, 300)
     expected = compress_by_matmul(x.double(), p.double()).float()
@@ -63,7 +69,7 @@ def test_large_products_by_onednn_equal_the_definition(monkeypatch: pytest.Monke
 
 def test_no_copy_is_made_of_heads_that_lie_beside_each_other() -> None:
     x = torch.randn(2, 30, 4, 3).transpose(1, 2).requires_grad_()
-    rows = compress(x, torch.randn(1, 5, 30))
+    rows = compress(x, torch.randn(1, 5, 30, requires_grad=True))
     kept = rows.grad_fn.saved_tensors[0]  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
     assert kept.data_ptr() == x.data_ptr()
 
