@@ -6,7 +6,11 @@ Kitaev et al. 2020, "Reformer: The Efficient Transformer", arXiv:2001.04451; the
 
 and likewise with more sides, the last one counting fastest. n1 d1 + n2 d2 parameters in place of n1 n2 D.
 
-Departures: training doesn't ask for sequences as long as the grid, and drops single channels, not rows and columns.
+Dropout takes whole rows and whole columns: in training an example loses all of A[r], or of B[c], at every position of
+that row, or of that column.
+
+Departures: training doesn't ask for sequences as long as the grid. Dropout has a rate of its own, 0 by default, beside
+that on the channels of the stream. In Hugging Face's code one rate is both, and columns alone drop, taking A[r] along.
 """
 
 from __future__ import annotations
@@ -59,12 +63,32 @@ def axial_grid(*, places: int, width: int, shape: Sequence[int] | None, dims: Se
     return AxialGrid(tuple(shape), tuple(dims))
 
 
-class AxialPositions(nn.Module):
-    """Vectors of positions from one table for each side of a grid, drawn from N(0, 1)."""
+def check_axial_fields(positions: str, shape: Sequence[int] | None, dims: Sequence[int] | None, dropout: float) -> None:
+    """Refuse what describes a grid where there is none, and a rate that is none.
 
-    def __init__(self, grid: AxialGrid) -> None:
+    Raises:
+        ValueError: naming the field, what was expected and what was got.
+    """
+    given = {"axial_pos_shape": shape, "axial_pos_embds_dim": dims, "axial_pos_dropout": dropout or None}
+    for field, value in given.items():
+        if value is not None and positions != "axial":
+            raise ValueError(f"SubquadConfig: {field} goes with positions='axial', got positions={positions!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"SubquadConfig: axial_pos_dropout must be in [0, 1), got {dropout}")
+
+
+class AxialPositions(nn.Module):
+    """Vectors of positions from one table for each side of a grid, drawn from N(0, 1).
+
+    Args:
+        grid: its sides and channels.
+        dropout: rate at which rows of a table are dropped in training, for each example anew.
+    """
+
+    def __init__(self, grid: AxialGrid, dropout: float = 0.0) -> None:
         super().__init__()
         self.grid = grid
+        self.dropout = dropout
         sizes = zip(grid.shape, grid.dims, strict=True)
         self.tables = nn.ParameterList(nn.Parameter(torch.empty(side, channels)) for side, channels in sizes)
         self.initialise()
@@ -78,6 +102,13 @@ class AxialPositions(nn.Module):
         """Positions, int64 (B, L), to vectors (B, L, D)."""
         vectors, rest = [], positions
         for side, table in reversed(list(zip(self.grid.shape, self.tables, strict=True))):
-            vectors.append(F.embedding(rest % side, table))
+            vectors.append(self._dropped(F.embedding(rest % side, table), rest % side, side))
             rest = rest // side
         return torch.cat(vectors[::-1], dim=-1)
+
+    def _dropped(self, vectors: Tensor, places: Tensor, side: int) -> Tensor:
+        """Vectors (B, L, d) of places (B, L) on a side, without those of the places that an example loses."""
+        if not (self.training and self.dropout):
+            return vectors
+        kept = F.dropout(vectors.new_ones(places.shape[0], side), self.dropout)
+        return vectors * kept.gather(1, places)[..., None]

@@ -14,7 +14,7 @@ from subquad.build import make_dims
 from subquad.byte_ids import BYTES
 from subquad.config import field_names, nearest
 from subquad.interface import Dims, FeedforwardConfig, MixerConfig, mixers_with
-from subquad.models.axial import AxialGrid, axial_grid
+from subquad.models.axial import AxialGrid, axial_grid, check_axial_fields
 from subquad.models.written_layers import as_dict, tiled
 
 _OF_TRANSFORMERS = (
@@ -57,6 +57,7 @@ class SubquadConfig(PreTrainedConfig):
         axial_pos_shape: sides of the grid of axial positions, whose product is the number of positions; None for the
             smallest that is nearly square and holds all.
         axial_pos_embds_dim: channels that each side describes, D in all; None for an even division.
+        axial_pos_dropout: rate at which, in training, whole rows and whole columns of the grid lose their vectors.
         norm: layer norm before ("pre", with a final one) or after ("post") each sublayer.
         residual: "standard", or "reversible": two streams, and memory for activations that doesn't grow with the depth.
         feedforward_chunk: tokens that pass the feed-forward at a time; 0 for all. In training they pass it twice.
@@ -98,6 +99,7 @@ class SubquadConfig(PreTrainedConfig):
     positions: Literal["sinusoidal", "learned", "axial", "rotary", "none"] = "sinusoidal"
     axial_pos_shape: list[int] | None = None
     axial_pos_embds_dim: list[int] | None = None
+    axial_pos_dropout: float = 0.0
     norm: Literal["pre", "post"] = "pre"
     residual: Literal["standard", "reversible"] = "standard"
     feedforward_chunk: int = 0
@@ -147,11 +149,7 @@ class SubquadConfig(PreTrainedConfig):
             )
         if self.positions == "axial":
             self.axial_grid(self.max_position_embeddings)
-        for field in ("axial_pos_shape", "axial_pos_embds_dim"):
-            if getattr(self, field) is not None and self.positions != "axial":
-                raise ValueError(
-                    f"SubquadConfig: {field} goes with positions='axial', got positions={self.positions!r}"
-                )
+        check_axial_fields(self.positions, self.axial_pos_shape, self.axial_pos_embds_dim, self.axial_pos_dropout)
 
     def _has_feedforwards(self) -> bool:
         """Whether any layer has a channel mixer, of the encoder or of the stack that is there in every model."""

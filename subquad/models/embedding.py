@@ -91,7 +91,7 @@ class Embedding(nn.Module):
 
     def _learned_positions(self) -> nn.Embedding | AxialPositions | None:
         if self.config.positions == "axial":
-            return AxialPositions(self.config.axial_grid(self.longest))
+            return AxialPositions(self.config.axial_grid(self.longest), self.config.axial_pos_dropout)
         return nn.Embedding(self.longest, self.config.hidden_size) if self.config.positions == "learned" else None
 
     def vectors_of(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

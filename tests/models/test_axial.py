@@ -86,6 +86,47 @@ def test_the_vector_of_classification_has_a_place_of_its_own() -> None:
     classifier(positions="axial", max_position_embeddings=36, axial_pos_shape=[6, 6], pooling="mean")
 
 
+class TestDropout:
+    """In training an example loses whole rows and whole columns of the grid, and what is left is scaled up."""
+
+    def test_it_takes_rows_and_columns_and_nothing_else(self) -> None:
+        places = AxialPositions(AxialGrid((5, 6), (3, 4)), dropout=0.5).train()
+        with torch.no_grad():
+            for table in places.tables:
+                table.fill_(1.0)
+        vectors = places(torch.arange(30).expand(40, -1)).unflatten(1, (5, 6))
+        rows, columns = vectors[..., :3], vectors[..., 3:]
+        assert torch.equal(rows, rows[:, :, :1, :1].expand_as(rows))  # the same in all columns and channels
+        assert torch.equal(columns, columns[:, :1, :, :1].expand_as(columns))
+        for kept in (rows[:, :, 0, 0], columns[:, 0, :, 0]):
+            assert set(kept.unique().tolist()) == {0.0, 2.0}
+            assert not torch.equal(kept, kept[:1].expand_as(kept))  # every example loses others
+            assert float(kept.detach().mean()) == pytest.approx(1.0, abs=0.4)
+
+    def test_evaluation_drops_nothing(self) -> None:
+        places = AxialPositions(AxialGrid((5, 6), (3, 4)), dropout=0.5).eval()
+        positions = torch.arange(30)[None]
+        whole = AxialPositions(places.grid)
+        whole.load_state_dict(places.state_dict())
+        assert torch.equal(places(positions), whole(positions))
+
+    def test_a_model_drops_them_at_its_own_rate(self) -> None:
+        model = classifier(positions="axial", pooling="mean", axial_pos_dropout=0.5).train()
+        assert model.config.dropout == 0
+        tokens, _ = batch(rows=1)
+        first, second = (model.model(tokens).last_hidden_state for _ in range(2))
+        assert not torch.equal(first, second)
+
+    @pytest.mark.parametrize("rate", [-0.1, 1.0])
+    def test_a_rate_that_is_none_is_refused(self, rate: float) -> None:
+        with pytest.raises(ValueError, match=rf"axial_pos_dropout must be in \[0, 1\), got {rate}"):
+            config(positions="axial", axial_pos_dropout=rate)
+
+    def test_a_rate_without_axial_positions_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="axial_pos_dropout goes with positions='axial', got positions='learned'"):
+            config(positions="learned", axial_pos_dropout=0.1)
+
+
 def test_they_end_where_the_config_says() -> None:
     model = classifier(positions="axial", axial_pos_shape=[8, 8])
     model(torch.ones(1, 40, dtype=torch.int64))

@@ -70,7 +70,7 @@ def test_the_config_survives_its_written_form() -> None:
         ({"feedforward_chunk": 4, "feedforward": [None], "encoder_feedforward": [None]}, "no layer has one"),
         ({"loss_chunk": -1}, "loss_chunk must not be negative, got -1"),
         ({"mixr": "local"}, r"unknown keyword 'mixr'; did you mean 'mixer'\? Known: .*, mixer, "),
-        ({"window": 129}, "unknown keyword 'window'; known: axial_pos_embds_dim, "),
+        ({"window": 129}, "unknown keyword 'window'; known: axial_pos_dropout, "),
         ({"num_label": 3}, r"unknown keyword 'num_label'; did you mean 'num_labels'\?"),
     ],
 )
