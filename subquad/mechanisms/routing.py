@@ -17,9 +17,10 @@ each cluster.
 
 Departures: the official code takes the top w tokens of a causal sequence too, which tells a token which later ones will
 come; the causal form above knows of earlier tokens only. Averages start from one token at each centroid. Relative
-positions by rank in the cluster, memory slots and the code's heads with local attention are not part of this layer: for
-the latter, mix layers of `local` and of this. Scores are not divided by √E, as in the official code: `scaled`. Choices
-are constants to the gradient. Padding is taken out first and takes no position.
+positions by rank in the cluster and memory slots are not part of this layer. Nor is local attention in half of the
+heads, as the released models have it: a window by distance with a state of its own would be a second mechanism that
+shares the projections alone; give a list of `local` and this over the layers. Scores are not divided by √E, as in the
+official code: `scaled`. Choices are constants to the gradient. Padding is taken out first and takes no position.
 """
 
 from __future__ import annotations
