@@ -291,6 +291,5 @@ class Combiner(HeadMixer):
         value = pattern_attention(q, k, v, rows, key_valid=kept)
         average = value if self.config.row_summary == "proj" else pattern_attention(q, k, k, rows, key_valid=kept)
         key = self.split(row_summary(x, average.to(x.dtype).transpose(1, 2).flatten(2)))
-        return combiner_attention_with_summaries(
-            heads.q, own_k, own_v, key, value, plan, causal=self.dims.causal, valid=valid
-        )
+        args, log_size = (heads.q, own_k, own_v, key, value, plan), self.config.log_size_bias
+        return combiner_attention_with_summaries(*args, causal=self.dims.causal, valid=valid, log_size=log_size)

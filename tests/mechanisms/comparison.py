@@ -72,9 +72,10 @@ def finish(mixer: HeadMixer, out: Tensor, mask: Mask | None) -> Tensor:
     return y if mask is None or mask.valid is None else torch.where(mask.valid[..., None], y, 0.0)
 
 
-def softmax_over(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What one query q (H, E) reads from keys k and values v (N, H, E); 0 where N = 0."""
+def softmax_over(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What one query q (H, E) reads from keys k and values v (N, H, E); 0 where N = 0. The bias (N,) is for scores."""
     scores = torch.einsum("he,nhe->hn", q, k) / q.shape[-1] ** 0.5
+    scores = scores if bias is None else scores + bias
     return torch.einsum("hn,nhe->he", scores.softmax(dim=-1), v)
 
 

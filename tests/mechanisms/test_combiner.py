@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"plan": "rowmajor", "row_summary": "wsum"},
     {"plan": "rowmajor"},
     {"plan": "rowmajor", "row_summary": "wsum_proj"},
+    *({"plan": "rowmajor", "row_summary": key, "log_size_bias": True} for key in ("none", "wsum", "proj", "wsum_proj")),
     {"plan": "mixture"},
     {"plan": "mixture", "mixture": "joint"},
 ]
@@ -80,7 +82,7 @@ def by_rows(mixer: Combiner, x: Tensor) -> Tensor:
     for i in range(length):
         own, column = i // width, i % width
         seen = [j for j in range(own * width, min((own + 1) * width, length)) if j <= i or not mixer.dims.causal]
-        keys, values = [k[j] for j in seen], [v[j] for j in seen]
+        keys, values, added = [k[j] for j in seen], [v[j] for j in seen], [0.0 for _ in seen]
         for row, start in enumerate(starts):
             if row == own or (mixer.dims.causal and row > own):
                 continue
@@ -91,7 +93,9 @@ def by_rows(mixer: Combiner, x: Tensor) -> Tensor:
             average = value if config.row_summary == "proj" else softmax_over(token, k[members], k[members])
             keys.append(mixer.row_summary(query, average.flatten()).unflatten(-1, (2, -1)))
             values.append(value)
-        out.append(softmax_over(q[i], torch.stack(keys), torch.stack(values)))
+            added.append(math.log(len(members)) if config.log_size_bias else 0.0)
+        bias = torch.tensor(added, dtype=x.dtype)
+        out.append(softmax_over(q[i], torch.stack(keys), torch.stack(values), bias))
     return torch.stack(out)[None] if out else q[None]
 
 

@@ -162,6 +162,7 @@ def combiner_attention_with_summaries(
     *,
     causal: bool,
     valid: Tensor | None = None,
+    log_size: bool = False,
 ) -> Tensor:
     """Attend by a plan whose regions are summarised by the caller.
 
@@ -175,6 +176,7 @@ def combiner_attention_with_summaries(
         plan: the grid.
         causal: query i sees the keys 0..i and the summaries of earlier rows.
         valid: bool (B, L), as in `combiner_attention`.
+        log_size: as in `Summarize`.
 
     Returns:
         (B, H, L, E), the dtype of q.
@@ -189,7 +191,7 @@ def combiner_attention_with_summaries(
         shapes = f"{tuple(summary_keys.shape)} and {tuple(summary_values.shape)}"
         raise ValueError(f"combiner_attention_with_summaries: expected two of {needed} summaries or more, got {shapes}")
     inputs = Inputs(q, k, v, None, None, summary_keys, summary_values)
-    return _combine(inputs, plan, causal, valid, Options(reduce="max", rectified=False, log_size=False))
+    return _combine(inputs, plan, causal, valid, Options(reduce="max", rectified=False, log_size=log_size))
 
 
 def _combine(inputs: Inputs, plan: Plan, causal: bool, valid: Tensor | None, options: Options) -> Tensor:

@@ -81,7 +81,8 @@ def assert_equals_definition(
 @settings(max_examples=80)
 def test_it_equals_the_definition(plan: Plan, length: int, causal: bool, data: st.DataObject) -> None:
     causal = causal or not plan.bidirectional
-    summarize = None if plan.asks_tokens else data.draw(st.none() | SUMMARIES)
+    summaries = st.builds(Summarize, log_size=st.booleans()) if isinstance(plan, Rowmajor) else SUMMARIES
+    summarize = data.draw(st.none() | summaries)
     assert_equals_definition(plan, length, causal, data.draw(validities(length)), summarize)
 
 

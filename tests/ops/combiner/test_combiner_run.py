@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from subquad.ops.combiner.attention import (
+    Summarize,
     combiner_attention,
     combiner_attention_by_regions,
     combiner_attention_with_summaries,
@@ -24,7 +25,9 @@ from subquad.ops.combiner.region_pooling import first_largest
 from subquad.ops.rectangles import TOKENS, Gather, Keys, Part, Queries, Source, View
 
 
-def test_given_summaries_are_attended_as_own_ones() -> None:
+@BOTH_FORMS
+@pytest.mark.parametrize("log_size", [False, True])
+def test_given_summaries_are_attended_as_own_ones(causal: bool, log_size: bool) -> None:
     q, k, v = qkv(11)
     rows = F.pad(torch.arange(11), (0, 1), value=-1).reshape(3, 4)
     keys, values = torch.zeros(2, 2, 12, 3).double(), torch.zeros(2, 2, 12, 3).double()
@@ -35,15 +38,14 @@ def test_given_summaries_are_attended_as_own_ones() -> None:
             weights = (torch.einsum("bhe,bhje->bhj", query, k[:, :, members]) / math.sqrt(3)).softmax(dim=-1)
             keys[:, :, place] = torch.einsum("bhj,bhje->bhe", weights, k[:, :, members])
             values[:, :, place] = torch.einsum("bhj,bhje->bhe", weights, v[:, :, members])
-    for causal in (True, False):
-        given_ones = combiner_attention_with_summaries(q, k, v, keys, values, Rowmajor(4), causal=causal)
-        own = combiner_attention(q, k, v, Rowmajor(4), causal=causal)
-        assert_equal(given_ones, own)
-        upstream = torch.randn_like(own)
-        found = torch.autograd.grad(given_ones, (q, k, v), upstream, retain_graph=True)
-        wanted = torch.autograd.grad(own, (q, k, v), upstream)
-        for gradient, expected in zip(found, wanted, strict=True):
-            assert_equal(gradient, expected)
+    given_ones = combiner_attention_with_summaries(q, k, v, keys, values, Rowmajor(4), causal=causal, log_size=log_size)
+    own = combiner_attention(q, k, v, Rowmajor(4), causal=causal, summarize=Summarize(log_size=log_size))
+    assert_equal(given_ones, own)
+    upstream = torch.randn_like(own)
+    found = torch.autograd.grad(given_ones, (q, k, v), upstream)
+    wanted = torch.autograd.grad(own, (q, k, v), upstream)
+    for gradient, expected in zip(found, wanted, strict=True):
+        assert_equal(gradient, expected)
 
 
 @pytest.mark.parametrize("plan", [Fixed(64), Logsparse(), Vertical(16), Horizontal(16), Rowmajor(16)], ids=repr)
