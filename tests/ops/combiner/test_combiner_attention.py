@@ -207,17 +207,17 @@ def test_the_result_of_a_prefix_is_the_prefix_of_the_result(plan: Plan, length: 
 @given(plan=PLANS.filter(lambda plan: plan.bidirectional), length=st.integers(1, 30), padding=st.integers(1, 30))
 def test_right_padding_changes_nothing_and_gets_no_gradient(plan: Plan, length: int, padding: int) -> None:
     inputs = qkv(length)
-    padded = [F.pad(x.detach(), (0, 0, 0, padding), value=1e3).requires_grad_() for x in inputs]
+    q, k, v = (F.pad(x.detach(), (0, 0, 0, padding), value=1e3).requires_grad_() for x in inputs)
     valid = (torch.arange(length + padding) < length).expand(2, -1)
     out, alone = (
-        combiner_attention(*padded, plan, causal=False, valid=valid),
+        combiner_attention(q, k, v, plan, causal=False, valid=valid),
         combiner_attention(*inputs, plan, causal=False),
     )
     assert_equal(out[:, :, :length], alone)
     assert not out[:, :, length:].any()
     upstream = torch.randn_like(out)
     wanted = torch.autograd.grad(alone, inputs, upstream[:, :, :length])
-    for gradient, expected in zip(torch.autograd.grad(out, padded, upstream), wanted, strict=True):
+    for gradient, expected in zip(torch.autograd.grad(out, (q, k, v), upstream), wanted, strict=True):
         assert_equal(gradient[:, :, :length], expected)
         assert not gradient[:, :, length:].any()
 
