@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.interface import Dims, MixerConfig, Traits
+from subquad.interface import Comparison, Dims, MixerConfig, Traits
 from subquad.layers.combiner_stream import CombinerState, empty_stream, extend, known, left
 from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, projection_cost
 from subquad.layers.row_summary import RowSummary
@@ -119,6 +119,12 @@ class CombinerConfig(MixerConfig):
         """Whether regions get their keys by projections."""
         return self.row_summary in ("proj", "wsum_proj")
 
+    def comparison(self, dims: Dims, length: int) -> Comparison:
+        """Nothing is left out, but what is learned is random."""
+        del dims, length
+        learned = self.projects_rows or self.activation == "deepset"
+        return Comparison(self, note="What summarises regions is random until it is trained." if learned else "")
+
     def plans(self) -> tuple[Plan, ...]:
         """The plan, or those whose mean is taken."""
         if self.plan == "mixture" and self.mixture == "mean":
@@ -150,9 +156,8 @@ class CombinerConfig(MixerConfig):
         plans, total = self.plans(), projection_cost(dims, length, dtype_bytes)
         inner, heads = dims.inner_dim, dims.num_heads
         sums = max(4, dtype_bytes) * heads * length
-        kept = sum(plan.merged for plan in plans) * sums + (
-            dtype_bytes * length * inner * len(plans) if len(plans) > 1 else 0
-        )
+        results = dtype_bytes * length * inner * len(plans) if len(plans) > 1 else 0
+        kept = sum(plan.merged for plan in plans) * sums + results
         weights = 2 * dims.head_dim**2 if self.activation == "deepset" else 0
         products = 3 if self.row_summary == "wsum" else 0 if self.projects_rows else 2  # scores, averages
         flops = 0
@@ -259,10 +264,8 @@ class Combiner(HeadMixer):
 
     @property
     def _summarize(self) -> Summarize:
-        config = self.config
-        return Summarize(
-            config.pooling, config.activation, self.query_features, self.key_features, config.log_size_bias
-        )
+        config, weights = self.config, (self.query_features, self.key_features)
+        return Summarize(config.pooling, config.activation, *weights, config.log_size_bias)
 
     def _by_plans(self, heads: Heads) -> Tensor:
         config, dims = self.config, self.dims

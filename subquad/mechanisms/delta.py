@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
-from subquad.interface import Dims, MixerConfig, Traits
+from subquad.interface import Comparison, Dims, MixerConfig, Traits
 from subquad.layers.convolved import Channels, ConvolvedMixer, activate, check_kernel, convolution_cost
 from subquad.layers.heads import initialise_projection
 from subquad.layers.projection import Projection
@@ -96,6 +96,12 @@ class DeltaConfig(MixerConfig):
             gate=self.gated,
             chunk=self.chunk,
         )
+
+    def comparison(self, dims: Dims, length: int) -> Comparison:
+        """Nothing is left out, but what is learned is random."""
+        del dims, length
+        convolves, sets = "convolves tokens and " if self.kernel else "", "β, α and the gate" if self.gated else "β"
+        return Comparison(self, note=f"What {convolves}sets {sets} is random until it is trained.")
 
     def build(self, dims: Dims) -> Delta:
         """The module."""

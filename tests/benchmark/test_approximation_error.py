@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -176,11 +176,39 @@ def test_the_convolution_of_nystromformer_is_left_out() -> None:
         approximation_errors(mixer_config("nystromformer"), [given], sweeps={"kernel": [3]}, causal=False)
 
 
-def test_what_is_random_until_it_is_trained_is_said() -> None:
+RANDOM: list[tuple[str, dict[str, Any], bool]] = [
+    ("linformer", {}, False),
+    ("linformer", {"compression": "convolution"}, False),
+    ("sinkhorn", {}, False),
+    ("combiner", {"plan": "rowmajor"}, True),
+    ("combiner", {"plan": "rowmajor", "row_summary": "wsum_proj"}, False),
+    ("combiner", {"activation": "deepset"}, True),
+    ("delta", {}, True),
+    ("delta", {"kernel": 0, "gated": True}, True),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "causal"), RANDOM, ids=str)
+def test_what_is_random_until_it_is_trained_is_said(name: str, options: dict[str, Any], causal: bool) -> None:
     given = random_qkv(20, num_heads=2, head_dim=8, scale=0.5)
-    for name, options in (("linformer", {}), ("linformer", {"compression": "convolution"}), ("sinkhorn", {})):
-        points = approximation_errors(mixer_config(name, **options), [given], sweeps={}, causal=False)
-        assert all("random until it is trained" in point.note for point in points)
+    (point,) = approximation_errors(mixer_config(name, **options), [given], sweeps={}, causal=causal)
+    assert "random until it is trained" in point.note
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("linformer", {"compression": "mean"}),
+        ("combiner", {}),
+        ("combiner", {"activation": "relu"}),
+        ("combiner", {"plan": "rowmajor", "row_summary": "wsum"}),
+    ],
+    ids=str,
+)
+def test_where_nothing_is_random_nothing_is_said(name: str, options: dict[str, Any]) -> None:
+    given = random_qkv(20, num_heads=2, head_dim=8, scale=0.5)
+    (point,) = approximation_errors(mixer_config(name, **options), [given], sweeps={}, causal=False)
+    assert point.note == ""
 
 
 def test_an_option_to_turn_is_a_whole_number_that_costs(shrunk: MixerConfig) -> None:
