@@ -122,7 +122,9 @@ class ConvolvedMixer(RecurrentMixer):
         return out, ConvolvedState(after.length, after.matrix, _newest(before.recent, qkv, mask.valid))
 
     def _channels(self, qkv: tuple[Tensor, Tensor, Tensor], before: ConvolvedState | None) -> list[Channels]:
-        taps = [None] * 3 if self.taps is None else self.taps.split(self.channels, dim=1)
+        if self.taps is None:
+            return [Channels(x, None, None) for x in qkv]
+        taps = self.taps.split(self.channels, dim=1)
         past = [None] * 3 if before is None else before.recent.split(self.channels, dim=2)
         return [Channels(*own) for own in zip(qkv, taps, past, strict=True)]
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from comparison import assert_same_values_and_gradients, is_valid
+from comparison import assert_same_values_and_gradients, is_valid, streamed
 from torch import Tensor
 
 from subquad import Mask
@@ -67,15 +67,12 @@ def assert_equals_recurrence(mixer: Mixer, recur: Recur[Mixer], length: int, mas
     assert_same_values_and_gradients(mixer, lambda: mixer(x, mask=mask).y, definition, [x])
 
 
-def assert_stream_goes_on(mixer: RecurrentMixer, cut: int, mask: Mask | None) -> None:
-    """Nine tokens in three calls, padding anywhere, give what one call gives."""
-    x, state, pieces = torch.randn(2, 9, 6, dtype=torch.float64), mixer.init_state(2), []
-    for part in (slice(0, 1), slice(1, cut), slice(cut, 9)):
-        if part.start < part.stop:
-            own = None if mask is None or mask.valid is None else Mask(mask.valid[:, part])
-            y, state, _ = mixer(x[:, part], mask=own, state=state)
-            pieces.append(y)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), mixer(x, mask=mask).y, rtol=1e-10, atol=1e-10)
+def assert_streams_like_the_whole(mixer: RecurrentMixer, pieces: list[int], mask: Mask | None) -> None:
+    """Values, and all gradients, which flow through the states from call to call."""
+    x = torch.randn(2, sum(pieces), 6, dtype=torch.float64, requires_grad=True)
+    assert_same_values_and_gradients(
+        mixer, lambda: streamed(mixer, x, mask, pieces), lambda: mixer(x, mask=mask).y, [x]
+    )
 
 
 def swish(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from recurrences import (
     assert_claims_hold,
     assert_equals_recurrence,
-    assert_stream_goes_on,
+    assert_streams_like_the_whole,
     convolved,
     in_heads,
     recurrent,
@@ -30,6 +30,11 @@ from subquad.layers.recurrent import NORM_EPSILON
 from subquad.mechanisms.delta import Delta
 
 LENGTHS = st.sampled_from([1, 2, 3, 5, 9, 13])
+OPTIONS: list[dict[str, Any]] = [
+    *({"gated": gated, "kernel": kernel} for gated, kernel in product((False, True), (0, 1, 4))),
+    {"kernel": 0, "negative_eigenvalues": True},
+    {"gated": True, "kernel": 2, "key_expansion": 0.5, "value_expansion": 2.0},
+]
 
 
 def delta(**options: Any) -> Delta:
@@ -56,28 +61,21 @@ def recur(mixer: Delta, x: Tensor) -> Tensor:
     return torch.stack(out)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"gated": True},
-        {"kernel": 0, "negative_eigenvalues": True},
-        {"gated": True, "kernel": 2, "key_expansion": 0.5, "value_expansion": 2.0},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @given(length=LENGTHS, data=st.data())
 def test_it_equals_the_recurrence(options: dict[str, Any], length: int, data: st.DataObject) -> None:
     mask = data.draw(masks(2, length, segments=False))
     assert_equals_recurrence(delta(chunk=4, **options), recur, length, mask)
 
 
-@pytest.mark.parametrize(("gated", "kernel"), list(product([False, True], [0, 1, 4])))
-@given(cut=st.integers(1, 8), data=st.data())
-def test_a_stream_with_padding_anywhere_goes_on(gated: bool, kernel: int, cut: int, data: st.DataObject) -> None:
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@given(pieces=st.lists(st.integers(1, 5), min_size=1, max_size=4), data=st.data())
+def test_a_stream_with_padding_anywhere_goes_on(
+    options: dict[str, Any], pieces: list[int], data: st.DataObject
+) -> None:
     """What the convolution still sees is the last real tokens, in however small pieces they come."""
-    mask = data.draw(masks(2, 9, segments=False))
-    assert_stream_goes_on(delta(gated=gated, kernel=kernel), cut, mask)
+    mask = data.draw(masks(2, sum(pieces), segments=False))
+    assert_streams_like_the_whole(delta(chunk=4, **options), pieces, mask)
 
 
 def test_the_state_holds_the_last_inputs_of_the_convolution() -> None:

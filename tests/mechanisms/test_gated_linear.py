@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from recurrences import (
     assert_claims_hold,
     assert_equals_recurrence,
-    assert_stream_goes_on,
+    assert_streams_like_the_whole,
     convolved,
     in_heads,
     recurrent,
@@ -25,6 +25,13 @@ from subquad.layers.convolved import ConvolvedState
 from subquad.mechanisms.gated_linear import GatedLinear
 
 LENGTHS = st.sampled_from([1, 2, 3, 5, 9, 13])
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"norm": "layer", "gate": False, "key_expansion": 1.0, "value_expansion": 1.5},
+    {"temperature": 0.05, "rank": 1},
+    {"kernel": 4},
+    {"kernel": 1, "gate": False, "value_expansion": 1.5},
+]
 
 
 def gated_linear(**options: Any) -> GatedLinear:
@@ -46,28 +53,11 @@ def recur(mixer: GatedLinear, x: Tensor) -> Tensor:
     return torch.stack(out)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"norm": "layer", "gate": False, "key_expansion": 1.0, "value_expansion": 1.5},
-        {"temperature": 0.05, "rank": 1},
-        {"kernel": 4},
-        {"kernel": 1, "gate": False, "value_expansion": 1.5},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @given(length=LENGTHS, data=st.data())
 def test_it_equals_the_recurrence(options: dict[str, Any], length: int, data: st.DataObject) -> None:
     mask = data.draw(masks(2, length, segments=False))
     assert_equals_recurrence(gated_linear(chunk=4, **options), recur, length, mask)
-
-
-@pytest.mark.parametrize("kernel", [0, 1, 4])
-@given(cut=st.integers(1, 8), data=st.data())
-def test_a_stream_with_padding_anywhere_goes_on(kernel: int, cut: int, data: st.DataObject) -> None:
-    """What the convolution still sees is the last real tokens, in however small pieces they come."""
-    assert_stream_goes_on(gated_linear(kernel=kernel), cut, data.draw(masks(2, 9, segments=False)))
 
 
 def test_the_state_holds_the_last_inputs_of_the_convolution() -> None:
@@ -76,6 +66,13 @@ def test_the_state_holds_the_last_inputs_of_the_convolution() -> None:
     assert isinstance(state, ConvolvedState)
     inputs = torch.cat((mixer.project_query(x), mixer.project_key(x), mixer.project_value(x)), dim=2)
     assert torch.equal(state.recent, inputs[:, 3:])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@given(pieces=st.lists(st.integers(1, 5), min_size=1, max_size=4), data=st.data())
+def test_a_stream_in_pieces_equals_the_whole(options: dict[str, Any], pieces: list[int], data: st.DataObject) -> None:
+    mask = data.draw(masks(2, sum(pieces), segments=False))
+    assert_streams_like_the_whole(gated_linear(chunk=4, **options), pieces, mask)
 
 
 def test_a_closed_gate_forgets_everything_but_the_token() -> None:

@@ -16,6 +16,7 @@ from comparison import (
     is_valid,
     masks,
     qkv,
+    streamed,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,6 +89,17 @@ def test_it_equals_the_definition(causal: bool, kernel: str, length: int, data: 
         x = (0.3 * x).detach().requires_grad_()
     assert_same_values_and_gradients(
         mixer, lambda: mixer(x, mask=mask).y, lambda: definition(mixer, x, x, mask, mask), [x]
+    )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@given(pieces=st.lists(st.integers(1, 6), min_size=1, max_size=4), data=st.data())
+def test_a_stream_in_pieces_equals_the_definition(kernel: str, pieces: list[int], data: st.DataObject) -> None:
+    mixer, mask = performer(causal=True, kernel=kernel), data.draw(masks(2, sum(pieces), segments=False))
+    x = torch.randn(2, sum(pieces), 4, dtype=torch.float64)
+    x = (0.3 * x if kernel == "trigonometric" else x).requires_grad_()  # whose weights may nearly cancel
+    assert_same_values_and_gradients(
+        mixer, lambda: streamed(mixer, x, mask, pieces), lambda: definition(mixer, x, x, mask, mask), [x]
     )
 
 

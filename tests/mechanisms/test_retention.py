@@ -9,7 +9,7 @@ import torch
 from comparison import masks
 from hypothesis import given
 from hypothesis import strategies as st
-from recurrences import assert_claims_hold, assert_equals_recurrence, in_heads, recurrent
+from recurrences import assert_claims_hold, assert_equals_recurrence, assert_streams_like_the_whole, in_heads, recurrent
 from torch import Tensor
 
 from subquad.build import build_mixer, cost
@@ -17,6 +17,11 @@ from subquad.layers.recurrent import RecurrentState
 from subquad.mechanisms.retention import Retention
 
 LENGTHS = st.sampled_from([1, 2, 3, 5, 9, 13])
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"rotation": False, "norm": "rms", "gate": False, "value_expansion": 1},
+    {"decays": (0.5, 1.0), "value_expansion": 3},
+]
 
 
 def retention(**options: Any) -> Retention:
@@ -48,19 +53,18 @@ def parallel(mixer: Retention, x: Tensor) -> Tensor:
     return torch.einsum("hij,jhe->ihe", scores * decay / mixer.dims.head_dim**0.5, v)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"rotation": False, "norm": "rms", "gate": False, "value_expansion": 1},
-        {"decays": (0.5, 1.0), "value_expansion": 3},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @given(length=LENGTHS, data=st.data())
 def test_it_equals_the_parallel_form(options: dict[str, Any], length: int, data: st.DataObject) -> None:
     mask = data.draw(masks(2, length, segments=False))
     assert_equals_recurrence(retention(chunk=4, **options), parallel, length, mask)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@given(pieces=st.lists(st.integers(1, 5), min_size=1, max_size=4), data=st.data())
+def test_a_stream_in_pieces_equals_the_whole(options: dict[str, Any], pieces: list[int], data: st.DataObject) -> None:
+    mask = data.draw(masks(2, sum(pieces), segments=False))
+    assert_streams_like_the_whole(retention(chunk=4, **options), pieces, mask)
 
 
 def test_the_state_is_the_faded_sum_of_keys_and_values() -> None:

@@ -106,9 +106,10 @@ def test_a_stream_equals_the_definition_over_the_whole(
     length = sum(pieces)
     mixer = synthesizer(components, causal=True, max_length=20)
     mask = data.draw(masks(2, length, segments=False))
-    x = torch.randn(2, length, 4, dtype=torch.float64)
-    y = streamed(mixer, x, mask, pieces)
-    torch.testing.assert_close(y, definition(mixer, x, mask), rtol=1e-10, atol=1e-10)
+    x = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
+    assert_same_values_and_gradients(
+        mixer, lambda: streamed(mixer, x, mask, pieces), lambda: definition(mixer, x, mask), [x]
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])
