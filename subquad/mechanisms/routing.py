@@ -10,10 +10,10 @@ Roy et al. 2020, "Efficient Content-Based Sparse Attention with Routing Transfor
 
 Cost O(L (C + w) D); with C = L / w clusters, and w = √L, O(L √L D). A query in no cluster gives 0. In training the
 centroids move: by moving averages of the counts and sums of the vectors nearest to each, queries and keys alike. They
-are buffers, saved with the model. A step that the backward pass runs again repeats its choices and moves them once: any
-step of a model; by itself inside `torch.utils.checkpoint`, this layer repeats its latest step alone. The auxiliary loss
-draws vectors to their centroids: β mean |x - μ_c(x)|². State, of the causal form: the last w - 1 keys and values of
-each cluster.
+are buffers, saved with the model, and float32 or wider in a model of any dtype, since their steps are small. A step
+that the backward pass runs again repeats its choices and moves them once: any step of a model; by itself inside
+`torch.utils.checkpoint`, this layer repeats its latest step alone. The auxiliary loss draws vectors to their centroids:
+β mean |x - μ_c(x)|². State, of the causal form: the last w - 1 keys and values of each cluster.
 
 Departures: the official code takes the top w tokens of a causal sequence too, which tells a token which later ones will
 come; the causal form above knows of earlier tokens only. Averages start from one token at each centroid. Relative
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from subquad.costs import Cost, visible_pairs
 from subquad.interface import Comparison, Dims, Mixed, MixerConfig, Traits
 from subquad.layers.heads import HeadMixer, Heads, projection_cost
+from subquad.layers.wide_buffers import WideBuffers
 from subquad.mask import Mask
 from subquad.ops.backward_pass import is_recomputing
 from subquad.ops.clusters.causal_window import cluster_window_attention
@@ -124,7 +125,7 @@ class RoutingConfig(MixerConfig):
         spared = 2 - sets  # projections
         return projection_cost(dims, length, dtype_bytes, kept="v") + Cost(
             flops=2 * inner * (sets * length * self.clusters + 2 * pairs - spared * length * dims.embed_dim),
-            activation_bytes=wide * length * kept + copies + dtype_bytes * sets * self.clusters * inner,
+            activation_bytes=wide * length * kept + copies + wide * sets * self.clusters * inner,
             state_bytes=2 * wide * self.clusters * (self.window - 1) * inner if dims.causal else 0,
             parameters=-spared * inner * (dims.embed_dim + dims.bias),
         )
@@ -146,7 +147,7 @@ class RoutingState(State):
     values: Tensor
 
 
-class Routing(HeadMixer):
+class Routing(WideBuffers, HeadMixer):
     """Attention inside clusters."""
 
     config: RoutingConfig
@@ -160,7 +161,7 @@ class Routing(HeadMixer):
             del self.project_key
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + dims.layer)
         means = torch.randn(dims.num_heads, config.clusters, dims.head_dim, generator=generator, device="cpu")
-        means = standardise(means.to(self.project_query.weight.dtype))
+        means = standardise(means.to(torch.promote_types(self.project_query.weight.dtype, torch.float32)))
         self.register_buffer("means", means)
         self.register_buffer("counts", torch.ones_like(means[..., 0]))
         self.register_buffer("sums", means.clone())

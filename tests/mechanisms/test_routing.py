@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,20 @@ def test_the_update_is_that_of_queries_and_keys_without_padding(causal: bool) ->
                 sums[h, c] += 0.4 * vector.detach()
     torch.testing.assert_close(mixer.counts, counts, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(mixer.sums, sums, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_centroids_of_a_bfloat16_module_follow_as_those_of_a_float32_one(causal: bool) -> None:
+    """One step of the default decay, towards two clouds, is less than bfloat16 can add to a centroid."""
+    narrow, clouds = mixer_with(causal=causal, clusters=2, head_dim=8).bfloat16().train(), torch.randn(2, 1, 4)
+    wide, first = copy.deepcopy(narrow).float(), narrow.means.clone()
+    for _ in range(100):
+        x = (clouds + 0.1 * torch.randn(2, 9, 4)).bfloat16()
+        narrow(x)
+        wide(x.float())
+    assert float((wide.means - first).norm()) > 1
+    for name, buffer in buffers(narrow).items():
+        torch.testing.assert_close(buffer, buffers(wide)[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -39,6 +39,17 @@ def test_a_loaded_model_draws_the_same_random_blocks(tmp_path: Path) -> None:
     assert (other(tokens).logits - model(tokens).logits).abs().max() > 1e-3, "the blocks must matter"
 
 
+def test_centroids_are_saved_and_loaded_wide_in_a_model_of_bfloat16(tmp_path: Path) -> None:
+    model, (tokens, _) = classifier(mixer=small("routing")).bfloat16().train(), batch()
+    model(tokens)
+    model.save_pretrained(tmp_path)
+    loaded = SubquadForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    centroids = dict(model.named_buffers())
+    assert {tensor.dtype for tensor in centroids.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in loaded.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(dict(loaded.named_buffers()), centroids, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("changes", [{"positions": "learned"}, {"positions": "rotary"}, {"pooling": "mean"}])
 def test_other_embeddings_and_poolings_load_too(changes: dict[str, Any], tmp_path: Path) -> None:
     model, (tokens, attention) = classifier(**changes), batch()
