@@ -197,6 +197,17 @@ def test_the_update_is_that_of_queries_and_keys_without_padding(causal: bool) ->
     torch.testing.assert_close(mixer.sums, sums, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_batch_of_padding_alone_leaves_centroids_to_go_on_with(decay: float) -> None:
+    mixer, x = mixer_with(decay=decay).train(), torch.randn(2, 7, 4, dtype=torch.float64)
+    means = mixer.means.clone()
+    mixer(x, mask=Mask(torch.zeros(2, 7, dtype=torch.bool)))
+    torch.testing.assert_close(mixer.means, means, rtol=1e-4, atol=1e-4)  # to the smoothing of counts
+    mixer(x)
+    assert bool(mixer.means.isfinite().all())
+    assert not torch.allclose(mixer.means, means, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_centroids_of_a_bfloat16_module_follow_as_those_of_a_float32_one(causal: bool) -> None:
     """One step of the default decay, towards two clouds, is less than bfloat16 can add to a centroid."""

@@ -4,8 +4,8 @@
     members:   of a centroid, the w vectors with the largest x · μ_c
     update:    n_c <- d n_c + (1 - d) #{x in c},  s_c <- d s_c + (1 - d) Σ_{x in c} x,  μ_c = s_c / ñ_c
 
-with ñ_c = (n_c + ε) / (n + C ε) n, where n = Σ_c n_c, so that an empty cluster divides by no 0. Choices are constants
-to the gradient.
+with ñ_c = (n_c + ε) / (n + C ε) n, where n = Σ_c n_c. A cluster of n_c = 0, which forgets at once (d = 0) and got no
+vector, keeps its μ_c. Choices are constants to the gradient.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def moved(
     sums = decay * sums.to(wide) + (1 - decay) * found_sums
     total = counts.sum(dim=1, keepdim=True)
     smooth = (counts + SMOOTHING) / (total + counts.shape[1] * SMOOTHING) * total
-    return Centroids(*(tensor.to(means.dtype) for tensor in (sums / smooth[..., None], counts, sums)))
+    after = torch.where(counts[..., None] > 0, sums / smooth[..., None], means)
+    return Centroids(*(tensor.to(means.dtype) for tensor in (after, counts, sums)))
 
 
 def commitment(x: Tensor, means: Tensor, labels: list[Tensor], lengths: list[int]) -> Tensor:

@@ -122,6 +122,16 @@ def test_averages_move_by_the_formula() -> None:
     torch.testing.assert_close(after.means[0], after.sums[0] / smooth[:, None], rtol=1e-12, atol=1e-12)
 
 
+def test_centroids_without_vectors_stay_where_nothing_earlier_counts() -> None:
+    means = torch.tensor([[[1.0, 0], [0, 1], [5, 5]]], dtype=torch.float64)
+    before = Centroids(means, torch.ones(1, 3, dtype=torch.float64), means)
+    x = torch.tensor([[[[3.0, 1], [9, 9]]]], dtype=torch.float64)  # of which the last doesn't count
+    after = moved(before, [x], [[torch.tensor([[0, 2]])]], [1], 0.0)
+    assert after.counts.tolist() == [[1, 0, 0]]
+    torch.testing.assert_close(after.means[0, 0], x[0, 0, 0], rtol=1e-4, atol=0)
+    assert torch.equal(after.means[0, 1:], means[0, 1:])
+
+
 def test_repeated_updates_are_k_means() -> None:
     """Three clouds: every centroid ends in the mean of its cloud."""
     centres = torch.eye(3, dtype=torch.float64) * 4
