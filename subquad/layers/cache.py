@@ -60,7 +60,7 @@ def store_keys(
     columns = token_positions(replace(mask, segments=None), batch_size, length, device=k.device, start=state.length)
     segments = continue_segments(owner, _last_segment(state), state.length, mask, length)
     new_length = state.length + (length if mask.valid is None else mask.valid.sum(dim=1))
-    capacity = stored + length if mask.valid is None else max(stored, int(new_length.max()))
+    capacity = stored + length if mask.valid is None else max([stored, *new_length.tolist()])
     targets = columns if mask.valid is None else columns.masked_fill(~mask.valid, capacity)
     cache = KeyValueCache(
         new_length,

@@ -129,10 +129,10 @@ class Topk(HeadMixer):
         segments: Tensor | None,
         key_segments: Tensor | None,
     ) -> Tensor:
-        if self.config.fraction is not None and valid is not None:  # each example keeps its own number
+        if self.config.fraction is not None and valid is not None and len(valid):  # each example keeps its own number
             examples = zip(q.split(1), k.split(1), v.split(1), valid.split(1), valid.sum(dim=1).tolist(), strict=True)
             parts = [topk_attention(*qkv, valid=own, top_k=self.config.kept(count)) for *qkv, own, count in examples]
-            return torch.cat(parts) if parts else torch.zeros_like(q)
+            return torch.cat(parts)
         return topk_attention(
             q,
             k,

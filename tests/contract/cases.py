@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 from subquad.benchmark.probe_subject import Subject, miniature, small_subject
@@ -53,3 +54,13 @@ def _accepts(config: MixerConfig, dims: Dims) -> bool:
 def forms(name: str) -> list[Dims]:
     """`WIDE_HEADS` in every form of a mechanism."""
     return offered_forms(small_config(name), WIDE_HEADS)
+
+
+def accepted_forms(config: MixerConfig) -> list[Dims]:
+    """`WIDE_HEADS` in every form that these options go with: an even kernel, say, is causal alone."""
+    found = []
+    for dims in offered_forms(config, WIDE_HEADS):
+        with suppress(ValueError):
+            config.check(dims)
+            found.append(dims)
+    return found

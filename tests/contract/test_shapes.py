@@ -7,18 +7,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import form_of, forms, small_config
+from cases import accepted_forms, form_of, forms, small_config
 from hypothesis import given
 from hypothesis import strategies as st
+from test_option_cost import CONFIGS
 from torch import Tensor
 
 from subquad import Mask
 from subquad.benchmark.probe_numerics import excess_error, moved_inputs
 from subquad.benchmark.probe_subject import Inputs, call
 from subquad.build import build_from_config, list_mixers
-from subquad.interface import Dims
+from subquad.interface import Dims, MixerConfig
 
 CASES = [pytest.param(name, dims, id=f"{name}-{form_of(dims)}") for name in list_mixers() for dims in forms(name)]
+CASES_OF_OPTIONS = [
+    pytest.param(config, dims, id=f"{config!r}-{form_of(dims)}")
+    for config in (*map(small_config, list_mixers()), *CONFIGS)
+    for dims in accepted_forms(config)
+]
 LENGTHS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 31, 32, 33, 70])
 
 
@@ -66,18 +72,22 @@ def test_any_shape_and_padding_is_served(
     assert all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
 
-@pytest.mark.parametrize(("name", "dims"), CASES)
-def test_an_empty_batch_gives_an_empty_batch(name: str, dims: Dims) -> None:
-    mixer = build_from_config(small_config(name), dims)
-    x = torch.randn(0, 9, dims.embed_dim)
-    context = x if dims.cross else None
-    assert mixer(x, context).y.shape == (0, 9, dims.embed_dim)
-    if not mixer.config.traits.state or not (dims.causal or dims.cross):
-        return
-    y, state, _ = mixer(x, context, state=mixer.init_state(0))
-    assert y.shape == (0, 9, dims.embed_dim)
-    assert state is not None
-    assert mixer(x, state=state).y.shape == (0, 9, dims.embed_dim)
+@pytest.mark.parametrize(("config", "dims"), CASES_OF_OPTIONS)
+def test_an_empty_batch_gives_an_empty_batch_and_no_gradients(config: MixerConfig, dims: Dims) -> None:
+    mixer = build_from_config(config, dims)
+    for mask in (None, Mask(torch.ones(0, 9, dtype=torch.bool)))[: 2 if config.traits.padding else 1]:
+        x = torch.randn(0, 9, dims.embed_dim, requires_grad=True)
+        context, context_mask = (x, mask) if dims.cross else (None, None)
+        mixed = [mixer(x, context, mask=mask, context_mask=context_mask)]
+        if config.traits.state and (dims.causal or dims.cross):
+            mixed.append(mixer(x, context, mask=mask, context_mask=context_mask, state=mixer.init_state(0)))
+            mixed.append(mixer(x, mask=mask, state=mixed[-1].state))
+        assert all(y.shape == x.shape for y, _, _ in mixed)
+        losses = [y.sum() + (0 if aux_loss is None else aux_loss) for y, _, aux_loss in mixed]
+        torch.stack(losses).sum().backward()
+        assert x.grad is not None
+        assert not any(bool(parameter.grad.any()) for parameter in mixer.parameters() if parameter.grad is not None)
+        assert all(bool(buffer.isfinite().all()) for buffer in mixer.buffers())
 
 
 @pytest.mark.parametrize(("name", "dims"), CASES)

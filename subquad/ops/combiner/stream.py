@@ -146,7 +146,7 @@ class Sights:
         nothing = kept.k.new_zeros(*kept.k.shape[:2], 1, kept.k.shape[3])
         found = [Summaries(torch.full_like(kept.first[:, None], NO_REGION), nothing, nothing)]
         for index, regions in wanted:
-            for some in regions.split(self._height(kept, regions, index), dim=1) if regions.shape[1] else ():
+            for some in regions.split(self._height(kept, regions, index), dim=1) if regions.numel() else ():
                 args = (self.kinds[index], kept, some, summarizer)
                 keys, values = checkpoint(_summarise, *args, use_reentrant=False, preserve_rng_state=True)  # pyright: ignore[reportGeneralTypeIssues] - checkpoint has no types
                 found.append(Summaries(self.number(index, some), keys, values))

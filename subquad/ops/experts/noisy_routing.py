@@ -62,6 +62,6 @@ def _loss(logits: Tensor, noisy: Tensor, *, top_k: int, valid: Tensor | None) ->
         used = tuple(x.masked_fill(~valid[..., None], 0.0) for x in used)
     sums = torch.stack([x.sum(dim=1) for x in used])  # (2, G, X)
     mean = sums.mean(dim=-1, keepdim=True)
-    variations = (sums / torch.where(mean > 0, mean, 1.0)).var(dim=-1, correction=0)
+    variations = ((sums - mean) / torch.where(mean > 0, mean, 1.0)).square().mean(dim=-1)
     items = valid.sum(dim=1) if valid is not None else torch.full_like(sums[0, :, 0], logits.shape[1])
     return variations.sum() / (2 * (items > 0).sum().clamp_min(1))

@@ -68,7 +68,7 @@ def sorted_block_attention_by_blocks(
             tokens = (k[b, :, own], v[b, :, own]), (other_k, other_v)
             rows.append(attend_block(q[b, :, own], *tokens, seen, form.combine))
         examples.append(torch.cat([*rows, torch.zeros_like(q[b, :, length:])], dim=1))
-    return torch.stack(examples)
+    return torch.stack(examples) if examples else torch.zeros_like(q)
 
 
 def _sort(x: Tensor, matrix: Tensor, block: int) -> Tensor:
@@ -169,8 +169,8 @@ def sorted_cut_attention(
 
 def _sort_examples(x: Tensor, matrices: list[Tensor], block: int, lengths: list[int], tokens: list[int]) -> Tensor:
     """The first `tokens` of each example's sorted x (B, H, L, E), zeros behind them where others have more."""
-    most, found = max(tokens), []
+    most, found = max(tokens, default=0), []
     for example, matrix, length, count in zip(x, matrices, lengths, tokens, strict=True):
         kept = _sort(example[:, :length], matrix, block).flatten(1, 2)[:, :count]
         found.append(F.pad(kept, (0, 0, 0, most - count)))
-    return torch.stack(found)
+    return torch.stack(found) if found else x[:, :, :most]

@@ -193,7 +193,9 @@ class FusedSortedBlocks(torch.autograd.Function):
             for null_grad, own in zip(null_grads, of_null, strict=False):  # without a null key there are no gradients
                 if null_grad is not None:
                     null_grad[h] += own
-        of_factors = torch.autograd.grad(matrices, factors, matrix_grads)
+        of_factors = torch.autograd.grad(  # of an empty batch there is no matrix that uses them
+            matrices, factors, matrix_grads, allow_unused=True, materialize_grads=True
+        )
         narrow = [None if grad is None else grad.to(q.dtype) for grad in (*grads, *null_grads)]
         return *narrow[:3], *of_factors, *narrow[3:], None, None
 
