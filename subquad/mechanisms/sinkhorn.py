@@ -76,8 +76,11 @@ class SinkhornConfig(MixerConfig):
         super().__post_init__()
         if self.block < 1:
             raise ValueError(f"sinkhorn: block counts the tokens of a block and must be at least 1; got {self.block}")
-        if self.iterations < 0:
-            raise ValueError(f"sinkhorn: iterations must not be negative, got {self.iterations}")
+        if self.iterations < 1:
+            raise ValueError(
+                "sinkhorn: iterations counts normalisations of the sorting matrix and must be at least 1; "
+                f"got {self.iterations}"
+            )
         if not self.temperature > 0:
             raise ValueError(f"sinkhorn: temperature must be greater than 0, got {self.temperature}")
         if self.sort_cut is not None and self.sort_cut < 1:
