@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +17,7 @@ from subquad.ops import onednn
 from subquad.ops.features import slices, sums
 from subquad.ops.features.attention import linear_attention, linear_attention_by_pairs
 from subquad.ops.features.causal import Settings, causal_sums, segments
-from subquad.ops.features.maps import FeatureMap, PositiveRandom, Ready
+from subquad.ops.features.maps import FeatureMap, HyperbolicRandom, PositiveRandom, Ready, ReluRandom
 from subquad.ops.features.random_features import positive_features
 from subquad.ops.features.slices import SLICE_TOKENS
 from subquad.ops.features.sums import Sums, read_sums, sum_keys
@@ -130,6 +133,22 @@ def test_little_more_is_kept_than_queries_keys_values_and_result(causal: bool, l
     q, k, v = (torch.rand(1, 4, length, 64).requires_grad_() for _ in range(3))
     kept = saved_bytes(lambda: linear_attention(q, k, v, causal=causal), [])
     assert kept <= 1.1 * 4 * q.nbytes
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("make", [PositiveRandom, HyperbolicRandom, partial(ReluRandom, epsilon=1e-3)])
+def test_of_random_features_not_much_more_is_kept_either(make: Callable[..., FeatureMap], causal: bool) -> None:
+    """All features of queries and keys alone would be two to four times the four tensors."""
+    directions, length = torch.randn(256, 64), 2048
+    feature_map = make(directions, 64**-0.5)
+    q, k, v = (torch.rand(1, 4, length, 64).requires_grad_() for _ in range(3))
+
+    def attend() -> Tensor:
+        if causal:
+            return causal_sums(q, k, v, None, Settings(feature_map, 0.0, 64))[0]
+        return read_sums(q, sum_keys(k, v, feature_map), feature_map, epsilon=0.0)
+
+    assert saved_bytes(attend, [directions]) <= 1.5 * 4 * q.nbytes
 
 
 @pytest.mark.parametrize("causal", [False, True])
