@@ -186,7 +186,10 @@ def test_sizes_out_of_range_are_refused(options: dict[str, Any], message: str) -
 
 
 def test_blocks_may_go_with_a_window_that_they_do_not_use() -> None:
-    build_mixer("local", embed_dim=4, num_heads=2, kind="block", window=4)
+    mixer, other = (local(kind="block", block=3, window=window) for window in (3, 4))
+    x = torch.randn(2, 8, 4, dtype=torch.float64)
+    other.load_state_dict(mixer.state_dict())
+    assert torch.equal(other(x).y, mixer(x).y)
 
 
 def test_the_state_holds_the_newest_tokens_in_its_last_columns() -> None:

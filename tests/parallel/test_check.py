@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from subquad.models import SubquadConfig, SubquadForCausalLM, SubquadModel
-from subquad.parallel.check import check_model
+from subquad.parallel.check import blocks_of, check_model, dense_mixers_of, experts_of
 from subquad.parallel.grid import Grid
 
 
@@ -72,7 +72,9 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], grid: Grid, messa
 @pytest.mark.parametrize("mixer", ["full", "sparse_transformer", "reformer", "gmlp"])
 def test_without_rows_of_several_every_kind_of_mixer_fits(mixer: str) -> None:
     experts = {"name": "switch", "experts": 6}
-    check_model(model(mixer=mixer, feedforward=None if mixer == "gmlp" else experts), Grid(3))
+    whole = model(mixer=mixer, feedforward=None if mixer == "gmlp" else experts)
+    check_model(whole, Grid(3))
+    assert [len(experts_of(block)) for block in blocks_of(whole)] == [0 if mixer == "gmlp" else 1] * 2
 
 
 def test_a_model_of_others_is_refused() -> None:
@@ -82,4 +84,6 @@ def test_a_model_of_others_is_refused() -> None:
 
 def test_a_language_model_fits() -> None:
     config = SubquadConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    check_model(SubquadForCausalLM(config), Grid(3, 2))
+    whole = SubquadForCausalLM(config)
+    check_model(whole, Grid(3, 2))
+    assert [len(dense_mixers_of(block)) for block in blocks_of(whole)] == [2]

@@ -39,7 +39,9 @@ def test_the_newest_by_step_is_found_and_other_folders_are_not(tmp_path: Path) -
 
 
 def test_a_whole_checkpoint_passes(tmp_path: Path) -> None:
-    check_checkpoint(write_checkpoint(tmp_path, 1))
+    checkpoint = write_checkpoint(tmp_path, 1)
+    check_checkpoint(checkpoint)
+    assert last_complete_checkpoint(tmp_path) == checkpoint
 
 
 @pytest.mark.parametrize("name", FILES)
