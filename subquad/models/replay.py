@@ -5,12 +5,18 @@ everything else has run. All that decides the result beside the input is therefo
 
     random numbers   the generators of the CPU and of the input's device start where they started
     buffers          a call that changes buffers (features drawn anew, running centroids) finds what it found
-    choices          indices that torch computes from real numbers (argmax, topk, sort: buckets, experts, kept keys)
-                     are those of the first run, since rounding may turn a tie; so is what goes through `chosen`
+    choices          indices that torch computes from real numbers (argmax, topk, sort: buckets, experts) are those of
+                     the first run, since rounding may turn a tie; so is what goes through `chosen` (kept keys, members)
     autocast         as it was, without its cache: a weight narrowed without a graph must not serve a run with one
 
-Indices are kept in the narrowest integers that hold them. A comparison of real numbers is made again, unless its result
-goes through `chosen`; what a call keeps outside of buffers is its own affair, and its receipts are left once.
+Indices are kept in the narrowest integers that hold them, one byte each among at most 256 candidates, two among 32,768;
+of a choice in many steps those alone that come out at the end. So memory grows with the number of calls by what can't
+be computed again: 5,056 bytes of the CPU's generator, the buffers that a call changes, and its choices. These are, for
+every query of a head: of `topk` top_k indices and whether there is a tie; of `routing` C w / L members and a label, for
+queries and for keys, and causal a label alone; of `reformer` a bucket for each round.
+
+A comparison of real numbers is made again, unless its result goes through `chosen`; what a call keeps outside of
+buffers is its own affair, and its receipts are left once.
 """
 
 from __future__ import annotations
@@ -30,8 +36,8 @@ from subquad.receipt import muted_receipts
 
 _CHOOSING = ("argmax", "argmin", "argsort", "multinomial")
 """Functions that return indices."""
-_ORDERING = {"sort": 1, "max": 1, "min": 1, "topk": 2, "kthvalue": 2}
-"""Functions that return values and their indices, and where among their arguments the dimension stands."""
+_DIMENSIONS = {"argmax": 1, "argmin": 1, "argsort": 1, "sort": 1, "max": 1, "min": 1, "topk": 2, "kthvalue": 2}
+"""Where among the arguments of a function the dimension stands; those not named above return values and indices."""
 
 
 def _of_torch(name: str) -> tuple[Callable[..., Any], ...]:
@@ -39,7 +45,7 @@ def _of_torch(name: str) -> tuple[Callable[..., Any], ...]:
 
 
 _INDEX_FUNCTIONS = {function for name in _CHOOSING for function in _of_torch(name)}
-_DIMENSION_PLACES = {function: place for name, place in _ORDERING.items() for function in _of_torch(name)}
+_DIMENSION_PLACES = {function: place for name, place in _DIMENSIONS.items() for function in _of_torch(name)}
 
 
 class Replay:
@@ -122,11 +128,11 @@ class _Recording(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func is chosen:
-            self._choices.append(result)
+            self._choices += [_narrowed(choice, below) for choice, below in zip(result, kwargs["below"], strict=True)]
             return result
         indices = _indices(func, result, args, kwargs)
         if indices is not None:
-            self._choices.append(_narrowed(indices, _source(args, kwargs)))
+            self._choices.append(_narrowed(indices, _candidates(func, indices, args, kwargs)))
         return result
 
 
@@ -142,9 +148,9 @@ class _Replaying(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         if func is chosen:
-            return self._next(func)
+            return tuple(_widened(self._next(func)) for _ in kwargs["below"])
+        result = func(*args, **kwargs)
         if _indices(func, result, args, kwargs) is None:
             return result
         indices = self._next(func).long()
@@ -182,17 +188,34 @@ def _indices(func: Callable[..., Any], result: Any, args: tuple[Any, ...], kwarg
     return indices if _source(args, kwargs).is_floating_point() else None
 
 
+def _dimension(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The dimension along which a function compares, the last where it isn't told."""
+    place = _DIMENSION_PLACES.get(func, len(args))
+    return args[place] if len(args) > place else kwargs.get("dim", -1)
+
+
 def _taken(func: Callable[..., Any], indices: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The values at these indices."""
-    source, place = _source(args, kwargs), _DIMENSION_PLACES[func]
-    dim = args[place] if len(args) > place else kwargs.get("dim", -1)
+    source, dim = _source(args, kwargs), _dimension(func, args, kwargs)
     if indices.ndim == source.ndim:
         return source.gather(dim, indices)
     return source.gather(dim, indices.unsqueeze(dim)).squeeze(dim)
 
 
-def _narrowed(indices: Tensor, source: Tensor) -> Tensor:
-    """The indices in the narrowest integers that hold any index into `source`."""
-    bound = source.numel() if indices.numel() == 1 else max(source.shape)
-    fitting = (dtype for dtype in (torch.uint8, torch.int16, torch.int32) if bound <= torch.iinfo(dtype).max)
-    return indices.to(next(fitting, torch.int64))
+def _candidates(func: Callable[..., Any], indices: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Among how many numbers an index chooses, at most: a single index may be one into all."""
+    source = _source(args, kwargs)
+    return source.numel() if indices.numel() == 1 else source.shape[_dimension(func, args, kwargs)]
+
+
+def _narrowed(choice: Tensor, below: int) -> Tensor:
+    """The choice in the narrowest integers that hold all below this bound; bool as it is."""
+    if choice.dtype == torch.bool:
+        return choice
+    fitting = (dtype for dtype in (torch.uint8, torch.int16, torch.int32) if below - 1 <= torch.iinfo(dtype).max)
+    return choice.to(next(fitting, torch.int64))
+
+
+def _widened(choice: Tensor) -> Tensor:
+    """What has been narrowed, as it was."""
+    return choice if choice.dtype == torch.bool else choice.long()

@@ -1,19 +1,31 @@
-"""A choice that was made by comparing real numbers, which a second run of the same call is to make again.
+"""A choice that is made by comparing real numbers, and that a second run of the same call is to make again.
 
 Rounding can turn a comparison, and what was chosen may change how much is computed afterwards. Where a call is recorded
 (`models/replay.py`), indices that torch itself chooses are kept without being asked for; whatever else is chosen goes
-through here.
+through here. So does what is chosen in many steps: the result alone is kept, not what each step found.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 
-def chosen(choice: Tensor) -> Tensor:
-    """The choice, integers or bool, as it is; where a call is run again that of its first run, of whatever shape.
+def chosen(
+    compared: Tensor, choose: Callable[[Tensor], tuple[Tensor, ...]], *, below: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """What is chosen by these numbers; where a call is run again that of its first run, without choosing.
 
-    It must not be changed in place.
+    Args:
+        compared: the numbers.
+        choose: gives the choices, int64 or bool, of any shapes; of `compared` alone, as for the second run.
+        below: of each choice, what its entries are below, 2 for bool: they are kept in integers that hold them.
+
+    Returns:
+        `choose(compared)`, which must not be changed in place.
     """
-    return handle_torch_function(chosen, (choice,), choice) if has_torch_function_unary(choice) else choice
+    if has_torch_function_unary(compared):
+        return handle_torch_function(chosen, (compared,), compared, choose, below=below)
+    return choose(compared)

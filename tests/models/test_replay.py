@@ -80,7 +80,7 @@ def test_what_is_no_choice_is_computed_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype"), [(255, torch.uint8), (256, torch.int16), (32_767, torch.int16), (32_768, torch.int32)]
+    ("size", "dtype"), [(256, torch.uint8), (257, torch.int16), (32_768, torch.int16), (32_769, torch.int32)]
 )
 def test_indices_are_kept_narrow(size: int, dtype: torch.dtype) -> None:
     x = torch.arange(2.0 * size).view(2, size)
@@ -108,16 +108,51 @@ def test_fewer_choices_are_an_error() -> None:
         pass
 
 
+def test_only_the_dimension_that_is_chosen_along_counts() -> None:
+    x = torch.randn(2, 300, 5)
+    choices = [x.argmax, lambda dim: x.topk(2, dim=dim), lambda dim: x.sort(dim), lambda dim: torch.min(x, dim)]
+    for dim, dtype in ((2, torch.uint8), (1, torch.int16)):
+        replay = Replay((), x)
+        with replay.record():
+            for choose in choices:
+                choose(dim)
+        assert [kept.dtype for kept in replay.tensors()[1:]] == [dtype] * len(choices)
+
+
+def places_of_the_maximum(x: Tensor) -> tuple[Tensor, Tensor]:
+    return (x >= x.max(dim=0).values).nonzero()[:, 0], x > 1.5
+
+
 def test_comparisons_are_those_of_the_first_run_where_they_are_declared_choices() -> None:
     x, replay = torch.tensor([1.0, 2.0, 2.0]), Replay((), torch.ones(2))
     with replay.record():
-        first = chosen((x >= x.max()).nonzero()[:, 0].int())
-    x[2] -= 1e-6
+        first = chosen(x, places_of_the_maximum, below=(3, 2))
+    x[2] -= 1
     with replay.again(replay.tensors()):
-        again = chosen((x >= x.max()).nonzero()[:, 0].int())
-    assert torch.equal(again, first)
-    assert again.dtype == first.dtype
-    assert chosen(x) is x
+        again = chosen(x, places_of_the_maximum, below=(3, 2))
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(again, first, strict=True))
+    assert not torch.equal(chosen(x, places_of_the_maximum, below=(3, 2))[1], first[1])
+
+
+def test_of_a_choice_in_many_steps_the_result_alone_is_kept() -> None:
+    x, replay = torch.tensor([1.0, 2.0, 2.0]), Replay((), torch.ones(2))
+    with replay.record():
+        chosen(x, places_of_the_maximum, below=(3, 2))
+    assert [kept.tolist() for kept in replay.tensors()[1:]] == [[1, 2], [False, True, True]]
+    assert [kept.dtype for kept in replay.tensors()[1:]] == [torch.uint8, torch.bool]
+
+
+@pytest.mark.parametrize(("length", "bytes_of_index"), [(256, 1), (257, 2)])
+@pytest.mark.parametrize("top_k", [8, 32])
+def test_top_scores_keep_one_narrow_index_each_and_whether_there_is_a_tie(
+    top_k: int, length: int, bytes_of_index: int
+) -> None:
+    q, k, v = torch.randn(3, 2, 4, length, 8)
+    replay = Replay((), q)
+    with replay.record():
+        topk.topk_attention(q, k, v, top_k=top_k)
+    kept = sum(tensor.nbytes for tensor in replay.tensors()[1:])
+    assert kept == 2 * 4 * length * (top_k * bytes_of_index + 1)
 
 
 @pytest.mark.parametrize("noise", [1e-7, 1e-5])

@@ -11,6 +11,7 @@ vector, keeps its μ_c. Choices are constants to the gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +85,11 @@ def members(x: Tensor, means: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         `count` of them for each centroid, int64 (H, C, count), in order; and what `nearest` gives, int64 (H, L).
     """
+    found, labels = chosen(x, partial(_members, means=means, count=count), below=(x.shape[1], means.shape[1]))
+    return found, labels
+
+
+def _members(x: Tensor, means: Tensor, count: int) -> tuple[Tensor, Tensor]:
     wide = means.to(torch.promote_types(x.dtype, torch.float32))
     size = max(1, SLICE_ELEMENTS // max(1, x.shape[1]))
     found, labels = [], []
@@ -97,7 +103,7 @@ def members(x: Tensor, means: Tensor, count: int) -> tuple[Tensor, Tensor]:
             products = centroids[start : start + size] @ vectors.T
             parts.append(products.topk(count, dim=-1, sorted=False).indices)
             largest, own = products.max(dim=0)
-            label = torch.where(chosen(largest > best), own + start, label)
+            label = torch.where(largest > best, own + start, label)
             best = torch.maximum(best, largest)
         found.append(torch.cat(parts))
         labels.append(label)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -203,13 +204,20 @@ def _choose(part: Part, top_k: int, values: Tensor, indices: Tensor, tied: Tenso
         first, last = int(ranges.first[rows.start]), int(ranges.last[rows.stop - 1])
         if first >= last:
             continue
-        scores = visible_scores(part.q[:, rows], part.k[:, first:last], ranges.piece(rows, first))
-        found, columns = largest(scores.flatten(0, 1), min(top_k + 1, last - first))
-        found, columns = found.unflatten(0, (groups, -1)), columns.unflatten(0, (groups, -1))
-        kept = min(top_k, last - first)
-        values[:, rows, :kept], indices[:, rows, :kept] = found[..., :kept], columns[..., :kept] + first
-        if found.shape[2] > top_k:
-            tied[:, rows] = chosen((found[..., -1] == found[..., -2]) & (found[..., -1] > -torch.inf))
+        scores = visible_scores(part.q[:, rows], part.k[:, first:last], ranges.piece(rows, first)).flatten(0, 1)
+        columns, ties = chosen(scores, partial(_largest_and_ties, count=top_k), below=(scores.shape[1], 2))
+        kept = columns.shape[1]
+        values[:, rows, :kept] = scores.gather(1, columns).unflatten(0, (groups, -1))
+        indices[:, rows, :kept] = (columns + first).unflatten(0, (groups, -1))
+        tied[:, rows] = ties.unflatten(0, (groups, -1))
+
+
+def _largest_and_ties(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Columns of the largest scores of every row (N, W), at most `count`, and where the next one equals the last."""
+    values, columns = largest(scores, min(count + 1, scores.shape[1]))
+    if values.shape[1] <= count:
+        return columns, torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    return columns[:, :count], (values[:, -1] == values[:, -2]) & (values[:, -1] > -torch.inf)
 
 
 def visible_scores(q: Tensor, k: Tensor, ranges: KeyRanges) -> Tensor:

@@ -55,7 +55,11 @@ def scores_apart(part: Part, head: int, rows: Tensor) -> Tensor:
 
 def kept_places(scores: Tensor, top_k: int) -> Tensor:
     """Where the scores (R, W) stand that are kept, among all of them: int32 (N,), a choice."""
-    return chosen((scores >= largest(scores, top_k)[0][:, -1:]).flatten().nonzero()[:, 0].int())
+
+    def choose(scores: Tensor) -> tuple[Tensor]:
+        return ((scores >= largest(scores, top_k)[0][:, -1:]).flatten().nonzero()[:, 0],)
+
+    return chosen(scores, choose, below=(scores.numel(),))[0].int()
 
 
 def weights_apart(scores: Tensor, kept: Tensor | None) -> Tensor:
