@@ -188,10 +188,35 @@ def bytes_kept(depth: int, residual: str, **changes: Any) -> int:
     return saved_bytes(lambda: model(inputs_embeds=x), model.parameters())
 
 
-def test_what_is_kept_does_not_grow_with_the_depth() -> None:
-    one, twelve = (bytes_kept(depth, "reversible", dropout=0.1) for depth in (1, 12))
+@pytest.mark.parametrize("mixer", [*SUBLAYERS.values(), {"name": "topk", "top_k": 8}], ids=[*SUBLAYERS, "topk of 8"])
+def test_what_is_kept_does_not_grow_with_the_depth(mixer: Any) -> None:
+    one, twelve = (bytes_kept(depth, "reversible", mixer=mixer, dropout=0.1) for depth in (1, 12))
     assert twelve <= 1.3 * one
+
+
+def test_what_standard_layers_keep_grows_with_the_depth() -> None:
     assert bytes_kept(12, "standard", dropout=0.1) > 8 * bytes_kept(1, "standard", dropout=0.1)
+
+
+HEADS, TOKENS = 64 * 2, 41
+"""Of all examples of `bytes_kept`; the learned vector included."""
+CHOOSING = {
+    "topk of 32": ({"name": "topk", "top_k": 32}, HEADS * TOKENS * (32 + 1)),  # indices, and whether there is a tie
+    "topk of all": ({"name": "topk", "top_k": TOKENS}, 0),
+    "routing": (
+        {"name": "routing", "clusters": 4, "window": 30},
+        HEADS * 2 * (4 * 30 + TOKENS)  # members and labels, of queries and keys
+        + 4 * 2 * 4 * (32 + 32 + 1),  # the centroids as they were found: means, sums, counts, of two heads
+    ),
+    "reformer": ({"name": "reformer", "chunk": 4, "rounds": 4}, HEADS * 4 * TOKENS),
+}
+
+
+@pytest.mark.parametrize(("mixer", "chosen"), CHOOSING.values(), ids=CHOOSING)
+def test_a_layer_more_keeps_its_choices_and_two_states_of_the_generator(mixer: Any, chosen: int) -> None:
+    """Choices must be kept, since rounding may turn them in the recompute: a byte for each index into 41 keys."""
+    one, two = (bytes_kept(depth, "reversible", mixer=mixer) for depth in (1, 2))
+    assert two - one == 2 * torch.get_rng_state().nbytes + chosen
 
 
 def test_what_is_held_at_once_does_not_grow_with_the_depth_but_for_gradients() -> None:
