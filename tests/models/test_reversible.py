@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from restless import RestlessConfig, RoutedConfig
-from small_models import MIXERS, batch, blocks_of, build, classifier, small
+from small_models import CAUSAL, MIXERS, batch, blocks_of, build, classifier, small
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -23,9 +23,18 @@ from subquad.registry import MIXERS as REGISTERED
 from subquad.registry import register
 
 PLACEMENTS = {name: each.placement for name, each in REGISTERED.items()}
-SUBLAYERS = {name: mixer for name, mixer in MIXERS.items() if PLACEMENTS.get(name) == "sublayer"}
-SUBLAYERS |= {"a mixed list": list(SUBLAYERS.values()), "tied": small("linformer") | {"sharing": "layerwise"}}
-BY_MIXER = pytest.mark.parametrize("mixer", SUBLAYERS.values(), ids=SUBLAYERS)
+BIDIRECTIONAL = {name: mixer for name, mixer in MIXERS.items() if PLACEMENTS.get(name) == "sublayer"}
+CAUSALLY = {name: small(name) for name in CAUSAL if PLACEMENTS[name] == "sublayer"}
+CAUSALLY["reformer"] = {"name": "reformer", "chunks": "bucket", "chunk": 4, "buckets": 4}
+SUBLAYERS: dict[str, dict[str, Any]] = {name: {"mixer": mixer} for name, mixer in BIDIRECTIONAL.items()}
+SUBLAYERS["a mixed list"] = {"mixer": list(BIDIRECTIONAL.values())}
+SUBLAYERS["tied"] = {"mixer": small("linformer") | {"sharing": "layerwise"}}
+SUBLAYERS |= {
+    f"{name}, causal": {"mixer": mixer, "causal": True, "pooling": "mean"}
+    for name, mixer in {**CAUSALLY, "a mixed list": list(CAUSALLY.values())}.items()
+}
+BY_SUBLAYER = pytest.mark.parametrize("changes", SUBLAYERS.values(), ids=SUBLAYERS)
+TOPK_OF_8 = {"mixer": {"name": "topk", "top_k": 8}}
 LABELS = torch.tensor([0, 1, 2])
 
 
@@ -69,9 +78,9 @@ def assert_plain_autograd_agrees(model: SubquadForSequenceClassification, *, bac
     torch.testing.assert_close(after, dict(model.named_buffers()), rtol=1e-10, atol=1e-12)
 
 
-@BY_MIXER
-def test_gradients_are_those_of_plain_autograd(mixer: Any) -> None:
-    assert_plain_autograd_agrees(two_streams(mixer=mixer, dropout=0.3))
+@BY_SUBLAYER
+def test_gradients_are_those_of_plain_autograd(changes: dict[str, Any]) -> None:
+    assert_plain_autograd_agrees(two_streams(**changes, dropout=0.3))
 
 
 def test_whatever_a_layer_draws_chooses_and_changes_is_the_same_in_the_recompute(restless: dict[str, Any]) -> None:
@@ -153,9 +162,9 @@ def test_a_layer_is_the_pair_of_sums_of_the_paper() -> None:
         torch.testing.assert_close((streams.first, streams.second), (y1, y2), rtol=1e-12, atol=1e-12)
 
 
-@BY_MIXER
-def test_evaluation_is_the_same_function_with_and_without_gradients(mixer: Any) -> None:
-    model, (tokens, attention) = classifier(mixer=mixer, residual="reversible").double(), batch()
+@BY_SUBLAYER
+def test_evaluation_is_the_same_function_with_and_without_gradients(changes: dict[str, Any]) -> None:
+    model, (tokens, attention) = classifier(**changes, residual="reversible").double(), batch()
     with torch.no_grad():
         expected = model(tokens, attention_mask=attention)
     found = model(tokens, attention_mask=attention)
@@ -163,7 +172,8 @@ def test_evaluation_is_the_same_function_with_and_without_gradients(mixer: Any) 
     assert found.logits.requires_grad
     with torch.no_grad():
         states = model.model(tokens, attention_mask=attention, output_hidden_states=True).hidden_states
-    assert [state.shape for state in states] == [(3, 14, 16)] * 4
+    tokens_of_stream = 13 + model.model.prepended
+    assert [state.shape for state in states] == [(3, tokens_of_stream, 16)] * 4
 
 
 def test_a_saved_model_gives_the_same_logits_and_has_the_names_of_a_standard_one(tmp_path: Path) -> None:
@@ -184,13 +194,13 @@ def test_the_graph_can_be_gone_through_twice(restless: dict[str, Any]) -> None:
 
 def bytes_kept(depth: int, residual: str, **changes: Any) -> int:
     model = classifier(residual=residual, num_hidden_layers=depth, hidden_size=64, **changes).train().model
-    x = torch.randn(64, 40, 64, requires_grad=True)
+    x = torch.randn(32, 40, 64, requires_grad=True)
     return saved_bytes(lambda: model(inputs_embeds=x), model.parameters())
 
 
-@pytest.mark.parametrize("mixer", [*SUBLAYERS.values(), {"name": "topk", "top_k": 8}], ids=[*SUBLAYERS, "topk of 8"])
-def test_what_is_kept_does_not_grow_with_the_depth(mixer: Any) -> None:
-    one, twelve = (bytes_kept(depth, "reversible", mixer=mixer, dropout=0.1) for depth in (1, 12))
+@pytest.mark.parametrize("changes", [*SUBLAYERS.values(), TOPK_OF_8], ids=[*SUBLAYERS, "topk of 8"])
+def test_what_is_kept_does_not_grow_with_the_depth(changes: dict[str, Any]) -> None:
+    one, twelve = (bytes_kept(depth, "reversible", **changes, dropout=0.1) for depth in (1, 12))
     assert twelve <= 1.3 * one
 
 
@@ -198,7 +208,7 @@ def test_what_standard_layers_keep_grows_with_the_depth() -> None:
     assert bytes_kept(12, "standard", dropout=0.1) > 8 * bytes_kept(1, "standard", dropout=0.1)
 
 
-HEADS, TOKENS = 64 * 2, 41
+HEADS, TOKENS = 32 * 2, 41
 """Of all examples of `bytes_kept`; the learned vector included."""
 CHOOSING = {
     "topk of 32": ({"name": "topk", "top_k": 32}, HEADS * TOKENS * (32 + 1)),  # indices, and whether there is a tie
@@ -246,9 +256,9 @@ def test_the_price_of_a_decoder_keeps_its_source_besides() -> None:
     assert decoder.cost(7, context_length=26).activation_bytes == 4 * (2 * 7 + 26) * 16 + most
 
 
-@BY_MIXER
-def test_streams_are_float32_where_the_model_is_narrower(mixer: Any) -> None:
-    model, (tokens, attention) = classifier(mixer=mixer, residual="reversible").bfloat16().train(), batch()
+@BY_SUBLAYER
+def test_streams_are_float32_where_the_model_is_narrower(changes: dict[str, Any]) -> None:
+    model, (tokens, attention) = classifier(**changes, residual="reversible").bfloat16().train(), batch()
     output = copy.deepcopy(model).model(tokens, attention_mask=attention)
     assert output.pooler_output.dtype == torch.bfloat16
     reversed_ = copy.deepcopy(model)  # a training call may change buffers
