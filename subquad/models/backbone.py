@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from subquad.models.configuration import SubquadConfig
 from subquad.models.embedding import Embedding
 from subquad.models.pooling import pool
 from subquad.models.pretrained import SubquadPreTrainedModel
-from subquad.models.reversible import check_reversible, run_reversibly
+from subquad.models.reversible import JOINS, check_reversible, run_reversibly
 from subquad.models.stack import StackInputs, run_blocks
 from subquad.models.token_facts import TokenFacts, behind_prepended, context_mask
 
@@ -30,7 +31,8 @@ class SubquadOutput(BaseModelOutputWithPooling):
     """Output of `SubquadModel`.
 
     Attributes:
-        last_hidden_state: (B, L, D), without the prepended vectors; 0 at invalid positions.
+        last_hidden_state: (B, L, D), without the prepended vectors; 0 at invalid positions. Where two streams end side
+            by side, 2 D stands for D here, below and in `hidden_states`.
         pooler_output: (B, D), or None without pooling.
         hidden_states: the stream before each block and at the end, if asked for, with the prepended vectors: a global
             stream, then the one that is pooled.
@@ -85,7 +87,7 @@ class SubquadModel(SubquadPreTrainedModel):
                 f"{config.layer_mixers()[0].name}: its global stream stands before the input and sees all of it, which "
                 "causal=True forbids; use causal=False"
             )
-        self.final_norm = nn.LayerNorm(config.hidden_size) if config.norm == "pre" else nn.Identity()
+        self.final_norm = nn.LayerNorm(config.output_width) if config.norm == "pre" else nn.Identity()
         self._tied_weights_keys = _tied_to_first_layer(self.blocks)
         self.post_init()
 
@@ -143,7 +145,8 @@ class SubquadModel(SubquadPreTrainedModel):
         x = self.embedding(x, mask, None if states is None else states[0].own.length)
         whole_mask = behind_prepended(mask, self.global_stream)
         wants_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        run = run_reversibly if self.config.residual == "reversible" else run_blocks
+        reversible = partial(run_reversibly, join=JOINS[self.config.reversible_join])
+        run = reversible if self.config.residual == "reversible" else run_blocks
         facts = ContextFacts(context_mask(encoder_attention_mask, encoder_segment_ids), in_states=past > 0)
         inputs = StackInputs(whole_mask, states, encoder_hidden_states, facts, bool(wants_hidden))
         x, collected, aux_loss, new_states = run(self.blocks, x, inputs)

@@ -26,7 +26,7 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, config: SubquadConfig) -> None:
         super().__init__()
-        self.expand = Projection(config.hidden_size, config.intermediate_size)
+        self.expand = Projection(config.output_width, config.intermediate_size)
         self.activation = nn.ReLU()
         if config.num_labels is None:
             raise ValueError("SubquadConfig: num_labels is needed for classification")

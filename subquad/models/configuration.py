@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from subquad.build import make_dims
 from subquad.byte_ids import BYTES
-from subquad.config import field_names, nearest
+from subquad.config import nearest
 from subquad.interface import Dims, FeedforwardConfig, MixerConfig, mixers_with
 from subquad.models.axial import AxialGrid, axial_grid, check_axial_fields
+from subquad.models.config_keywords import refuse_unknown
 from subquad.models.written_layers import as_dict, tiled
-
-_OF_TRANSFORMERS = (
-    "attn_implementation",
-    "auto_map",
-    "custom_pipelines",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "per_layer_config",
-    "quantization_config",
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-)
-"""What transformers reads of every config, or writes into it, beside its declared fields and its private names."""
 
 
 class SubquadConfig(PreTrainedConfig):
@@ -60,6 +43,9 @@ class SubquadConfig(PreTrainedConfig):
         axial_pos_dropout: rate at which, in training, whole rows and whole columns of the grid lose their vectors.
         norm: layer norm before ("pre", with a final one) or after ("post") each sublayer.
         residual: "standard", or "reversible": two streams, and memory for activations that doesn't grow with the depth.
+        reversible_join: how the two streams become the last hidden state: their mean, their sum, or both side by side
+            ("concat"), of width 2 D, as in the official code of the Reformer. Heads are then as wide; one tied to the
+            token vectors can't be, nor can an encoder that cross mixers read.
         feedforward_chunk: tokens that pass the feed-forward at a time; 0 for all. In training they pass it twice.
         loss_chunk: in training, tokens of a sequence whose logits a language head makes at a time, and again in the
             backward pass; given labels it then returns the loss alone, no logits. 0 for all tokens, and all logits.
@@ -102,6 +88,7 @@ class SubquadConfig(PreTrainedConfig):
     axial_pos_dropout: float = 0.0
     norm: Literal["pre", "post"] = "pre"
     residual: Literal["standard", "reversible"] = "standard"
+    reversible_join: Literal["mean", "sum", "concat"] = "mean"
     feedforward_chunk: int = 0
     loss_chunk: int = 0
     pooling: Literal["cls", "first", "mean", "last"] = "cls"
@@ -123,7 +110,7 @@ class SubquadConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the field, what was expected and what was got.
         """
-        _refuse_unknown(type(self), kwargs, saved=self.transformers_version is not None)
+        refuse_unknown(type(self), kwargs, saved=self.transformers_version is not None)
         super().__post_init__(**kwargs)
         for field, choices in _choices().items():
             value = getattr(self, field)
@@ -147,6 +134,11 @@ class SubquadConfig(PreTrainedConfig):
             raise ValueError(
                 "SubquadConfig: residual='reversible' needs norm='pre'; a norm after the sum couldn't be taken back"
             )
+        if self.reversible_join != "mean" and self.residual != "reversible":
+            raise ValueError(
+                f"SubquadConfig: reversible_join={self.reversible_join!r} joins the two streams of "
+                f"residual='reversible', got residual={self.residual!r}; leave it out, or use reversible residuals"
+            )
         if self.positions == "axial":
             self.axial_grid(self.max_position_embeddings)
         check_axial_fields(self.positions, self.axial_pos_shape, self.axial_pos_embds_dim, self.axial_pos_dropout)
@@ -167,6 +159,11 @@ class SubquadConfig(PreTrainedConfig):
             places=places, width=self.hidden_size, shape=self.axial_pos_shape, dims=self.axial_pos_embds_dim
         )
 
+    @property
+    def output_width(self) -> int:
+        """Channels of the last hidden state, which heads read: D, or 2 D where two streams end side by side."""
+        return self.hidden_size * (2 if self.reversible_join == "concat" else 1)
+
     def with_changes(self, **changes: Any) -> SubquadConfig:
         """A copy with other values in these fields."""
         changed = copy.deepcopy(self)
@@ -178,8 +175,14 @@ class SubquadConfig(PreTrainedConfig):
         """Config of the encoder of an encoder-decoder model.
 
         Raises:
-            ValueError: a mixer that sees the past only.
+            ValueError: a mixer that sees the past only; an encoder wider than what the cross mixers read.
         """
+        if self.output_width != self.hidden_size:
+            raise ValueError(
+                f"SubquadConfig: reversible_join={self.reversible_join!r} makes an encoder's result "
+                f"{self.output_width} wide, and the decoder's cross mixers read vectors of hidden_size="
+                f"{self.hidden_size}; use reversible_join='mean' or 'sum'"
+            )
         config = self.with_changes(
             mixer=self.mixer if self.encoder_mixer is None else self.encoder_mixer,
             feedforward=self.feedforward if self.encoder_feedforward is None else self.encoder_feedforward,
@@ -278,18 +281,3 @@ def _choices() -> dict[str, tuple[str, ...]]:
     """The values that a field may have, for each field with a list of them."""
     annotations = inspect.get_annotations(SubquadConfig, eval_str=True)
     return {name: get_args(annotation) for name, annotation in annotations.items() if get_origin(annotation) is Literal}
-
-
-def _refuse_unknown(config_class: type[SubquadConfig], given: Mapping[str, Any], *, saved: bool) -> None:
-    """Refuse keywords that nothing reads, except in a saved config, where other tools keep notes of their own.
-
-    Raises:
-        ValueError: naming the keyword and the nearest field.
-    """
-    if saved or not given:
-        return
-    foreign = {*_OF_TRANSFORMERS, *GenerationConfig().to_dict()}
-    for name in given:
-        if name not in foreign and not name.startswith("_"):
-            known = {*field_names(config_class), "num_labels"} - {*field_names(PreTrainedConfig)}
-            raise ValueError(f"SubquadConfig: unknown keyword {name!r}; {nearest(name, known)}")

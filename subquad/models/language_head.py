@@ -21,11 +21,20 @@ class LanguageHead(nn.Module):
 
     Tied, the stream is divided by √D, since the token vectors have variance 1. This is the model of Vaswani et al.
     (arXiv 1706.03762, 3.4), written with vectors √D times as large: it multiplies them by √D on the way in instead.
+
+    Raises:
+        ValueError: tied, and the stream at the end is wider than the token vectors.
     """
 
     def __init__(self, config: SubquadConfig) -> None:
         super().__init__()
-        self.project: nn.Linear = Projection(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings and config.output_width != config.hidden_size:
+            raise ValueError(
+                f"SubquadConfig: reversible_join={config.reversible_join!r} makes the last hidden state "
+                f"{config.output_width} wide, and a head tied to token vectors of hidden_size={config.hidden_size} "
+                "can't read it; use tie_word_embeddings=False, or reversible_join='mean' or 'sum'"
+            )
+        self.project: nn.Linear = Projection(config.output_width, config.vocab_size)
         self.scale = config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0
 
     def forward(self, x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class PairHead(nn.Module):
         if config.num_labels is None:
             raise ValueError("SubquadConfig: num_labels is needed for classification")
         wide, narrow = config.intermediate_size, max(1, config.intermediate_size // 2)
-        self.expand = Projection((4 if self.interaction else 2) * config.hidden_size, wide)
+        self.expand = Projection((4 if self.interaction else 2) * config.output_width, wide)
         self.narrow = Projection(wide, narrow)
         self.classify = Projection(narrow, config.num_labels)
         self.activation = nn.ReLU()

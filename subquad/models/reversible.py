@@ -13,7 +13,8 @@ Cost: one more forward pass, inside the backward; kept are two streams and, of e
 choices (`replay.py`). Streams are float32 or wider, whatever the sublayers compute in: rounding grows with the depth.
 
 Departures: both streams start as the embedding, as in the official code; they end as their mean, so that everything
-behind the stack is as for a standard one (the paper leaves it open, the official code goes on with both, of width 2 D).
+behind the stack is as for a standard one. The paper leaves it open; the official code goes on with both, of width 2 D:
+`reversible_join="concat"`. A sum is told from a mean, behind the final norm, by that norm's ε alone.
 There is no length below which layers fall back on ordinary residuals, as some code has: a choice by length would change
 what is kept, and how sums are rounded, from batch to batch; `residual="standard"` is that choice, for all. The paper
 also cuts the feed-forward, and the loss over a large vocabulary, into chunks: `feedforward_chunk` and `loss_chunk`.
@@ -66,9 +67,15 @@ class Streams(NamedTuple):
     aux_loss: Tensor | None = None
     states: tuple[State, ...] = ()
 
-    def join(self) -> Tensor:
-        """Their mean (B, L, D)."""
-        return (self.first + self.second) / 2
+
+Join = Callable[[Tensor, Tensor], Tensor]
+"""What two streams (B, L, D) become at the end: (B, L, D) or (B, L, 2 D)."""
+
+JOINS: Mapping[str, Join] = {
+    "mean": lambda first, second: (first + second) / 2,
+    "sum": torch.add,
+    "concat": lambda first, second: torch.cat((first, second), dim=-1),
+}
 
 
 def couple(sublayers: Sequence[Sublayer], streams: Streams) -> Streams:
@@ -93,13 +100,13 @@ def couple_reversibly(sublayers: Sequence[Sublayer], streams: Streams) -> Stream
     return Streams(first, second, add_losses(streams.aux_loss, aux_loss))
 
 
-def run_reversibly(blocks: nn.ModuleList, x: Tensor, given: StackInputs) -> StackOutput:
+def run_reversibly(blocks: nn.ModuleList, x: Tensor, given: StackInputs, *, join: Join = JOINS["mean"]) -> StackOutput:
     """The stream x (B, L, D) through all blocks, with reversible residuals.
 
     States can't be gone back to: with them autograd keeps what it keeps of ordinary layers.
 
     Returns:
-        The stream at the end has the dtype of x.
+        What the streams between layers and at the end are joined to has the dtype of x.
 
     Raises:
         ValueError: the streams between the blocks are asked for where gradients are computed.
@@ -109,21 +116,25 @@ def run_reversibly(blocks: nn.ModuleList, x: Tensor, given: StackInputs) -> Stac
             "output_hidden_states=True keeps the stream between all layers, which residual='reversible' is there to "
             "avoid; ask for it under torch.no_grad(), or use residual='standard'"
         )
+
+    def joined(streams: Streams) -> Tensor:
+        return join(streams.first, streams.second).to(x.dtype)
+
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     streams = Streams(wide, wide)
     if torch.is_grad_enabled() and given.states is None:
         sublayers = [sublayer for block in blocks for sublayer in sublayers_of(block, given)]
         streams = couple_reversibly(sublayers, streams)
-        return StackOutput(streams.join().to(x.dtype), [], streams.aux_loss, [])
-    collected, new_states = [x], []
+        return StackOutput(joined(streams), [], streams.aux_loss, [])
+    collected, new_states = [joined(streams)] if given.collect else [], []
     for block, states in given.of_layers(blocks):
         streams = couple(sublayers_of(block, given, states), streams)
         if given.collect:
-            collected.append(streams.join().to(x.dtype))
+            collected.append(joined(streams))
         if streams.states:
             new_states.append(LayerStates(*streams.states))
             streams = streams._replace(states=())
-    return StackOutput(streams.join().to(x.dtype), collected, streams.aux_loss, new_states)
+    return StackOutput(joined(streams), collected, streams.aux_loss, new_states)
 
 
 def sublayers_of(block: nn.Module, given: StackInputs, states: LayerStates | None = None) -> list[Sublayer]:
