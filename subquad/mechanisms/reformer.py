@@ -5,24 +5,23 @@ Kitaev et al. 2020, "Reformer: The Efficient Transformer", arXiv:2001.04451, sec
     q_j = x_j W_qk       k_j = q_j / |q_j|       bucket_r(j) = argmax [q_j R_r; -q_j R_r], in each of n rounds
     o_i = softmax over the tokens j on i's lists of q_i · k_j
 
-In each round the tokens are sorted by bucket and the order is cut into chunks of m; the list of a token is its chunk
-and the one before. Rounds are merged by their log-sum-exp, as if their lists were one. A token attends to itself only
-where nothing else is on its lists. No gradient flows through the hash.
+In each round the tokens are sorted by bucket and the order is cut into chunks of m; the list of a token is its chunk, b
+chunks before it and a behind it, by default one and none. Rounds are merged by their log-sum-exp, as if their lists
+were one. A token attends to itself only where nothing else is on its lists. No gradient flows through the hash.
 
-    chunks="bucket": every bucket is cut by itself, by rank; the list is the own chunk and the one before it there.
+    chunks="bucket": every bucket is cut by itself, by rank; all chunks of a list are of the token's bucket.
 
-Cost O(L n m D), and L log L for sorting. The causal form needs chunks="bucket": in one order of all buckets a later
-token moves the borders of the chunks behind it. State, of that form alone: all keys, values and buckets so far; a token
-costs O(n L + L D).
+Cost O(L n m D (1 + b + a)), and L log L for sorting. The causal form needs chunks="bucket" and a = 0: in one order of
+all buckets a later token moves the borders of the chunks behind it. State, of that form alone: all keys, values and
+buckets so far; a token costs O(n L + L D).
 
 Departures: by default a chunk's tokens of other buckets are seen, and a token counts as often as it is listed, as in
 the official code (trax) and in Hugging Face, which makes the price independent of the data; the paper compares buckets
-(`same_bucket_only`) and discounts repetitions (`dedup`). The first chunk of a round has none before it, as in the
-paper; both codes let it look back at the last chunk of another round (`wrap`). Their options to look further back, or
-ahead, are not offered: tiles are laid out for the paper's one chunk before, and a larger `chunk` lengthens lists too.
-Scores are q_i · k_j without 1 / √E, as in both. Rotations are drawn once, from (seed, layer), and saved with the model;
-the paper draws them in every step. The shared projection is computed in float32 or wider, since rounding moves tokens
-to other buckets.
+(`same_bucket_only`) and discounts repetitions (`dedup`). Lists end with their round, as in the paper; in both codes the
+chunks of all rounds are a ring (`wrap`). A ring that is shorter than a list is listed once; theirs list chunks of it
+twice. Scores are q_i · k_j without 1 / √E, as in both. Rotations are drawn once, from (seed, layer), and saved with the
+model; the paper draws them in every step. The shared projection is computed in float32 or wider, since rounding moves
+tokens to other buckets.
 """
 
 from __future__ import annotations
@@ -68,8 +67,8 @@ class ReformerConfig(MixerConfig):
 
     family: ClassVar[str] = "sparse"
     why_not_causal: ClassVar[str] = (
-        "With chunks='global' a later token moves the borders of the chunks in the sorted order, and so changes what "
-        "earlier tokens see; use chunks='bucket'"
+        "With chunks='global' a later token moves the borders of the chunks in the sorted order, and with chunks_after "
+        "above 0 the chunks behind a token's own hold later ones; use chunks='bucket' and chunks_after=0"
     )
 
     rounds: int = 4
@@ -78,6 +77,10 @@ class ReformerConfig(MixerConfig):
     """Hashes in evaluation, where more cost less than in training; None for `rounds`."""
     chunk: int = 64
     """m, tokens of a chunk."""
+    chunks_before: int = 1
+    """b, chunks before its own that a token sees."""
+    chunks_after: int = 0
+    """a, chunks behind its own that a token sees; there is no causal form with any."""
     buckets: int | tuple[int, ...] | None = None
     """Count of buckets, 1 or even, or factors of it; None for 2 L / m as a power of 2, with chunks="bucket" for 64."""
     chunks: Literal["global", "bucket"] = "global"
@@ -87,7 +90,7 @@ class ReformerConfig(MixerConfig):
     dedup: bool = False
     """A token that is listed in several rounds counts once."""
     wrap: bool = False
-    """The first chunk of a round looks back at the last chunk of the round before, that of the first at the last."""
+    """The rounds, one behind the other, are a ring: before a round's first chunk comes the last of the round before."""
     seed: int = 0
     """Seeds the rotations, together with the layer."""
 
@@ -104,9 +107,10 @@ class ReformerConfig(MixerConfig):
 
     @property
     def traits(self) -> Traits:
-        """Chunks inside buckets depend on nothing that comes later, and on no other document."""
+        """Chunks inside buckets and before the own depend on nothing that comes later, and on no other document."""
         inside = self.chunks == "bucket"
-        return Traits(bidirectional=True, causal=inside, padding=True, segments=inside, state=inside)
+        causal = inside and not self.chunks_after
+        return Traits(bidirectional=True, causal=causal, padding=True, segments=inside, state=causal)
 
     @property
     def padded_structure(self) -> str:
@@ -115,7 +119,7 @@ class ReformerConfig(MixerConfig):
 
     def rule(self, *, causal: bool) -> ListRule:
         """How lists are made."""
-        options = (self.same_bucket_only, self.dedup, self.wrap)
+        options = (self.same_bucket_only, self.dedup, self.wrap, self.chunks_before, self.chunks_after)
         return list_rule("reformer", self.chunk, self.chunks, causal, *options)
 
     def factors(self, length: int) -> tuple[int, ...]:
@@ -158,27 +162,22 @@ class ReformerConfig(MixerConfig):
         hashes = length * inner * rotation_columns(self.factors(length))
         kept = dtype_bytes * length * (dims.embed_dim + 2 * inner) + wide * length * (inner + dims.num_heads)
         widened = 0 if wide == dtype_bytes else wide * (length * dims.embed_dim + weights)
-        lists = self.rule(causal=dims.causal).different_rounds(self.rounds, length)
+        rule = self.rule(causal=dims.causal)
+        pairs = rule.different_rounds(self.rounds, length) * self._pairs(rule, length)
         return Cost(
-            flops=2 * (3 * length * weights + self.rounds * hashes + lists * 2 * self._pairs(dims, length) * inner),
+            flops=2 * (3 * length * weights + self.rounds * hashes + pairs * 2 * inner),
             activation_bytes=kept + widened,
             state_bytes=2 * length * inner * wide if dims.causal else 0,
             parameters=3 * weights + (2 * inner + dims.embed_dim if dims.bias else 0),
         )
 
-    def _pairs(self, dims: Dims, length: int) -> int:
+    def _pairs(self, rule: ListRule, length: int) -> int:
         """Pairs of a token and another on its list, in one round."""
         count = num_buckets(self.factors(length)) if self.chunks == "bucket" else 1
         shorter, longer_ones = divmod(length, count)
-
-        def pairs(tokens: int) -> int:
-            full, rest = divmod(tokens, self.chunk)
-            own = full * self.chunk * (self.chunk - 1) + rest * (rest - 1)
-            return (own // 2 if dims.causal else own) + self.chunk * (
-                max(0, full - 1) * self.chunk + (rest if full else 0)
-            )
-
-        return longer_ones * pairs(shorter + 1) + (count - longer_ones) * pairs(shorter)
+        rounds = rule.different_rounds(self.rounds, length)
+        of_shorter, of_longer = (rule.listed_pairs(rounds, tokens) for tokens in (shorter, shorter + 1))
+        return (count - longer_ones) * of_shorter + longer_ones * of_longer
 
 
 @state_dataclass

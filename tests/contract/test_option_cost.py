@@ -21,6 +21,11 @@ CONFIGS = [
         mixer_config("reformer", chunk=chunk, rounds=rounds, buckets=buckets, dedup=rounds == 3)
         for chunk, rounds, buckets in ((4, 1, None), (7, 2, (2, 4)), (4, 3, 8), (64, 2, 1))
     ),
+    *(
+        mixer_config("reformer", chunk=4, chunks_before=before, chunks_after=after, wrap=wrap, rounds=1 if wrap else 2)
+        for before, after in ((0, 0), (0, 1), (2, 1), (20, 3))
+        for wrap in (False, True)
+    ),
     *(mixer_config("streaming", sinks=sinks, window=5, learned_sink=True) for sinks in (0, 4)),
     *(
         mixer_config("star", steps=steps, norm=norm, boundary=boundary, start=start, share_steps=steps == 3)

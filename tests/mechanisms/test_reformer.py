@@ -29,7 +29,13 @@ OPTIONS: list[dict[str, Any]] = [
     INSIDE,
     INSIDE | {"causal": True},
     INSIDE | {"causal": True, "dedup": True},
+    {"chunks_before": 2, "chunks_after": 1},
+    {"buckets": 4, "rounds": 3, "wrap": True, "dedup": True, "chunks_before": 0, "chunks_after": 2},
+    INSIDE | {"chunks_before": 0, "chunks_after": 1},
+    INSIDE | {"causal": True, "chunks_before": 2},
 ]
+SIDES = [(1, 0), (0, 0), (0, 1), (1, 1), (2, 1)]
+"""Chunks before and after the own."""
 
 
 def reformer(**options: Any) -> Reformer:
@@ -68,7 +74,7 @@ def test_it_equals_the_definition(options: dict[str, Any], length: int, data: st
     assert_same_values_and_gradients(mixer, lambda: mixer(x, mask=mask).y, lambda: definition(mixer, x, mask), [x])
 
 
-def hugging_face(buckets: int | list[int], rounds: int) -> LSHSelfAttention:
+def hugging_face(buckets: int | list[int], rounds: int, sides: tuple[int, int] = (1, 0)) -> LSHSelfAttention:
     config = HuggingFaceConfig(
         hidden_size=8,
         num_attention_heads=2,
@@ -76,6 +82,8 @@ def hugging_face(buckets: int | list[int], rounds: int) -> LSHSelfAttention:
         num_buckets=buckets,
         num_hashes=rounds,
         lsh_attn_chunk_length=4,
+        lsh_num_chunks_before=sides[0],
+        lsh_num_chunks_after=sides[1],
         lsh_attention_probs_dropout_prob=0.0,
         hash_seed=5,
         is_decoder=False,
@@ -85,6 +93,7 @@ def hugging_face(buckets: int | list[int], rounds: int) -> LSHSelfAttention:
 
 def with_its_weights(theirs: LSHSelfAttention, columns: int, **options: Any) -> Reformer:
     """The same mixer, its output not projected, with the rotations that Hugging Face draws from its seed."""
+    options |= {"chunks_before": theirs.num_chunks_before, "chunks_after": theirs.num_chunks_after}
     ours = reformer(bias=False, wrap=True, rounds=theirs.num_hashes, buckets=theirs.num_buckets, **options)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
@@ -99,9 +108,12 @@ def with_its_weights(theirs: LSHSelfAttention, columns: int, **options: Any) -> 
 @pytest.mark.parametrize("rounds", [1, 2, 4])
 @pytest.mark.parametrize(("buckets", "columns"), [(8, 4), ([2, 4], 3)], ids=["one factor", "two factors"])
 @pytest.mark.parametrize("missing", [0, 3])
-def test_it_equals_hugging_face(buckets: int | list[int], columns: int, rounds: int, missing: int) -> None:
+@pytest.mark.parametrize("sides", SIDES, ids=str)
+def test_it_equals_hugging_face(
+    buckets: int | list[int], columns: int, rounds: int, missing: int, sides: tuple[int, int]
+) -> None:
     """Padding fills the last chunk at most: further chunks of padding would stand before the first one there."""
-    theirs = hugging_face(buckets, rounds)
+    theirs = hugging_face(buckets, rounds, sides)
     ours, x = with_its_weights(theirs, columns), torch.randn(3, 24, 8, dtype=torch.float64, requires_grad=True)
     valid = torch.ones(3, 24, dtype=torch.bool)
     valid[1, 24 - missing :] = False
@@ -129,7 +141,11 @@ def test_it_equals_hugging_face_where_a_sequence_is_no_longer_than_a_chunk() -> 
 
 @pytest.mark.parametrize("positions", ["none", "rotary"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("options", [{}, {"buckets": 4}, {"buckets": (2, 4), "rounds": 1, "dedup": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"buckets": 4, "chunk": 4, "chunks_before": 2}, {"buckets": (2, 4), "rounds": 1, "dedup": True}],
+    ids=str,
+)
 def test_every_probe_holds_for_chunks_inside_buckets(positions: Any, causal: bool, options: dict[str, Any]) -> None:
     dims = make_dims(embed_dim=8, num_heads=2, causal=causal, positions=positions)
     results = run_probes(mixer_config("reformer", chunks="bucket", **options), dims)
@@ -138,8 +154,20 @@ def test_every_probe_holds_for_chunks_inside_buckets(positions: Any, causal: boo
     assert ("stream in pieces" in {result.name for result in results}) == causal
 
 
-@pytest.mark.parametrize("options", [{"same_bucket_only": True}, {"dedup": True}, {"wrap": True}, {"buckets": 4}])
-def test_every_probe_holds_for_the_options_of_global_chunks(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"same_bucket_only": True},
+        {"dedup": True},
+        {"wrap": True},
+        {"buckets": 4},
+        {"chunk": 4, "chunks_before": 2, "chunks_after": 1},
+        {"chunk": 4, "chunks_before": 2, "chunks_after": 1, "wrap": True},
+        {"chunk": 4, "chunks_after": 1, "chunks": "bucket"},
+    ],
+    ids=str,
+)
+def test_every_probe_holds_for_the_options_of_both_directions(options: dict[str, Any]) -> None:
     results = run_probes(mixer_config("reformer", **options), make_dims(embed_dim=8, num_heads=2))
     assert [result.detail for result in results if not result.passed] == []
 
@@ -150,10 +178,12 @@ def test_right_padding_changes_nothing_where_the_count_of_buckets_is_given() -> 
     torch.testing.assert_close(mixer(x, mask=Mask.from_lengths([19, 19], 30)).y[:, :19], alone, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("dedup", [False, True])
+@pytest.mark.parametrize("options", [{}, {"dedup": True}, {"chunks_before": 0}, {"chunk": 2, "chunks_before": 2}])
 @given(pieces=st.lists(st.integers(1, 9), min_size=1, max_size=4), data=st.data())
-def test_a_stream_equals_the_definition_over_the_whole(dedup: bool, pieces: list[int], data: st.DataObject) -> None:
-    mixer, length = reformer(**INSIDE, causal=True, dedup=dedup), sum(pieces)
+def test_a_stream_equals_the_definition_over_the_whole(
+    options: dict[str, Any], pieces: list[int], data: st.DataObject
+) -> None:
+    mixer, length = reformer(**INSIDE, causal=True, **options), sum(pieces)
     mask = data.draw(masks(2, length))
     x = torch.randn(2, length, 8, dtype=torch.float64, requires_grad=True)
 
@@ -223,9 +253,18 @@ def test_queries_and_keys_have_one_projection() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@given(size=st.integers(0, 30), chunk=st.sampled_from([1, 2, 4]), rounds=st.integers(1, 2))
-def test_the_price_counts_the_lists_of_equally_full_buckets(causal: bool, size: int, chunk: int, rounds: int) -> None:
-    config = mixer_config("reformer", chunks="bucket", buckets=4, chunk=chunk, rounds=rounds)
+@given(
+    size=st.integers(0, 30),
+    chunk=st.sampled_from([1, 2, 4]),
+    rounds=st.integers(1, 2),
+    sides=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+)
+def test_the_price_counts_the_lists_of_equally_full_buckets(
+    causal: bool, size: int, chunk: int, rounds: int, sides: tuple[int, int]
+) -> None:
+    before, after = sides[0], 0 if causal else sides[1]
+    options: dict[str, Any] = {"chunk": chunk, "rounds": rounds, "chunks_before": before, "chunks_after": after}
+    config = mixer_config("reformer", chunks="bucket", buckets=4, **options)
     dims, length = make_dims(embed_dim=8, num_heads=2, causal=causal), 4 * size
     buckets = (torch.arange(length) % 4).expand(1, 1, rounds, length)
     rule = replace(config).rule(causal=causal)  # pyright: ignore[reportAttributeAccessIssue] - the config of reformer
@@ -245,11 +284,20 @@ def test_only_chunks_inside_buckets_are_causal_and_what_follows_from_it() -> Non
         reformer(causal=True)
 
 
+def test_what_looks_ahead_is_not_causal() -> None:
+    ahead = traits("reformer", chunks="bucket", chunks_after=1)
+    assert (ahead.bidirectional, ahead.segments, ahead.causal, ahead.state) == (True, True, False, False)
+    with pytest.raises(ValueError, match=r"chunks_after above 0 .* hold later ones; use .* chunks_after=0"):
+        reformer(chunks="bucket", chunks_after=1, causal=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rounds": 0}, "reformer: rounds counts the hashes and must be at least 1, got 0"),
         ({"eval_rounds": 0}, "reformer: eval_rounds counts the hashes and must be at least 1, got 0"),
+        ({"chunks_before": -1}, "reformer: chunks_before counts chunks .* must not be negative, got -1"),
+        ({"chunks_after": -1}, "reformer: chunks_after counts chunks .* must not be negative, got -1"),
         ({"chunk": 0}, "reformer: chunk counts the tokens of a chunk and must be at least 1, got 0"),
         ({"buckets": 7}, "reformer: buckets must be 1 or even, .* got 7"),
         ({"buckets": ()}, r"reformer: buckets must be 1 or even, .* got \(\)"),

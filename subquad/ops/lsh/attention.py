@@ -40,9 +40,12 @@ def lsh_attention_by_pairs(
     same_bucket_only: bool = False,
     dedup: bool = False,
     wrap: bool = False,
+    chunks_before: int = 1,
+    chunks_after: int = 0,
 ) -> Tensor:
     """The definition. Arguments and result as in `lsh_attention`."""
-    rule = list_rule("lsh_attention", chunk, chunks, causal, same_bucket_only, dedup, wrap)
+    options = (same_bucket_only, dedup, wrap, chunks_before, chunks_after)
+    rule = list_rule("lsh_attention", chunk, chunks, causal, *options)
     hashed = _hash(qk, rounds, buckets, seed)
     return attend_in_buckets_by_pairs(qk, v, hashed, rule, valid)
 
@@ -61,6 +64,8 @@ def lsh_attention(
     same_bucket_only: bool = False,
     dedup: bool = False,
     wrap: bool = False,
+    chunks_before: int = 1,
+    chunks_after: int = 0,
 ) -> Tensor:
     """Attention in buckets, in time O(L (rounds chunk E + log L)) and memory linear in L.
 
@@ -76,7 +81,10 @@ def lsh_attention(
         valid: bool (B, L), True for real tokens.
         same_bucket_only: a chunk's tokens of other buckets are not seen.
         dedup: a token that is found in several rounds counts once.
-        wrap: a round's first chunk looks back at the last one of the round before.
+        wrap: the chunks of all rounds are a ring: a round's first chunk looks back at the last one of the round before,
+            its last one ahead at the first of the next.
+        chunks_before: how many chunks before its own a token sees.
+        chunks_after: how many behind it, none in the causal form; on a ring no chunk is seen twice in a round.
 
     Returns:
         (B, H, L, E), the dtype of v; 0 at invalid tokens.
@@ -84,7 +92,8 @@ def lsh_attention(
     Raises:
         ValueError: shapes that don't fit together, sizes out of range, or options that don't.
     """
-    rule = list_rule("lsh_attention", chunk, chunks, causal, same_bucket_only, dedup, wrap)
+    options = (same_bucket_only, dedup, wrap, chunks_before, chunks_after)
+    rule = list_rule("lsh_attention", chunk, chunks, causal, *options)
     _check_shapes(qk, v, valid)
     if valid is not None:
         qk, v = (x.masked_fill(~valid[:, None, :, None], 0.0) for x in (qk, v))
@@ -123,7 +132,7 @@ def _attend_slice(
     for own, stored in zip(buckets.unbind(dim=2), key_buckets.unbind(dim=2), strict=True):
         same = (own[..., :, None] == stored[..., None, :]) & (position < column)
         rank, own_rank = same.cumsum(dim=-1) - 1, same.sum(dim=-1, keepdim=True)
-        counts = counts + (same & (rank >= (own_rank // rule.chunk - 1) * rule.chunk))
+        counts = counts + (same & (rank >= (own_rank // rule.chunk - rule.chunks_before) * rule.chunk))
     if rule.dedup:
         counts = counts.clamp_max(1)
     counts = counts + ((counts.sum(dim=-1, keepdim=True) == 0) & (position == column))
@@ -133,15 +142,28 @@ def _attend_slice(
 
 
 def list_rule(
-    owner: str, chunk: int, chunks: Chunks, causal: bool, same_bucket_only: bool, dedup: bool, wrap: bool
+    owner: str,
+    chunk: int,
+    chunks: Chunks,
+    causal: bool,
+    same_bucket_only: bool,
+    dedup: bool,
+    wrap: bool,
+    chunks_before: int,
+    chunks_after: int,
 ) -> ListRule:
     """The rule of some options.
 
     Raises:
-        ValueError: a chunk of no tokens, or options that exclude each other.
+        ValueError: a chunk of no tokens, less than no chunks, or options that exclude each other.
     """
     if chunk < 1:
         raise ValueError(f"{owner}: chunk counts the tokens of a chunk and must be at least 1, got {chunk}")
+    for name, count in (("chunks_before", chunks_before), ("chunks_after", chunks_after)):
+        if count < 0:
+            raise ValueError(
+                f"{owner}: {name} counts chunks beside the own one and must not be negative, got {count}"
+            )
     if chunks not in ("global", "bucket"):
         raise ValueError(f"{owner}: chunks must be 'global' or 'bucket', got {chunks!r}")
     if causal and chunks == "global":
@@ -149,13 +171,18 @@ def list_rule(
             f"{owner}: causal=True is not possible with chunks='global': a later token moves the borders of all chunks "
             "behind it in the sorted order, and so changes what earlier tokens see; use chunks='bucket'"
         )
+    if causal and chunks_after:
+        raise ValueError(
+            f"{owner}: causal=True is not possible with chunks_after={chunks_after}: the chunks behind a token's own "
+            "hold later tokens alone; use chunks_after=0, and chunks_before to see more"
+        )
     if wrap and (same_bucket_only or chunks == "bucket"):
         other = "chunks='bucket'" if chunks == "bucket" else "same_bucket_only=True"
         raise ValueError(
             f"{owner}: wrap=True shows the first chunk of a round tokens of another round, whose buckets have nothing "
             f"in common with its own; it excludes {other}"
         )
-    return ListRule(chunk, chunks == "bucket", causal, same_bucket_only, dedup, wrap)
+    return ListRule(chunk, chunks == "bucket", causal, same_bucket_only, dedup, wrap, chunks_before, chunks_after)
 
 
 def _hash(qk: Tensor, rounds: int, buckets: int | tuple[int, ...], seed: int) -> Tensor:

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.fused import fused_forward
+from subquad.ops.lsh.calls import Call, Calls
 from subquad.ops.lsh.lists import ListRule, listed_counts
-from subquad.ops.lsh.rounds import Call, Group, Order, Round, Rounds, sort_by_bucket
+from subquad.ops.lsh.order import Order, sort_by_bucket
+from subquad.ops.lsh.rounds import Group, Round, Rounds
 from subquad.ops.partial_softmax import merge, stack
 
 NORM_EPSILON = 1e-6
@@ -49,6 +51,7 @@ def attend_in_buckets_by_pairs(
 
 def attend_in_buckets(qk: Tensor, v: Tensor, buckets: Tensor, rule: ListRule, valid: Tensor | None = None) -> Tensor:
     """Attention over the lists; arguments and result as in `attend_in_buckets_by_pairs`."""
+    rule = rule.within(*buckets.shape[2:])
     order = sort_by_bucket(buckets, rule, valid)
     return _AttentionInBuckets.apply(qk, v, order, rule)  # pyright: ignore[reportReturnType] - apply has no types
 
@@ -139,12 +142,19 @@ def _round_gradients(
         _add_products(grad_q, scores, keys, call.row, size)
         _add_products(grad_k, scores.mT, queries, call.column, size)
         _add_products(grad_v, weights.mT, upstream, call.column, size)
+    if rule.wrap:
+        for total, share in zip(grads[1:], (grad_k, grad_v), strict=True):
+            _pass_to_other_rounds(total, share, this)
     after = slice(this.first, this.first + this.rows + 1)
     for total, share in zip(grads, (grad_q, grad_k[:, after], grad_v[:, after]), strict=True):
         total += share.reshape(-1, q.shape[2]).index_select(0, this.place)
-    if rule.wrap:
-        for total, share in zip(grads[1:], (grad_k, grad_v), strict=True):
-            total.index_add_(0, this.slots[:, : this.first].flatten(), share[:, : this.first].flatten(0, 1))
+
+
+def _pass_to_other_rounds(total: Tensor, share: Tensor, this: Round) -> None:
+    """Add to gradients (G * L, E) what the slots (G, S + 1, E) of other rounds' tokens have got."""
+    found = share.gather(1, this.others[..., None].expand(-1, -1, share.shape[2]))
+    total.index_add_(0, this.slots.gather(1, this.others).flatten(), found.flatten(0, 1))
+    share[:, this.first + this.rows] = 0.0  # which stands for all invalid tokens
 
 
 def _add_products(target: Tensor, weights: Tensor, x: Tensor, first: int, step: int) -> None:
@@ -169,13 +179,13 @@ class _AttentionInBuckets(torch.autograd.Function):
         batch, num_heads, length, width = v.shape
         out = v.new_zeros(batch, length, num_heads, width).transpose(1, 2)
         lse = torch.full((batch, num_heads, length), -torch.inf, dtype=dtype, device=v.device)
-        rounds = Rounds(order, rule, dtype)
+        rounds, calls = Rounds(order, rule, dtype), Calls(rule, width, dtype)
         for group in rounds.groups(width):
             q, values = (_gather(x, group, dtype) for x in (qk, v))
             scale, merged = _inverse_norm(q)[:, None], torch.zeros_like(values)
             merged_lse = torch.full_like(values[:, 0], -torch.inf)
             for index, this in enumerate(rounds.of_group(group)):
-                part = _attend_round(q, scale, values, this, rounds.calls(this, width), rule.chunk)
+                part = _attend_round(q, scale, values, this, calls.of_round(this), rule.chunk)
                 merge(merged, merged_lse, *part, fresh=index == 0)
             alone = _alone(merged_lse, rounds, group)
             merged[alone] = values[alone]
@@ -193,7 +203,7 @@ class _AttentionInBuckets(torch.autograd.Function):
         qk, v, out, lse, tokens, codes = ctx.saved_tensors
         order, dtype = Order(tokens, codes, ctx.counts), lse.dtype
         grad_qk, grad_v = torch.zeros_like(qk), torch.zeros_like(v)
-        rounds = Rounds(order, ctx.rule, dtype)
+        rounds, calls = Rounds(order, ctx.rule, dtype), Calls(ctx.rule, v.shape[-1], dtype)
         for group in rounds.groups(v.shape[-1]):
             q, values, merged, upstream = (_gather(x, group, dtype) for x in (qk, v, out, grad))
             scale, merged_lse = _inverse_norm(q)[:, None], _gather(lse, group, dtype)
@@ -202,7 +212,7 @@ class _AttentionInBuckets(torch.autograd.Function):
             delta = (merged * upstream).sum(dim=-1, keepdim=True)
             vectors = _Vectors(q, scale, values, upstream, finite, delta)
             for this in rounds.of_group(group):
-                _round_gradients(vectors, (of_q, of_k, of_v), this, rounds.calls(this, v.shape[-1]), ctx.rule)
+                _round_gradients(vectors, (of_q, of_k, of_v), this, calls.of_round(this), ctx.rule)
             alone = _alone(merged_lse, rounds, group)
             of_v[alone] += upstream[alone]
             _scatter(grad_qk, group, of_q + scale * (of_k - k * (k * of_k).sum(dim=-1, keepdim=True)))

@@ -25,18 +25,22 @@ from subquad.ops.lsh.tiles import attend_in_buckets, unit_keys
 from subquad.ops.softmax import softmax_attention_with_lse
 
 LENGTHS = st.sampled_from([1, 2, 3, 5, 8, 12, 17, 33])
+CHUNKS = st.sampled_from([0, 1, 2, 3, 100])
+"""Seen beside the own one."""
 PADDING = st.sampled_from(["none", "right", "anywhere", "everywhere"])
 
 
 @st.composite
 def rules(draw: st.DrawFn) -> ListRule:
     """Every combination of options that is allowed."""
-    chunk, dedup = draw(st.sampled_from([1, 2, 3, 4, 8, 40])), draw(st.booleans())
+    chunk, dedup, before = draw(st.sampled_from([1, 2, 3, 4, 8, 40])), draw(st.booleans()), draw(CHUNKS)
     if draw(st.booleans()):
-        return ListRule(chunk, per_bucket=True, causal=draw(st.booleans()), dedup=dedup)
+        causal = draw(st.booleans())
+        after = 0 if causal else draw(CHUNKS)
+        return ListRule(chunk, True, causal, dedup=dedup, chunks_before=before, chunks_after=after)
     same_bucket_only = draw(st.booleans())
     wrap = not same_bucket_only and draw(st.booleans())
-    return ListRule(chunk, same_bucket_only=same_bucket_only, dedup=dedup, wrap=wrap)
+    return ListRule(chunk, False, False, same_bucket_only, dedup, wrap, before, draw(CHUNKS))
 
 
 def options_of(rule: ListRule) -> dict[str, Any]:
@@ -79,6 +83,8 @@ def assert_equal_with_gradients(out: Tensor, expected: Tensor, leaves: tuple[Ten
 )
 @example(length=12, rule=ListRule(4), rounds=2, buckets=8, kind="none")
 @example(length=14, rule=ListRule(4, wrap=True, dedup=True), rounds=3, buckets=8, kind="right")
+@example(length=33, rule=ListRule(4, wrap=True, chunks_before=2, chunks_after=3), rounds=3, buckets=8, kind="right")
+@example(length=33, rule=ListRule(2, chunks_before=3, chunks_after=2), rounds=2, buckets=8, kind="none")
 def test_tiles_equal_the_definition(
     length: int, rule: ListRule, rounds: int, buckets: int | tuple[int, ...], kind: str
 ) -> None:
@@ -91,14 +97,30 @@ def test_tiles_equal_the_definition(
 def test_long_sequences_are_cut_into_calls_without_a_trace() -> None:
     (qk, v), rotations = vectors(600, batch=1, width=64), random_rotations(2, 2, 64, 4, generator=torch.Generator())
     buckets = hash_into_buckets(qk, rotations, (8,))
-    for rule in (ListRule(2), ListRule(2, same_bucket_only=True, dedup=True), ListRule(3, per_bucket=True)):
+    rules = (
+        ListRule(2),
+        ListRule(2, chunks_before=2, chunks_after=1),
+        ListRule(2, same_bucket_only=True, dedup=True),
+        ListRule(3, per_bucket=True),
+    )
+    for rule in rules:
         counts = listed_counts(buckets, rule).double()
         scores = qk @ unit_keys(qk).mT + counts.log()
         assert_equal_with_gradients(attend_in_buckets(qk, v, buckets, rule), scores.softmax(dim=-1) @ v, (qk, v))
 
 
 @pytest.mark.parametrize("heads_together", [1, 2, 7])
-@pytest.mark.parametrize("rule", [ListRule(4), ListRule(4, wrap=True, dedup=True), ListRule(3, True, True)], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ListRule(4),
+        ListRule(2, chunks_before=2, chunks_after=1),
+        ListRule(4, wrap=True, dedup=True),
+        ListRule(2, wrap=True, dedup=True, chunks_before=1, chunks_after=3),
+        ListRule(3, True, True),
+    ],
+    ids=str,
+)
 def test_heads_and_examples_are_cut_into_groups_without_a_trace(heads_together: int, rule: ListRule) -> None:
     qk, v = (torch.randn(5, 3, 11, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     valid = torch.arange(11) < torch.tensor([[11], [0], [4], [7], [1]])
@@ -111,19 +133,26 @@ def test_heads_and_examples_are_cut_into_groups_without_a_trace(heads_together: 
 
 def lists_by_loops(buckets: list[list[int]], rule: ListRule, valid: list[bool]) -> list[list[list[int]]]:
     """For each token the list of each round, made as a person would make it; buckets by round."""
-    size, orders = rule.chunk, []
+    size, (to_left, to_right), orders = rule.chunk, rule.sides, []
     for hashed in buckets:
         order = sorted((i for i in range(len(hashed)) if valid[i]), key=lambda i: (hashed[i], i))
         groups = [[i for i in order if hashed[i] == b] for b in sorted(set(hashed))] if rule.per_bucket else [order]
         orders.append([[group[start : start + size] for start in range(0, len(group), size)] for group in groups])
     lists: list[list[list[int]]] = [[] for _ in valid]
-    for index, (groups, hashed) in enumerate(zip(orders, buckets, strict=True)):
+    ring = [chunk for groups in orders for chunks in groups for chunk in chunks]
+    start = 0
+    for groups, hashed in zip(orders, buckets, strict=True):
         for chunks in groups:
             for place, chunk in enumerate(chunks):
-                before = chunks[place - 1] if place else (orders[index - 1][-1][-1] if rule.wrap else [])
+                window = range(place - to_left, place + to_right + 1)
+                if rule.wrap:
+                    listed = [ring[n] for n in {(start + n) % len(ring) for n in window}]
+                else:
+                    listed = [chunks[n] for n in window if 0 <= n < len(chunks)]
                 for i in chunk:
-                    seen = [j for j in before + chunk if j != i and not (rule.causal and j > i)]
+                    seen = [j for other in listed for j in other if j != i and not (rule.causal and j > i)]
                     lists[i].append([j for j in seen if not rule.same_bucket_only or hashed[j] == hashed[i]])
+        start += sum(map(len, groups))
     return lists
 
 
@@ -209,14 +238,15 @@ def test_the_most_similar_token_is_found_more_often_with_more_rounds() -> None:
     length=LENGTHS,
     cut=st.integers(1, 32),
     chunk=st.sampled_from([1, 2, 4]),
+    before=CHUNKS,
     dedup=st.booleans(),
     rounds=st.integers(1, 3),
 )
 def test_chunks_inside_buckets_depend_on_no_later_token(
-    length: int, cut: int, chunk: int, dedup: bool, rounds: int
+    length: int, cut: int, chunk: int, before: int, dedup: bool, rounds: int
 ) -> None:
     (qk, v), cut = vectors(length), min(cut, length)
-    options: dict[str, Any] = {"chunks": "bucket", "causal": True, "dedup": dedup}
+    options: dict[str, Any] = {"chunks": "bucket", "causal": True, "dedup": dedup, "chunks_before": before}
     options |= {"rounds": rounds, "chunk": chunk, "buckets": 4, "seed": 0}
     whole = lsh_attention(qk, v, **options)
     prefix = lsh_attention(qk[:, :, :cut], v[:, :, :cut], **options)
@@ -234,11 +264,14 @@ def test_in_one_order_of_all_tokens_a_later_one_is_felt() -> None:
     length=st.integers(1, 20),
     stored=st.integers(0, 12),
     chunk=st.sampled_from([1, 2, 4]),
+    before=CHUNKS,
     dedup=st.booleans(),
     height=st.sampled_from([1, 3, 1000]),
 )
-def test_a_stream_goes_on_from_stored_tokens(length: int, stored: int, chunk: int, dedup: bool, height: int) -> None:
-    (qk, v), rule = vectors(stored + length), ListRule(chunk, per_bucket=True, causal=True, dedup=dedup)
+def test_a_stream_goes_on_from_stored_tokens(
+    length: int, stored: int, chunk: int, before: int, dedup: bool, height: int
+) -> None:
+    (qk, v), rule = vectors(stored + length), ListRule(chunk, True, True, dedup=dedup, chunks_before=before)
     buckets = torch.randint(0, 3, (2, 2, 2, stored + length))
     columns = (stored + torch.arange(length)).expand(2, length)
     with pytest.MonkeyPatch.context() as patch:
@@ -328,6 +361,12 @@ def test_it_is_public() -> None:
         ({"buckets": (4, 5)}, r"lsh_attention: buckets must be 1 or even, .* got \(4, 5\)"),
         ({"chunks": "all"}, "lsh_attention: chunks must be 'global' or 'bucket', got 'all'"),
         ({"causal": True}, "causal=True is not possible with chunks='global': .* use chunks='bucket'"),
+        ({"chunks_before": -1}, "lsh_attention: chunks_before counts .* must not be negative, got -1"),
+        ({"chunks_after": -2}, "lsh_attention: chunks_after counts .* must not be negative, got -2"),
+        (
+            {"chunks": "bucket", "causal": True, "chunks_after": 1},
+            "causal=True is not possible with chunks_after=1: .* later tokens alone; use chunks_after=0",
+        ),
         ({"wrap": True, "same_bucket_only": True}, "wrap=True .* excludes same_bucket_only=True"),
         ({"wrap": True, "chunks": "bucket"}, "wrap=True .* excludes chunks='bucket'"),
         ({"valid": torch.ones(2, 5)}, r"valid must be bool \(2, 5\), got torch.float32 \(2, 5\)"),
