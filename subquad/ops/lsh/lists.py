@@ -48,7 +48,7 @@ class ListRule(NamedTuple):
 
     def within(self, rounds: int, length: int) -> ListRule:
         """A rule of the same lists for this length, which reaches no further than there are chunks."""
-        most = -(-length // self.chunk) * rounds
+        most = -(-length // self.chunk) * (rounds if self.wrap else 1)
         return self._replace(chunks_before=min(self.chunks_before, most), chunks_after=min(self.chunks_after, most))
 
     def listed_pairs(self, rounds: int, length: int) -> int:

@@ -55,9 +55,9 @@ def _codes(buckets: Tensor, rule: ListRule) -> Tensor:
     opens[..., 1:] = buckets[..., 1:] != buckets[..., :-1]
     if rule.per_bucket:
         place = place - torch.where(opens, place, 0).cummax(dim=-1).values
-    apart = 2 + 2 * max(rule.chunks_before, rule.chunks_after)
     steps = 2 * (place % rule.chunk == 0).int()
-    steps = steps + (apart * opens.int() if rule.per_bucket or rule.same_bucket_only else 0)
+    if rule.per_bucket or rule.same_bucket_only:
+        steps = torch.add(steps, opens, alpha=2 + 2 * max(rule.sides))
     codes = steps.expand_as(buckets).cumsum(dim=-1, dtype=torch.int32)
     return codes - codes[..., :1]
 
