@@ -120,7 +120,7 @@ def test_long_sequences_are_cut_into_calls_without_a_trace() -> None:
         ListRule(2, chunks_before=2, chunks_after=1),
         ListRule(4, wrap=True, dedup=True),
         ListRule(2, wrap=True, dedup=True, chunks_before=1, chunks_after=3),
-        ListRule(2, wrap=True, chunks_before=3, chunks_after=2),
+        ListRule(2, wrap=True, chunks_before=2, chunks_after=5),
         ListRule(3, True, True),
     ],
     ids=str,
