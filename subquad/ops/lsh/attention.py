@@ -161,9 +161,7 @@ def list_rule(
         raise ValueError(f"{owner}: chunk counts the tokens of a chunk and must be at least 1, got {chunk}")
     for name, count in (("chunks_before", chunks_before), ("chunks_after", chunks_after)):
         if count < 0:
-            raise ValueError(
-                f"{owner}: {name} counts chunks beside the own one and must not be negative, got {count}"
-            )
+            raise ValueError(f"{owner}: {name} counts chunks beside the own one and must not be negative, got {count}")
     if chunks not in ("global", "bucket"):
         raise ValueError(f"{owner}: chunks must be 'global' or 'bucket', got {chunks!r}")
     if causal and chunks == "global":

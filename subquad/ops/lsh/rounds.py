@@ -170,10 +170,10 @@ class Rounds:
     def _lists_in_order(self, group: Group, rows: int) -> _Lists:
         """Lists that end where their round does; chunks inside buckets begin between the borders of tiles too."""
         rule, size = self.rule, self.rule.chunk
-        sides = (torch.full((1, 1), side, dtype=torch.int32, device=self.place.device) for side in rule.sides)
+        before, after = (torch.full((1, 1), side, dtype=torch.int32, device=self.place.device) for side in rule.sides)
         first, behind = (min(side + rule.per_bucket, rows // size - 1) * size for side in rule.sides)
         nothing = group.counts[:, :0]
-        return _Lists(first, 0 if rule.causal else behind, *sides, -(-group.counts // size), nothing)
+        return _Lists(first, 0 if rule.causal else behind, before, after, -(-group.counts // size), nothing)
 
     def _lists_on_ring(self, group: Group, rows: int) -> _Lists:
         """Lists that go on in other rounds, up to the whole ring; tokens of those stand before and behind the own."""

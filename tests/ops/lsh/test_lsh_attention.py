@@ -182,6 +182,16 @@ def test_the_definition_makes_the_lists_of_a_loop(
         assert counts[i].tolist() == ([min(1, count) for count in expected] if rule.dedup else expected)
 
 
+@pytest.mark.parametrize("sides", [(1, 0), (2, 3), (0, 20)])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_the_pairs_of_a_ring_are_counted_but_for_tokens_that_meet_themselves(
+    sides: tuple[int, int], rounds: int
+) -> None:
+    rule, buckets = ListRule(4, wrap=True, chunks_before=sides[0], chunks_after=sides[1]), torch.rand(1, 1, rounds, 66)
+    listed = int(listed_counts(buckets.argsort(dim=-1), rule).sum())
+    assert listed <= rounds * rule.listed_pairs(rounds, 66) <= (1.02 if rounds > 1 else 1) * listed
+
+
 @pytest.mark.parametrize("chunks", ["global", "bucket"])
 @pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("dedup", [False, True])
