@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import MIXERS, batch, blocks_of, classifier, config, small
-from torch import nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from subquad.mechanisms.linformer import Linformer
@@ -70,7 +70,7 @@ def test_the_auto_classes_know_the_models(tmp_path: Path) -> None:
     assert torch.equal(stack(tokens).pooler_output, model.model(tokens).pooler_output)
 
 
-def compressions(model: SubquadModel) -> list[nn.Parameter]:
+def compressions(model: SubquadModel) -> list[Tensor]:
     mixers = [block.mixer for block in blocks_of(model)]
     return [mixer.compress_key for mixer in mixers if isinstance(mixer, Linformer) and mixer.compress_key is not None]
 
