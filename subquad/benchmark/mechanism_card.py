@@ -19,7 +19,6 @@ from typing import Any
 from subquad.benchmark.attention_picture import attention_picture
 from subquad.benchmark.probe_subject import miniature
 from subquad.benchmark.probes import ProbeResult, offered_forms
-from subquad.build import check_dims
 from subquad.drawing import LONGEST
 from subquad.interface import Dims, MixerConfig
 from subquad.records.mechanisms import Mechanism, Picture
@@ -213,7 +212,7 @@ def draw_pictures(
 def _offers(config: MixerConfig, form: Dims) -> bool:
     """Whether options and form go together: an even window, for one, has no bidirectional form."""
     try:
-        check_dims(config, form)
+        config.check(form)
     except ValueError:
         return False
     return True

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from subquad.benchmark.probe_subject import Subject, miniature, small_subject
 from subquad.benchmark.probes import offered_forms
-from subquad.build import check_dims, list_mixers, make_dims, mixer_config
+from subquad.build import list_mixers, make_dims, mixer_config
 from subquad.interface import Dims, MixerConfig
 
 WIDE_HEADS = make_dims(embed_dim=24, num_heads=2, head_dim=8, max_length=96)
@@ -42,8 +42,10 @@ def subjects() -> dict[str, Subject]:
 
 def _accepts(config: MixerConfig, dims: Dims) -> bool:
     """Whether these positions go with the mechanism; "none" always does."""
+    if dims.positions == "rotary" and config.why_not_rotary:
+        return False
     try:
-        check_dims(config, dims)
+        config.check(dims)
     except ValueError:
         if dims.positions == "none":
             raise
