@@ -68,7 +68,7 @@ def known(state: CombinerState, sights: Sights, dtype: torch.dtype) -> Summaries
     return Summaries(numbers, keys, values)
 
 
-def left(state: CombinerState, kept: Kept, summaries: Summaries, sights: Sights) -> CombinerState:
+def next_state(state: CombinerState, kept: Kept, summaries: Summaries, sights: Sights) -> CombinerState:
     """What the next call needs."""
     first = sights.first(kept.end)
     counts = kept.end - first

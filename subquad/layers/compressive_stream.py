@@ -146,7 +146,7 @@ def note_untaught(stream: Stream, sight: VisibleRows) -> None:
         )
 
 
-def store(
+def next_state(
     before: CompressiveState, x: Tensor, rows: Tensor, usage: Tensor, layout: Layout, segment_length: int | None
 ) -> CompressiveState:
     """The state after a call.

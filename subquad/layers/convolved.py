@@ -87,7 +87,7 @@ class ConvolvedMixer(RecurrentMixer):
             state: what earlier tokens left, or None.
 
         Returns:
-            What `remember` gives.
+            What `run_recurrence` gives.
         """
 
     @torch.no_grad()

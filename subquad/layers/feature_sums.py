@@ -82,7 +82,7 @@ class FeatureSumMixer(HeadMixer):
         else:
             after = self._sum_context(heads, before, state, feature_map)
             out = read_sums(heads.q, after, feature_map, epsilon=epsilon)
-        return out, _advance(state, heads, after) if isinstance(state, FeatureSums) else None
+        return out, _next_state(state, heads, after) if isinstance(state, FeatureSums) else None
 
     def _sum_context(self, heads: Heads, before: Sums | None, state: State | None, feature_map: FeatureMap) -> Sums:
         """The sums over all keys, or those that the state of cross-attention holds."""
@@ -131,7 +131,7 @@ def feature_sum_cost(
     )
 
 
-def _advance(state: FeatureSums, heads: Heads, sums: Sums) -> FeatureSums:
+def _next_state(state: FeatureSums, heads: Heads, sums: Sums) -> FeatureSums:
     length, valid, dtype = heads.q.shape[2], heads.mask.valid, state.values.dtype
     return FeatureSums(
         state.length + (length if valid is None else valid.sum(dim=1)),

@@ -97,19 +97,24 @@ class HeadMixer(TokenMixer):
         q, k, v = self.project(x, context)
         key_mask = context_mask if self.dims.cross else mask
         if self.dims.positions == "rotary":
-            q, k = self._rotate(q, k, mask, key_mask, state)
+            q, k = self.rotate_heads(q, k, mask, key_mask, state)
         heads = Heads(x, q, k, v, mask or Mask(), key_mask or Mask())
-        out, new_state, *aux_loss = self.attend(heads, state)  # the third, where there is one
+        out, after, *aux_loss = self.attend(heads, state)  # the third, where there is one
         y = self.project_out(merge_heads(out.to(x.dtype)))
-        return Mixed(self.dropout(y), new_state, *aux_loss)
+        return Mixed(self.dropout(y), after, *aux_loss)
 
     def split(self, x: Tensor) -> Tensor:
         """(B, L, H * E) -> (B, H, L, E)."""
         return split_heads(x, self.dims.num_heads)
 
-    def _rotate(
+    def rotate_heads(
         self, q: Tensor, k: Tensor | None, mask: Mask | None, key_mask: Mask | None, state: State | None
     ) -> tuple[Tensor, Tensor | None]:
+        """Queries and keys by their positions, before `attend`; a mechanism that rotates at another point overrides it.
+
+        Raises:
+            ValueError: segments in a stream of cross-attention.
+        """
         if self.dims.cross and state is not None and mask is not None and mask.segments is not None:
             raise ValueError(
                 f"{self.config.name}: rotary positions inside the segments of a cross-attention stream are not known "

@@ -46,7 +46,7 @@ def joined_keys(memory: KeyMemory, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     )
 
 
-def next_memory(memory: KeyMemory, k: Tensor, v: Tensor, added: Tensor, stored: int | None) -> KeyMemory:
+def next_state(memory: KeyMemory, k: Tensor, v: Tensor, added: Tensor, stored: int | None) -> KeyMemory:
     """The memory after a call.
 
     Args:

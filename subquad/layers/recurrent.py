@@ -103,9 +103,9 @@ class RecurrentMixer(TokenMixer):
     ) -> Mixed:
         """Project, recur, norm, gate, project back."""
         qkv = (self.project_query(x), self.project_key(x), self.project_value(x))
-        out, new_state = self.recur(x, qkv, mask or Mask(), state)
+        out, after = self.recur(x, qkv, mask or Mask(), state)
         y = self.project_out(self._norm_and_gate(out.transpose(1, 2), x).to(x.dtype))
-        return Mixed(self.dropout(y), new_state)
+        return Mixed(self.dropout(y), after)
 
     def initialise(self) -> None:
         """A gain of 1."""
@@ -122,7 +122,7 @@ class RecurrentMixer(TokenMixer):
         shape = (batch_size, self.dims.num_heads, self.heads.width, self.heads.value_width)
         return length, torch.zeros(shape, device=device, dtype=dtype)
 
-    def remember(
+    def run_recurrence(
         self,
         q: Tensor,
         k: Tensor,
@@ -179,12 +179,6 @@ def check_chunk(owner: str, chunk: int) -> None:
     """Raise ValueError for a chunk without tokens."""
     if chunk < 1:
         raise ValueError(f"{owner}: chunk must be at least 1, got {chunk}")
-
-
-def refuse_rotary(owner: str, dims: Dims) -> None:
-    """Raise ValueError for rotary positions."""
-    if dims.positions == "rotary":
-        raise ValueError(f"{owner}: positions='rotary' is not supported, its decay knows the order; use 'none'")
 
 
 def scaled_width(owner: str, option: str, expansion: float, dims: Dims) -> int:

@@ -85,7 +85,7 @@ class Known(NamedTuple):
         )
         return keys, values
 
-    def left(self, before: SinkhornState, other: tuple[Tensor, Tensor]) -> SinkhornState:
+    def next_state(self, before: SinkhornState, other: tuple[Tensor, Tensor]) -> SinkhornState:
         """What the next call needs, of what `sorted` gave."""
         end, dtype = self.arrivals.end, before.keys.dtype
         new = (self.numbers >= self.arrivals.first[:, None]) & (self.numbers < self.arrivals.opened[:, None])

@@ -31,7 +31,7 @@ from subquad.calls import check_stream_length
 from subquad.costs import Cost, window_sides
 from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.layers.heads import initialise_projection
-from subquad.layers.key_memory import KeyMemory, empty_memory, joined_keys, next_memory
+from subquad.layers.key_memory import KeyMemory, empty_memory, joined_keys, next_state
 from subquad.layers.key_positions import FactorisedPositions, KernelPositions, LearnedPositions
 from subquad.layers.projection import Projection
 from subquad.mask import Mask
@@ -199,19 +199,19 @@ class Aft(TokenMixer):
         order = packing_order(valid) if self.config.columns is None else None  # a pixel keeps its place
         if order is not None:
             q, k, v = (take(tensor, order) for tensor in (q, k, v))
-        starts, new_state = None, None
+        starts, after = None, None
         if isinstance(state, KeyMemory):
             starts = state.length
             added = torch.full_like(starts, x.shape[1]) if valid is None else valid.sum(dim=1)
             if self.config.traits.fixed_length:
                 check_stream_length("aft", starts + added, self.dims.max_length)
             k, v = joined_keys(state, k, v)
-            new_state = next_memory(state, k, v, added, self.config.reach(causal=True).left)
+            after = next_state(state, k, v, added, self.config.reach(causal=True).left)
         stored, reach = k.shape[2] - x.shape[1], self.config.reach(causal=self.dims.causal)
         bias = None if self.positions is None else self.positions.bias(starts, x.shape[1], stored)
         out = biased_means(q, k, v, bias, reach)
         out = out if order is None else put_back(out, order)
-        return Mixed(self.dropout(self.project_out(merge_heads(out))), new_state)
+        return Mixed(self.dropout(self.project_out(merge_heads(out))), after)
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, L, ·) -> (B, G, L, ·)."""

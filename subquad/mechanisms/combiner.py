@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from subquad.costs import Cost
 from subquad.interface import Comparison, Dims, MixerConfig, Traits
-from subquad.layers.combiner_stream import CombinerState, empty_stream, extend, known, left
+from subquad.layers.combiner_stream import CombinerState, empty_stream, extend, known, next_state
 from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, projection_cost
 from subquad.layers.row_summary import RowSummary
 from subquad.mask import Mask
@@ -245,7 +245,7 @@ class Combiner(HeadMixer):
         pooled, rows = partial(pooled_summaries, self._summarize), partial(self._summarize_rows, x.dtype)
         made = sights.summarise(kept, wanted, rows if self.config.plans()[0].asks_tokens else pooled)
         summaries = known(before, sights, kept.k.dtype).join(made)
-        after = left(before, kept, summaries, sights)
+        after = next_state(before, kept, summaries, sights)
         if begins:
             return self._attend_whole(heads), after
         positions = before.length[:, None] + torch.arange(q.shape[2], device=q.device)

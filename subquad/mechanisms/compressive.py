@@ -38,7 +38,7 @@ from subquad.costs import Cost
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.compression import Decoder, Kind, compression, convolution_cost
 from subquad.layers.compressive_cost import attention_loss_cost, decoding_loss_cost, memories_cost
-from subquad.layers.compressive_stream import CompressiveState, Sizes, Stream, begin, note_untaught, store
+from subquad.layers.compressive_stream import CompressiveState, Sizes, Stream, begin, next_state, note_untaught
 from subquad.layers.heads import Attended, Heads, projection_cost
 from subquad.layers.memory_mixer import DEVIATION, MemoryMixer, Packed
 from subquad.ops.memory.attention import Distances, VisibleColumns
@@ -249,7 +249,7 @@ class Compressive(MemoryMixer):
         rows = None if of_rows is None else self._rows(torch.cat((stream.rows, kept), dim=1), of_rows, sight)
         out = compressed_attention(call.q, k, v, distances, reach, memory, rows)
         loss = self._loss(stream, call, (k, v), windows, made) if self.training and config.traits.aux_loss else None
-        after = None if before is None else store(before, x, kept, usage, layout, config.segment_length)
+        after = None if before is None else next_state(before, x, kept, usage, layout, config.segment_length)
         return Attended(out if call.order is None else put_back(out, call.order), after, loss)
 
     def _distances(

@@ -40,7 +40,6 @@ from subquad.layers.recurrent import (
     check_chunk,
     delta_cost,
     recurrent_cost,
-    refuse_rotary,
     scaled_width,
 )
 from subquad.mask import Mask
@@ -56,6 +55,7 @@ class DeltaConfig(MixerConfig):
     """Options of DeltaNet and Gated DeltaNet."""
 
     family: ClassVar[str] = "recurrent"
+    why_not_rotary: ClassVar[str] = "its decay knows the order"
 
     gated: bool = False
     """Gated DeltaNet: the matrix fades by α, and the normed result is multiplied by swish(x W_g)."""
@@ -82,8 +82,7 @@ class DeltaConfig(MixerConfig):
         return Traits(causal=True, padding=True, state=True, constant_state=True)
 
     def check(self, dims: Dims) -> None:
-        """Raise ValueError for rotary positions, or where an expansion gives no whole width."""
-        refuse_rotary("delta", dims)
+        """Raise ValueError where an expansion gives no whole width."""
         self.heads(dims)
 
     def heads(self, dims: Dims) -> RecurrentHeads:
@@ -160,7 +159,7 @@ class Delta(ConvolvedMixer):
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: State | None
     ) -> tuple[Tensor, RecurrentState | None]:
         """Store by the delta rule."""
-        return self.remember(q, k, v, self._log_decays(x), mask, state, beta=self._beta(x))
+        return self.run_recurrence(q, k, v, self._log_decays(x), mask, state, beta=self._beta(x))
 
     def _beta(self, x: Tensor) -> Tensor:
         """β, (B, H, L)."""

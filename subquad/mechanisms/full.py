@@ -86,14 +86,14 @@ class Full(HeadMixer):
         return _attend_sequence(heads.q, k, v, heads.mask, causal=self.dims.causal), None
 
     def _attend_context(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
-        k, v, key_valid, key_segments, new_state = read_context("full", heads, state)
+        k, v, key_valid, key_segments, after = read_context("full", heads, state)
         if key_segments is None:
-            return _attend_everything(heads.q, k, v, key_valid), new_state
+            return _attend_everything(heads.q, k, v, key_valid), after
         documents = Mask(segments=heads.mask.segments)
         out = pattern_attention(
             heads.q, k, v, EVERYTHING, mask=documents, key_valid=key_valid, key_segments=key_segments
         )
-        return out, new_state
+        return out, after
 
 
 def _attend_sequence(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, causal: bool) -> Tensor:

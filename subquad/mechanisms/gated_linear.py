@@ -40,7 +40,6 @@ from subquad.layers.recurrent import (
     additive_cost,
     check_chunk,
     recurrent_cost,
-    refuse_rotary,
     scaled_width,
 )
 from subquad.mask import Mask
@@ -56,6 +55,7 @@ class GatedLinearConfig(MixerConfig):
     """Options of gated linear attention."""
 
     family: ClassVar[str] = "recurrent"
+    why_not_rotary: ClassVar[str] = "its decay knows the order"
 
     key_expansion: float = 0.5
     """Width of a query's and key's head in units of head_dim."""
@@ -90,8 +90,7 @@ class GatedLinearConfig(MixerConfig):
         return Traits(causal=True, padding=True, state=True, constant_state=True)
 
     def check(self, dims: Dims) -> None:
-        """Raise ValueError for rotary positions, or where an expansion gives no whole width."""
-        refuse_rotary("gated_linear", dims)
+        """Raise ValueError where an expansion gives no whole width."""
         self.heads(dims)
 
     def heads(self, dims: Dims) -> RecurrentHeads:
@@ -146,7 +145,7 @@ class GatedLinear(ConvolvedMixer):
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: State | None
     ) -> tuple[Tensor, RecurrentState | None]:
         """Forget by channels."""
-        return self.remember(q, k, v, self._log_decays(x), mask, state)
+        return self.run_recurrence(q, k, v, self._log_decays(x), mask, state)
 
     def _log_decays(self, x: Tensor) -> Tensor:
         """Log α, (B, H, L, E)."""

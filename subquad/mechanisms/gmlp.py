@@ -203,16 +203,16 @@ class Gmlp(TokenMixer):
         tokens = x
         if order is not None:
             tokens, facts = take(x[:, None], order)[:, 0], in_order(facts, order)
-        u, new_state = self.norm(tokens), None
+        u, after = self.norm(tokens), None
         passed, gating = F.gelu(self.project_in(u)).chunk(2, dim=-1)
         reading = self._read(u, gating)
         if isinstance(state, GateCache):
-            gates, new_state = self._continue(reading, facts.valid, state)
+            gates, after = self._continue(reading, facts.valid, state)
         else:
             gates = self._gates(reading, facts.valid)
         out = self.project_out(passed * gates)
         out = out if order is None else put_back(out[:, None], order)[:, 0]
-        return Mixed(x + self.dropout(out), new_state)
+        return Mixed(x + self.dropout(out), after)
 
     def _read(self, u: Tensor, gating: Tensor) -> Reading:
         gates = self.gate_norm(gating)[:, None]

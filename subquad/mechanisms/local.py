@@ -218,7 +218,7 @@ def _attend_placed(
         key_segments=stretch.documents if spread else None,
         query_offset=stretch.offset,
     )
-    return placed.collect(out) if spread else out, _newest(before, stretch, placed, mask, grid)
+    return placed.collect(out) if spread else out, _next_state(before, stretch, placed, mask, grid)
 
 
 def _extend(before: WindowState, k: Tensor, v: Tensor, placed: BlockColumns, grid: BlockedWindow) -> Stretch:
@@ -232,7 +232,7 @@ def _extend(before: WindowState, k: Tensor, v: Tensor, placed: BlockColumns, gri
     return Stretch(keys, values, seen, documents.cummax(dim=1).values, offset)
 
 
-def _newest(
+def _next_state(
     before: WindowState, stretch: Stretch, placed: BlockColumns, mask: Mask, grid: BlockedWindow
 ) -> WindowState:
     """The columns that the next token may see: those of the block in which it stands and of `left` blocks before."""

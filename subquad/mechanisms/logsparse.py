@@ -191,11 +191,11 @@ class LogSparse(HeadMixer):
         inputs = torch.zeros(batch_size, reach, self.dims.embed_dim, device=device, dtype=dtype)
         return ConvolutionCache(empty.length, empty.keys, empty.values, empty.segments, inputs)
 
-    def _rotate(
+    def rotate_heads(
         self, q: Tensor, k: Tensor | None, mask: Mask | None, key_mask: Mask | None, state: State | None
     ) -> tuple[Tensor, Tensor | None]:
         """Only what is no convolution, whose sums come later, when padding has been taken out."""
-        return super()._rotate(q, k, mask, key_mask, state) if self.config.kernel == 1 else (q, k)
+        return super().rotate_heads(q, k, mask, key_mask, state) if self.config.kernel == 1 else (q, k)
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Attend; padding is taken out first, so that it takes no position."""

@@ -149,10 +149,10 @@ class Ngram(HeadMixer):
         key_valid = torch.cat((known, valid), dim=1)
         key_segments = torch.cat((before.segments, segments), dim=1)
         out = self._look_back(q, k, v, Mask(mask.valid, segments), key_valid, key_segments)
-        return out, _keep_newest(before, k, v, key_segments, valid.sum(dim=1))
+        return out, _next_state(before, k, v, key_segments, valid.sum(dim=1))
 
 
-def _keep_newest(before: NgramState, k: Tensor, v: Tensor, segments: Tensor, added: Tensor) -> NgramState:
+def _next_state(before: NgramState, k: Tensor, v: Tensor, segments: Tensor, added: Tensor) -> NgramState:
     """The columns that end with the newest valid token; `added` (B,) of this call's tokens, the first, are valid."""
     columns = torch.arange(before.keys.shape[2], device=k.device) + added[:, None]
     keys, values = (take(tensor, columns).to(before.keys.dtype) for tensor in (k, v))

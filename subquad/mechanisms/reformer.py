@@ -223,11 +223,11 @@ class Reformer(HeadMixer):
             shared = self.split(project(x.to(wide), layer.weight.to(wide), bias))
         return shared, shared, self.split(self.project_value(x))
 
-    def _rotate(
+    def rotate_heads(
         self, q: Tensor, k: Tensor | None, mask: Mask | None, key_mask: Mask | None, state: State | None
     ) -> tuple[Tensor, Tensor | None]:
         """Only what attends is rotated: buckets tell content, and not the position in a stream."""
-        return super()._rotate(q, None, mask, key_mask, state)[0], k
+        return super().rotate_heads(q, None, mask, key_mask, state)[0], k
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Hash, then attend in buckets; a stream's later calls to what is stored."""

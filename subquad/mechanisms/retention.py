@@ -132,7 +132,7 @@ class Retention(RecurrentMixer):
             positions = token_positions(mask, *x.shape[:2], device=x.device, start=start)
             q, k = (rotate(tensor, positions, base=_base(self.dims.head_dim)) for tensor in (q, k))
         decays = self._log_decays(v)[:, None, None].expand(*q.shape[:3], 1)
-        return self.remember(q, k, v, decays, mask, state)
+        return self.run_recurrence(q, k, v, decays, mask, state)
 
     def _log_decays(self, like: Tensor) -> Tensor:
         """Log γ of each head, (H,)."""

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from subquad.costs import Cost, visible_pairs
-from subquad.interface import Comparison, Dims, Mixed, MixerConfig, Traits
-from subquad.layers.heads import HeadMixer, Heads, projection_cost
+from subquad.interface import Comparison, Dims, MixerConfig, Traits
+from subquad.layers.heads import Attended, HeadMixer, Heads, projection_cost
 from subquad.layers.wide_buffers import WideBuffers
 from subquad.mask import Mask
 from subquad.ops.backward_pass import is_recomputing
@@ -41,7 +41,6 @@ from subquad.ops.clusters.causal_window import cluster_window_attention
 from subquad.ops.clusters.kmeans import Centroids, commitment, members, moved, nearest, standardise
 from subquad.ops.clusters.member_attention import member_attention
 from subquad.ops.clusters.rings import RingOrder, Rings
-from subquad.ops.head_split import merge_heads
 from subquad.ops.packing import packing_order, put_back, take, token_counts
 from subquad.ops.precision import full_precision
 from subquad.ops.projection import project
@@ -186,27 +185,16 @@ class Routing(WideBuffers, HeadMixer):
             k = q if self.config.shares(self.dims) else standardise(self.split(_linear(wide, self.project_key)))
         return q, k, self.split(self.project_value(x))
 
-    def mix(
-        self, x: Tensor, context: Tensor | None, mask: Mask | None, context_mask: Mask | None, state: State | None
-    ) -> Mixed:
-        """Project, attend, project back, and in training let the centroids move."""
-        facts = mask or Mask()
-        heads = Heads(x, *self.project(x, context), facts, facts)
-        out, after, loss = self._attend_routed(heads, state if isinstance(state, RoutingState) else None)
-        y = self.project_out(merge_heads(out.to(x.dtype)))
-        return Mixed(self.dropout(y), after, loss)
+    def rotate_heads(
+        self, q: Tensor, k: Tensor | None, mask: Mask | None, key_mask: Mask | None, state: State | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Not yet: clusters are found by content."""
+        del mask, key_mask, state
+        return q, k
 
-    def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
-        """Attend inside the clusters."""
-        return self._attend_routed(heads, state if isinstance(state, RoutingState) else None)[:2]
-
-    def _attend_routed(
-        self, heads: Heads, before: RoutingState | None
-    ) -> tuple[Tensor, RoutingState | None, Tensor | None]:
-        """The result, the new state and, in training, the auxiliary loss.
-
-        Padding is taken out first, so that it takes no position.
-        """
+    def attend(self, heads: Heads, state: State | None) -> Attended:
+        """Attend inside the clusters, and in training let the centroids move; padding is taken out first."""
+        before = state if isinstance(state, RoutingState) else None
         k, v = heads.keys_and_values()
         q, valid = heads.q, heads.mask.valid
         order = packing_order(valid)
@@ -223,7 +211,7 @@ class Routing(WideBuffers, HeadMixer):
             else:
                 out, labels = self._attend_members(sets, v, means, lengths)
             loss = self._learn(sets, labels, means, lengths) if self.training else None
-        return (out if order is None else put_back(out, order)), after, loss
+        return Attended(out if order is None else put_back(out, order), after, loss)
 
     def _means_found(self) -> Tensor:
         """The centroids as this call found them, also where it is run again and they were not put back since."""
@@ -235,7 +223,7 @@ class Routing(WideBuffers, HeadMixer):
         return self.dims.head_dim**-0.5 if self.config.scaled else 1.0
 
     def _rotated(self, sets: list[Tensor], start: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Queries and keys, rotated with rotary positions; clusters are found before, by content."""
+        """Queries and keys, with rotary positions rotated."""
         if self.dims.positions == "rotary":
             places = torch.arange(sets[0].shape[2], device=sets[0].device)[None]
             places = places if start is None else places + start[:, None]

@@ -215,7 +215,7 @@ class Sinkhorn(HeadMixer):
             known = known.last_alone()
             other = known.sorted(before, self._null)
             out = self._attend_sorted(x, q, k, v, form, valid)
-        return out, known.left(before, other)
+        return out, known.next_state(before, other)
 
     def _known(self, heads: Heads, form: SortedBlocks, before: SinkhornState) -> Known:
         x, valid = heads.x, heads.mask.valid

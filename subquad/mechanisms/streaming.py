@@ -146,7 +146,7 @@ class Streaming(HeadMixer):
         length = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return StreamingState(length, sinks, sinks.clone(), recent, recent.clone())
 
-    def _rotate(
+    def rotate_heads(
         self, q: Tensor, k: Tensor | None, mask: Mask | None, key_mask: Mask | None, state: State | None
     ) -> tuple[Tensor, Tensor | None]:
         """Nothing yet: the cache holds keys before rotation."""
@@ -178,7 +178,7 @@ class Streaming(HeadMixer):
         """Attend to what is stored too, and store the new tokens."""
         valid = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
         k, v = (torch.cat((old.to(q.dtype), new), dim=2) for old, new in ((before.keys, k), (before.values, v)))
-        after = _store(before, k, v, positions, valid)
+        after = _next_state(before, k, v, positions, valid)
         stored = before.keys.shape[2]
         known = torch.arange(stored, device=q.device) >= stored - before.length[:, None]
         in_window = self._in_window(q, k, v, torch.cat((known, valid), dim=1))
@@ -221,7 +221,7 @@ class Streaming(HeadMixer):
         return weighted[0] if len(parts) == 1 else weighted[0] + weighted[1]
 
 
-def _store(before: StreamingState, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor) -> StreamingState:
+def _next_state(before: StreamingState, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor) -> StreamingState:
     """The state after a call; k and v begin with the stored columns, and the valid new tokens are the first behind."""
     (sinks, stored), added = (before.sink_keys.shape[2], before.keys.shape[2]), valid.sum(dim=1)
     places = positions.masked_fill(~valid, sinks)[:, :sinks]

@@ -156,16 +156,16 @@ class Synthesizer(TokenMixer):
         if order is not None:
             x, facts = take(x[:, None], order)[:, 0], in_order(facts, order)
         k, v, valid = self._keys(x), split_heads(self.project_value(x), self.dims.num_heads), facts.valid
-        starts, new_state = (0,), None
+        starts, after = (0,), None
         if isinstance(state, KeyValueCache):
-            new_state, _, _ = store_keys("synthesizer", state, k, v, facts)
-            check_stream_length("synthesizer", new_state.length, self.dims.max_length)
-            k, v, valid = new_state.keys, new_state.values, None  # no query sees what is behind the stored keys
+            after, _, _ = store_keys("synthesizer", state, k, v, facts)
+            check_stream_length("synthesizer", after.length, self.dims.max_length)
+            k, v, valid = after.keys, after.values, None  # no query sees what is behind the stored keys
             starts = tuple(state.length.tolist())
         places = Places(starts if len(set(starts)) > 1 else (*starts, 0)[:1], x.shape[1])
         out = self._attend(x, k, v, valid, places).to(x.dtype)
         out = out if order is None else put_back(out, order)
-        return Mixed(self.dropout(self.project_out(merge_heads(out))), new_state)
+        return Mixed(self.dropout(self.project_out(merge_heads(out))), after)
 
     def _attend(self, x: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, places: Places) -> Tensor:
         """Slices of queries against all keys; the scores of a slice are made again in the backward pass."""

@@ -200,7 +200,7 @@ class TransformerXL(MemoryMixer):
         out = memory_attention(call.q, k, v, distances, reach, memory)
         after = None
         if before is not None:
-            after = self._after(before, call, (k, v), valid)
+            after = self._next_state(before, call, (k, v), valid)
         return (out if call.order is None else put_back(out, call.order)), after
 
     def _stored(self, before: RecentTokens | None) -> int:
@@ -227,7 +227,7 @@ class TransformerXL(MemoryMixer):
             memory = Memory(*(torch.cat(pair, dim=2) for pair in zip(cached, memory, strict=True)))
         return k, v, memory
 
-    def _after(
+    def _next_state(
         self, before: RecentTokens, call: Packed, joined: tuple[Tensor, Tensor], valid: Tensor | None
     ) -> RecentTokens:
         """The state after a call, of which some tokens are valid, bool (B, L), or all."""

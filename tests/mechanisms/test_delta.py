@@ -142,7 +142,6 @@ def test_the_claims_of_the_contract_hold_with_other_options() -> None:
         ({"kernel": -1}, "delta: kernel counts the tokens of a convolution, 0 for none; got -1"),
         ({"value_expansion": 0.3}, "delta: value_expansion=0.3 of head_dim=4 must give a whole width of at least 1"),
         ({"chunk": 0}, "delta: chunk must be at least 1, got 0"),
-        ({"positions": "rotary"}, "delta: positions='rotary' is not supported"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:

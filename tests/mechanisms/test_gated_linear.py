@@ -113,7 +113,6 @@ def test_the_claims_of_the_contract_hold_with_other_options(kernel: int) -> None
         ({"value_expansion": 0.0}, "gated_linear: value_expansion=0.0 of head_dim=4 must give a whole width"),
         ({"kernel": -1}, "gated_linear: kernel counts the tokens of a convolution, 0 for none; got -1"),
         ({"chunk": 0}, "gated_linear: chunk must be at least 1, got 0"),
-        ({"positions": "rotary"}, "gated_linear: positions='rotary' is not supported"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
