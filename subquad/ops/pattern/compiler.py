@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from subquad.ops.pattern.band_strips import SLICE_PAIRS, band_strips, lanes_of
 from subquad.ops.pattern.piece import Piece
-from subquad.ops.pattern.row_slices import price, row_slices
+from subquad.ops.pattern.row_slices import row_slices, slices_price
 from subquad.ops.pattern.strip_piece import StripPiece
 from subquad.ops.pattern.strips import Numbering, Shape, Strips, make_strips
 from subquad.ops.pattern.tile_piece import compile_tiles
@@ -62,7 +62,7 @@ def compile_pattern(pattern: Pattern, shape: Shape, *, sliced: bool) -> HeadPlan
     plans = [slices, _by_terms(pattern, shape, sliced=sliced)]
     if pattern.block is not None:
         plans.append(compile_tiles(pattern, shape))
-    prices = [sum(price(piece.strips, shape) for piece in slices)]
+    prices = [sum(slices_price(piece.strips, shape) for piece in slices)]
     prices += [_price(pieces, shape) + shape.call_pairs for pieces in plans[1:]]
     best = int(np.argmin(prices))
     return HeadPlan(tuple(plans[best]), dense=best == 0)

@@ -10,7 +10,7 @@ from subquad.patterns.pattern import UNBOUNDED
 MOST_SLICES = 8
 """Beyond, strips that share a call are cheaper in any case."""
 CALLS_PER_SLICE = 2.0
-"""What each slice after the first costs, in calls: its result isn't merged with another."""
+"""What each slice after the first costs, in calls: measured. One slice alone needs no node of autograd of our own."""
 MASK = 1.1
 """What the mask costs, in multiples of the pairs."""
 TALL_ROWS, SHORT = 192, 1.15
@@ -28,10 +28,10 @@ def row_slices(shape: Shape, low: int, high: int, most_rows: int) -> Strips:
     """
     numbers = [number for number in (1, 2, 4, MOST_SLICES) if number <= shape.queries]
     sizes = {min(most_rows, -(-shape.queries // number)) for number in numbers}
-    return min((_cut(shape, low, high, rows) for rows in sorted(sizes)), key=lambda strips: price(strips, shape))
+    return min((_cut(shape, low, high, rows) for rows in sorted(sizes)), key=lambda strips: slices_price(strips, shape))
 
 
-def price(strips: Strips, shape: Shape) -> float:
+def slices_price(strips: Strips, shape: Shape) -> float:
     """What slices cost for one head of one example, in pairs of dense attention."""
     rows, columns = strips.row1 - strips.row0, strips.column1 - strips.column0
     pairs = MASK * rows * columns * np.where(rows < TALL_ROWS, SHORT, 1.0) * (1 + 32 / rows + 32 / columns)
