@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 from pathlib import Path
 
 import torch
 
 import subquad
+from subquad.processor import cpu_name
 from subquad.records.schema import Environment
 from subquad.records.store import slug
 
@@ -41,26 +41,6 @@ def hardware_name() -> str:
 
 def _accelerator() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def cpu_name() -> str:
-    """The processor's name, as the operating system tells it.
-
-    A name without a number, as virtual machines show it, tells no generation, and gets that of its family and model.
-    """
-    cpuinfo = Path("/proc/cpuinfo")
-    facts = _first_processor(cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else {}
-    name = re.sub(r"\s+", " ", re.sub(r"\((R|TM)\)|CPU|@.*", "", facts.get("model name", ""))).strip()
-    if not name:
-        return platform.processor() or platform.machine() or "unknown processor"
-    if re.search(r"\d", name) or not {"cpu family", "model"} <= facts.keys():
-        return name
-    return f"{name} family {facts['cpu family']} model {facts['model']}"
-
-
-def _first_processor(cpuinfo: str) -> dict[str, str]:
-    lines = cpuinfo.partition("\n\n")[0].splitlines()
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def memory_bytes() -> int:

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from subquad.benchmark.environment import cpu_name, installed_version, memory_bytes
+from subquad.benchmark.environment import installed_version, memory_bytes
 from subquad.benchmark.timing import matmul_flops_per_second
 from subquad.cli.cores import cores
 from subquad.cli.extras import optional_packages, required_version
+from subquad.processor import cpu_name, instruction_sets
 from subquad.records import units
 
 MATRIX_SIZE = 1024
@@ -29,7 +30,6 @@ LOWEST_FREE_BYTES = 2_000_000_000
 LOWEST_MEMORY_BYTES = 4_000_000_000
 _READ_WITH_DATA = "Parquet files and the digits of image-lm"
 """What the extra `data` is for: all else runs without it."""
-_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 
 class Level(StrEnum):
@@ -79,14 +79,6 @@ def accelerator() -> str:
         return "none: everything runs on the CPU"
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
     return f"{device.name}, {units.size(device.total_memory)}"
-
-
-def instruction_sets() -> list[str]:
-    """Those of the processor that matter for matrix products."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^(flags|Features)\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    flags = found[2].split() if found else []
-    return [name for name in _INSTRUCTION_SETS if name in flags]
 
 
 def _processor() -> Check:

@@ -1,4 +1,4 @@
-"""Products of matrices by oneDNN, which on many CPUs is two to three times faster in float32 than the BLAS behind `mm`.
+"""Products of matrices by oneDNN, which on AMD's newer CPUs is about twice as fast in float32 as the BLAS behind `mm`.
 
 The operator is private to torch; this module alone names it. Where it is missing or no faster, and for what it doesn't
 take, `mm` computes the same.
@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from subquad.processor import made_by_intel
 
 SMALLEST_PRODUCT = 2**21
 """Multiplications below which `mm` is faster: a call costs about 20 µs."""
@@ -32,10 +34,10 @@ def has_onednn() -> bool:
 def outruns_mm() -> bool:
     """Whether large products run faster than by `mm`, by the vectors that this processor has.
 
-    The operator uses those of 512 bits wherever there are any, the BLAS behind `mm` only those of 256 on many such
-    processors. Without them both run at the same speed, and `mm` needs no copies.
+    The operator uses those of 512 bits wherever there are any, the BLAS behind `mm` only those of 256, but on
+    processors of its maker. Where both use the same, they run at the same speed, and `mm` needs no copies.
     """
-    return has_onednn() and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return has_onednn() and "AVX512" in torch.backends.cpu.get_cpu_capability() and not made_by_intel()
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

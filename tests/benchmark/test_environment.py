@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import subquad
-from subquad.benchmark import environment
-from subquad.benchmark.environment import commit, cpu_name, hardware_name, installed_version, this_environment
+from subquad.benchmark.environment import commit, hardware_name, installed_version, this_environment
 
 
 def test_the_environment_is_that_of_this_process() -> None:
@@ -30,23 +29,6 @@ def test_an_accelerator_is_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert hardware_name() == "nvidia-h200"
     assert this_environment().accelerator == "NVIDIA H200"
-
-
-@pytest.mark.parametrize(
-    ("told", "name"),
-    [
-        ("Intel(R) Xeon(R) CPU E5-2670 @ 2.60GHz", "Intel Xeon E5-2670"),
-        ("AMD EPYC", "AMD EPYC family 25 model 1"),  # two generations share this name, and their figures no table
-        ("AMD EPYC 7B13", "AMD EPYC 7B13"),
-    ],
-)
-def test_the_processors_name_has_no_ornaments_and_tells_its_generation(
-    told: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    first = f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: {told}\n"
-    (tmp_path / "cpuinfo").write_text(f"{first}\n{first.replace('25', '26')}")
-    monkeypatch.setattr(environment, "Path", lambda path: tmp_path / "cpuinfo")
-    assert cpu_name() == name
 
 
 def test_a_package_that_is_not_there_says_so() -> None:

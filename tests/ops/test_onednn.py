@@ -55,11 +55,15 @@ def test_the_logistic_function_follows_the_product(rows: int) -> None:
     torch.testing.assert_close(logistic_product(a, b, bias), expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("vectors", "outruns"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
-def test_it_outruns_mm_where_there_are_wide_vectors(
-    monkeypatch: pytest.MonkeyPatch, vectors: str, outruns: bool
+@pytest.mark.parametrize(
+    ("vectors", "intel", "outruns"),
+    [("AVX512", False, True), ("AVX512", True, False), ("AVX2", False, False), ("DEFAULT", False, False)],
+)
+def test_it_outruns_mm_where_mm_leaves_wide_vectors_alone(
+    monkeypatch: pytest.MonkeyPatch, vectors: str, intel: bool, outruns: bool
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(onednn, "made_by_intel", lambda: intel)
     assert outruns_mm() is outruns
 
 
