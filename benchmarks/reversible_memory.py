@@ -24,7 +24,8 @@ from sampling import describe_machine, prepare_torch, result_console
 from torch import Tensor
 
 from subquad.benchmark.memory import PeakMemory, allocated_peak_bytes, saved_bytes
-from subquad.cli.console import BAD, GOOD, plain_table
+from subquad.cli.console import BAD, GOOD, plain_table, progress_console
+from subquad.cli.progress import Progress
 from subquad.models import SubquadConfig, SubquadModel
 from subquad.records import units
 
@@ -116,6 +117,18 @@ def in_fresh_process(way: str, depth: int, sizes: Sizes) -> Step:
         return pool.apply(measure, (way, depth, sizes))
 
 
+def measure_all(ways: Sequence[str], depths: Sequence[int], sizes: Sizes) -> dict[str, dict[int, Step]]:
+    """Every way at every depth, with a bar."""
+    found: dict[str, dict[int, Step]] = {way: {} for way in ways}
+    with Progress(progress_console()) as bars:
+        bar, cases = bars.start("a step of each"), [(way, depth) for way in ways for depth in depths]
+        for done, (way, depth) in enumerate(cases):
+            bar.update(done, total=len(cases), note=f"{way}, {depth} layers")
+            found[way][depth] = in_fresh_process(way, depth, sizes)
+        bar.finish(f"{len(cases)} processes, one after the other")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table, and whether reversible layers keep their promise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table, verdicts = plain_table(), []
     for heading in ("residuals", "layers", "kept", "peak", "peak over that of the fewest", "process", "seconds"):
         table.add_column(heading, no_wrap=True, justify="left" if heading == "residuals" else "right")
-    for way in options.ways:
-        steps = {depth: in_fresh_process(way, depth, sizes) for depth in sorted(options.depths)}
+    found = measure_all(options.ways, sorted(options.depths), sizes)
+    for way, steps in found.items():
         fewest = next(iter(steps.values()))
         for depth, taken in steps.items():
             growth = taken.peak_bytes / fewest.peak_bytes

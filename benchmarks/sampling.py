@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from subquad.benchmark.allocator import freed_memory_kept
 from subquad.benchmark.environment import this_environment
 from subquad.benchmark.timing import interleaved_seconds
 from subquad.cli.console import BAD, GOOD, progress_console
@@ -74,7 +75,7 @@ class SpeedUp:
 def sample_by_turns(
     functions: Mapping[str, Callable[[], object]], *, samples: int | None, warm_up: int, title: str
 ) -> dict[str, list[float]]:
-    """Seconds of each function: every one once, then every one again.
+    """Seconds of each function: every one once, then every one again, while freed memory is kept.
 
     Args:
         functions: by name.
@@ -82,7 +83,7 @@ def sample_by_turns(
         warm_up: turns before the samples.
         title: what the bar says.
     """
-    with Progress(progress_console()) as bars:
+    with freed_memory_kept(), Progress(progress_console()) as bars:
         bar = bars.start(title)
         slowest = 0.0
         for name in list(functions) * warm_up:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subquad.benchmark.allocator import freed_memory_kept
 from subquad.benchmark.memory import PeakMemory, saved_bytes
 from subquad.benchmark.mixers import parse_mixer
 from subquad.benchmark.timing import interleaved_seconds
@@ -67,7 +68,7 @@ def profile_dims(config: MixerConfig, settings: ProfileSettings, *, causal: bool
 def measure_length(
     mixers: Sequence[MixerConfig], settings: ProfileSettings, length: int, *, causal: bool = False
 ) -> tuple[list[Measured], list[Measured]]:
-    """Measure all mixers at one length, by turns with dense attention in each form that occurs.
+    """Measure all mixers at one length, by turns with dense attention in each form that occurs; freed memory is kept.
 
     Returns:
         For each mixer its figures, and those of dense attention in the same form.
@@ -77,8 +78,9 @@ def measure_length(
     subjects = [_Subject(config, dims, settings, length) for config, dims in zip(mixers, forms, strict=True)]
     dense_subjects = {dims.causal: _Subject(dense, dims, settings, length) for dims in forms}
     everyone = [*subjects, *dense_subjects.values()]
-    forward = interleaved_seconds({str(i): s.forward for i, s in enumerate(everyone)}, rounds=settings.rounds)
-    both = interleaved_seconds({str(i): s.forward_backward for i, s in enumerate(everyone)}, rounds=settings.rounds)
+    with freed_memory_kept():
+        forward = interleaved_seconds({str(i): s.forward for i, s in enumerate(everyone)}, rounds=settings.rounds)
+        both = interleaved_seconds({str(i): s.forward_backward for i, s in enumerate(everyone)}, rounds=settings.rounds)
     measured = [subject.measured(forward[str(i)], both[str(i)]) for i, subject in enumerate(everyone)]
     dense_measured = dict(zip(dense_subjects, measured[len(subjects) :], strict=True))
     return measured[: len(subjects)], [dense_measured[dims.causal] for dims in forms]
