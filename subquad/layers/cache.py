@@ -17,7 +17,7 @@ from torch import Tensor
 from subquad.interface import Dims
 from subquad.layers.heads import Heads
 from subquad.mask import Mask, continue_segments, token_positions
-from subquad.ops.packing import append, packing_order, put_back, take
+from subquad.ops.packing import Packing, append
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.pattern import Pattern
 from subquad.state import State, state_dataclass
@@ -104,15 +104,14 @@ def attend_stored(
     """
     k, v = heads.keys_and_values()
     cache, _, segments = store_keys(owner, state, k, v, heads.mask)
-    valid = heads.mask.valid
-    order = packing_order(valid)
-    q, k, v = heads.q, cache.keys.to(heads.q.dtype), cache.values.to(heads.q.dtype)
-    if order is not None:  # segments must not decrease, among the invalid queries at the end neither
-        q, segments = take(q, order), take(segments, order).cummax(dim=1).values
+    packing = Packing(heads.mask.valid)
+    q, k, v = packing.pack(heads.q), cache.keys.to(heads.q.dtype), cache.values.to(heads.q.dtype)
     one_document = bool((cache.segments[:, :1] == _last_segment(cache)[:, None]).all())
-    documents = (None, None) if one_document else (segments, cache.segments.cummax(dim=1).values)
+    documents = None, None
+    if not one_document:  # they must not decrease, among invalid tokens at the end neither
+        documents = packing.pack(segments).cummax(dim=1).values, cache.segments.cummax(dim=1).values
     out = attend(Stored(q, k, v, *documents, state.length))
-    return (out if order is None else put_back(out, order)), cache
+    return packing.unpack(out), cache
 
 
 def attend_cached(owner: str, heads: Heads, pattern: Pattern, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:

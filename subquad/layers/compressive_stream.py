@@ -90,7 +90,7 @@ class Stream(NamedTuple):
     def windows(self, x: Tensor, columns: Tensor) -> Tensor:
         """Inputs by columns, int64 (B, R, W), of windows: (B, R, W, D), through which no gradient flows back."""
         tokens = torch.cat((self.hidden, x), dim=1).detach()
-        return take(tokens[:, None], columns.flatten(1))[:, 0].unflatten(1, columns.shape[1:])
+        return take(tokens, columns)
 
 
 def begin(x: Tensor, valid: Tensor | None, sizes: Sizes, eviction: Eviction, before: CompressiveState | None) -> Stream:
@@ -169,7 +169,7 @@ def next_state(
     made = torch.tensor([example.made for example in examples], dtype=torch.int64, device=x.device)
     columns = made[:, None] + torch.arange(capacity, device=x.device)
     joined = torch.cat((before.compressed, rows.to(before.compressed.dtype)), dim=1)
-    compressed = take(joined[:, None], columns)[:, 0]
+    compressed = take(joined, columns)
     columns = added[:, None] + torch.arange(kept, device=x.device)
     used = torch.cat((before.usage[:, : max(0, kept - layout.stored)], usage.to(before.usage.dtype)), dim=1)
     after_usage = take(used, columns) if kept else before.usage

@@ -20,7 +20,7 @@ from subquad.costs import Cost
 from subquad.interface import Dims, MixerConfig
 from subquad.layers.recurrent import RecurrentHeads, RecurrentMixer, RecurrentState
 from subquad.mask import Mask
-from subquad.ops.packing import packing_order, put_back, take
+from subquad.ops.packing import Packing, take
 from subquad.ops.recurrence.short_convolution import short_convolution
 from subquad.state import State, state_dataclass
 
@@ -108,15 +108,13 @@ class ConvolvedMixer(RecurrentMixer):
         self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], mask: Mask, state: State | None
     ) -> tuple[Tensor, State | None]:
         """Convolve, then recur; padding is taken out where the convolution would see it."""
-        valid = mask.valid
-        order = None if self.taps is None else packing_order(valid)
-        if valid is not None and order is not None:
-            x, *moved = (take(tensor[:, None], order)[:, 0] for tensor in (x, *qkv))
-            qkv, mask = (moved[0], moved[1], moved[2]), Mask(take(valid, order))
+        packing = Packing(None if self.taps is None else mask.valid)
+        x, q, k, v = (packing.pack(tensor) for tensor in (x, *qkv))
+        qkv, mask = (q, k, v), packing.pack_mask(mask)
         before = state if isinstance(state, ConvolvedState) else None
         q, k, v = (self.split(tensor) for tensor in self.prepare(*self._channels(qkv, before)))
         out, after = self.recur_prepared(x, q, k, v, mask, state)
-        out = out if order is None else put_back(out, order)
+        out = packing.unpack(out)
         if before is None or after is None:
             return out, None
         return out, ConvolvedState(after.length, after.matrix, _newest(before.recent, qkv, mask.valid))
@@ -158,4 +156,4 @@ def _newest(recent: Tensor, qkv: tuple[Tensor, ...], valid: Tensor | None) -> Te
     reach = recent.shape[1]
     if valid is None:
         return tokens[:, tokens.shape[1] - reach :]
-    return take(tokens[:, None], valid.sum(dim=1, keepdim=True) + torch.arange(reach, device=valid.device))[:, 0]
+    return take(tokens, valid.sum(dim=1, keepdim=True) + torch.arange(reach, device=valid.device))

@@ -16,7 +16,7 @@ from subquad.layers.heads import HeadMixer, Heads
 from subquad.ops.head_split import merge_heads
 from subquad.ops.memory.attention import Memory, project_memory
 from subquad.ops.memory.sinusoids import distance_sinusoids
-from subquad.ops.packing import packing_order, take
+from subquad.ops.packing import Packing, take
 from subquad.ops.projection import project
 
 DEVIATION = 0.02
@@ -31,14 +31,14 @@ class Packed(NamedTuple):
         q: (B, H, L, E).
         k: (B, H, L, E).
         v: (B, H, L, E).
-        order: int64 (B, L) that puts them first; None where they did already.
+        packing: their way there and back.
     """
 
     x: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
-    order: Tensor | None
+    packing: Packing
 
 
 class MemoryMixer(HeadMixer):
@@ -57,11 +57,9 @@ class MemoryMixer(HeadMixer):
 
     def pack(self, heads: Heads) -> Packed:
         """The call with its padding taken out."""
-        x, q, order = heads.x, heads.q, packing_order(heads.mask.valid)
-        k, v = heads.keys_and_values()
-        if order is None:
-            return Packed(x, q, k, v, None)
-        return Packed(take(x[:, None], order)[:, 0], take(q, order), take(k, order), take(v, order), order)
+        packing = Packing(heads.mask.valid)
+        x, q, k, v = (packing.pack(x) for x in (heads.x, heads.q, *heads.keys_and_values()))
+        return Packed(x, q, k, v, packing)
 
     def join(self, hidden: Tensor, call: Packed, *, apart: bool) -> tuple[Tensor, Tensor, Memory | None]:
         """Keys and values of what is stored and of the call.

@@ -39,7 +39,7 @@ from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.means.biased_means import biased_means
 from subquad.ops.means.running_means import LOG_ZERO
 from subquad.ops.means.strip_geometry import BiasReach, count_pairs
-from subquad.ops.packing import packing_order, put_back, take
+from subquad.ops.packing import Packing
 from subquad.registry import register
 from subquad.state import State
 
@@ -196,9 +196,8 @@ class Aft(TokenMixer):
             wide = torch.promote_types(k.dtype, torch.float32)
             k = k.to(wide).masked_fill(~valid[:, None, :, None], LOG_ZERO)
             v = v.masked_fill(~valid[:, None, :, None], 0.0)
-        order = packing_order(valid) if self.config.columns is None else None  # a pixel keeps its place
-        if order is not None:
-            q, k, v = (take(tensor, order) for tensor in (q, k, v))
+        packing = Packing(valid if self.config.columns is None else None)  # a pixel keeps its place
+        q, k, v = (packing.pack(tensor) for tensor in (q, k, v))
         starts, after = None, None
         if isinstance(state, KeyMemory):
             starts = state.length
@@ -210,7 +209,7 @@ class Aft(TokenMixer):
         stored, reach = k.shape[2] - x.shape[1], self.config.reach(causal=self.dims.causal)
         bias = None if self.positions is None else self.positions.bias(starts, x.shape[1], stored)
         out = biased_means(q, k, v, bias, reach)
-        out = out if order is None else put_back(out, order)
+        out = packing.unpack(out)
         return Mixed(self.dropout(self.project_out(merge_heads(out))), after)
 
     def _split(self, x: Tensor) -> Tensor:

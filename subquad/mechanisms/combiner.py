@@ -53,7 +53,7 @@ from subquad.ops.combiner.joint_mixture import JointMixture
 from subquad.ops.combiner.levels import Logsparse
 from subquad.ops.combiner.plans import Fixed, Plan
 from subquad.ops.combiner.stream import Members, Sights, pooled_summaries
-from subquad.ops.packing import packing_order, put_back, take
+from subquad.ops.packing import Packing, take
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.blocks import Block
 from subquad.registry import register
@@ -219,17 +219,14 @@ class Combiner(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Attend by the plan, with the valid tokens first."""
-        k, v = heads.keys_and_values()
-        valid = heads.mask.valid
-        order = packing_order(valid)
-        if order is not None and valid is not None:
-            q, k, v, x = (take(tensor, order) for tensor in (heads.q, k, v, heads.x[:, None]))
-            heads = Heads(x[:, 0], q, k, v, Mask(take(valid, order)), Mask())
+        packing = Packing(heads.mask.valid)
+        x, q, k, v = (packing.pack(tensor) for tensor in (heads.x, heads.q, *heads.keys_and_values()))
+        heads = Heads(x, q, k, v, Mask(packing.valid), Mask())
         if isinstance(state, CombinerState):
             out, state = self._continue(heads, state)
         else:
             out = self._attend_whole(heads)
-        return (out if order is None else put_back(out, order)), state
+        return packing.unpack(out), state
 
     def _attend_whole(self, heads: Heads) -> Tensor:
         return self._by_plans(heads) if self.row_summary is None else self._by_rows(heads, self.row_summary)
@@ -258,7 +255,7 @@ class Combiner(HeadMixer):
         if self.row_summary is None:
             return (keys if self.config.grid.weighted_keys else take(kept.k, asking)), values
         average = values if self.config.row_summary == "proj" else keys
-        x = take(kept.x[:, None], asking)[:, 0]
+        x = take(kept.x, asking)
         made = self.row_summary(x.to(dtype), average.to(dtype).transpose(1, 2).flatten(2))
         return self.split(made).to(keys.dtype), values
 

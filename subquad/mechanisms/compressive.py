@@ -47,7 +47,6 @@ from subquad.ops.memory.evictions import Eviction, tally
 from subquad.ops.memory.most_used import Scored, most_used
 from subquad.ops.memory.reconstruction import attention_parts, decoding_parts, mean_of
 from subquad.ops.memory.stream_layout import Layout
-from subquad.ops.packing import put_back
 from subquad.ops.projection import project
 from subquad.registry import register
 from subquad.state import State
@@ -250,7 +249,7 @@ class Compressive(MemoryMixer):
         out = compressed_attention(call.q, k, v, distances, reach, memory, rows)
         loss = self._loss(stream, call, (k, v), windows, made) if self.training and config.traits.aux_loss else None
         after = None if before is None else next_state(before, x, kept, usage, layout, config.segment_length)
-        return Attended(out if call.order is None else put_back(out, call.order), after, loss)
+        return Attended(call.packing.unpack(out), after, loss)
 
     def _distances(
         self, layout: Layout, reach: VisibleColumns, sight: VisibleRows, x: Tensor

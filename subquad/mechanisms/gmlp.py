@@ -31,7 +31,7 @@ from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.layers.heads import initialise_projection
 from subquad.layers.projection import Projection
 from subquad.mask import Mask
-from subquad.ops.packing import append, in_order, packing_order, put_back, take
+from subquad.ops.packing import Packing, append
 from subquad.ops.positions.causal_toeplitz import causal_product_flops, causal_toeplitz_product
 from subquad.ops.positions.toeplitz import toeplitz_product, transform_flops, transform_length
 from subquad.ops.positions.token_product import token_product
@@ -199,20 +199,15 @@ class Gmlp(TokenMixer):
     ) -> Mixed:
         """Put the valid tokens first, so that they stand where they count; gate, and add to the stream."""
         facts = mask or Mask()
-        order = packing_order(facts.valid)
-        tokens = x
-        if order is not None:
-            tokens, facts = take(x[:, None], order)[:, 0], in_order(facts, order)
-        u, after = self.norm(tokens), None
+        packing = Packing(facts.valid)
+        u, after = self.norm(packing.pack(x)), None
         passed, gating = F.gelu(self.project_in(u)).chunk(2, dim=-1)
         reading = self._read(u, gating)
         if isinstance(state, GateCache):
-            gates, after = self._continue(reading, facts.valid, state)
+            gates, after = self._continue(reading, packing.valid, state)
         else:
-            gates = self._gates(reading, facts.valid)
-        out = self.project_out(passed * gates)
-        out = out if order is None else put_back(out[:, None], order)[:, 0]
-        return Mixed(x + self.dropout(out), after)
+            gates = self._gates(reading, packing.valid)
+        return Mixed(x + self.dropout(packing.unpack(self.project_out(passed * gates))), after)
 
     def _read(self, u: Tensor, gating: Tensor) -> Reading:
         gates = self.gate_norm(gating)[:, None]

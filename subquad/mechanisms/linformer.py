@@ -32,7 +32,7 @@ from subquad.costs import Cost
 from subquad.interface import Comparison, Dims, MixerConfig, Traits
 from subquad.layers.heads import HeadMixer, Heads, projection_cost
 from subquad.ops.compress import block_maxima, block_means, block_sums, compress
-from subquad.ops.packing import packing_order, take
+from subquad.ops.packing import Packing
 from subquad.registry import register
 from subquad.state import State
 
@@ -207,10 +207,8 @@ class Linformer(HeadMixer):
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Compress, then attend to the rows that hold tokens; all rows of a matrix do."""
         k, v = heads.keys_and_values()
-        valid = heads.key_mask.valid
-        order = packing_order(valid)
-        if valid is not None and order is not None:
-            k, v, valid = take(k, order), take(v, order), take(valid, order)
+        packing = Packing(heads.key_mask.valid)
+        k, v, valid = packing.pack(k), packing.pack(v), packing.valid
         visible = None
         if valid is not None and self.config.compression != "linear":
             visible = _filled_blocks(valid, self.config.block(self.dims))[:, None, None]

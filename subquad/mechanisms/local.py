@@ -27,7 +27,7 @@ from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask, continue_segments
 from subquad.ops.block_columns import BlockColumns, block_columns
-from subquad.ops.packing import append, in_order, packing_order, put_back, take
+from subquad.ops.packing import Packing, append, take
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Causal, Window
 from subquad.patterns.blocks import BlockWindow
@@ -189,15 +189,14 @@ class Local(HeadMixer):
         grid, before = self.config.grid(causal=self.dims.causal), state if isinstance(state, WindowState) else None
         if before is not None and mask.segments is not None:
             mask = Mask(mask.valid, continue_segments("local", before.segment, before.length, mask, q.shape[2]))
-        order = packing_order(mask.valid)
-        if order is not None:
-            q, k, v, mask = *(take(tensor, order) for tensor in (q, k, v)), in_order(mask, order)
+        packing = Packing(mask.valid)
+        q, k, v, mask = *(packing.pack(tensor) for tensor in (q, k, v)), packing.pack_mask(mask)
         if before is None and (mask.segments is None or grid.size == 1):
             out, after = pattern_attention(q, k, v, grid.pattern, mask=mask), None
         else:
             nothing = self.new_state(q.shape[0], q.device, q.dtype)
             out, after = _attend_placed(q, k, v, mask, grid, nothing if before is None else before)
-        return (out if order is None else put_back(out, order)), None if before is None else after
+        return packing.unpack(out), None if before is None else after
 
 
 def _attend_placed(

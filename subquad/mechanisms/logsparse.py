@@ -31,7 +31,7 @@ from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.cache import KeyValueCache, attend_cached, empty_cache
 from subquad.layers.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask, continue_segments, token_positions
-from subquad.ops.packing import in_order, packing_order, put_back, take
+from subquad.ops.packing import Packing, take
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.ops.projection import project
 from subquad.ops.rotary import rotate
@@ -206,20 +206,18 @@ class LogSparse(HeadMixer):
             return attend_cached("logsparse", heads, pattern, state)
         k, v = heads.keys_and_values()
         q, mask = heads.q, Mask(heads.mask.valid, heads.mask.segments)
-        order = packing_order(mask.valid)
-        if order is not None:
-            q, k, v, mask = *(take(tensor, order) for tensor in (q, k, v)), in_order(mask, order)
+        packing = Packing(mask.valid)
+        q, k, v, mask = *(packing.pack(tensor) for tensor in (q, k, v)), packing.pack_mask(mask)
         q, k = self._convolve(self.project_query, q, mask), self._convolve(self.project_key, k, mask)
         out = pattern_attention(q, k, v, pattern, mask=mask)
-        return (out if order is None else put_back(out, order)), None
+        return packing.unpack(out), None
 
     def _continue(self, heads: Heads, pattern: Pattern, before: ConvolutionCache) -> tuple[Tensor, ConvolutionCache]:
         """Convolve behind the stored inputs, then attend to the stored keys; padding is taken out first."""
         k, v = heads.keys_and_values()
-        x, q, mask = heads.x[:, None], heads.q, Mask(heads.mask.valid, heads.mask.segments)
-        order = packing_order(mask.valid)
-        if order is not None:
-            x, q, k, v, mask = *(take(tensor, order) for tensor in (x, q, k, v)), in_order(mask, order)
+        x, q, mask = heads.x, heads.q, Mask(heads.mask.valid, heads.mask.segments)
+        packing = Packing(mask.valid)
+        x, q, k, v, mask = *(packing.pack(tensor) for tensor in (x, q, k, v)), packing.pack_mask(mask)
         earlier = before.last_segments()
         segments = continue_segments("logsparse", earlier[:, -1], before.length, mask, q.shape[2])
         joined, inputs = torch.cat((earlier, segments), dim=1), before.inputs.to(x.dtype)
@@ -227,11 +225,11 @@ class LogSparse(HeadMixer):
             self._convolve_behind(inputs, projection, shares, joined, before.length)
             for projection, shares in ((self.project_query, q), (self.project_key, k))
         )
-        out, cache = attend_cached("logsparse", Heads(x[:, 0], q, k, v, mask, mask), pattern, before)
+        out, cache = attend_cached("logsparse", Heads(x, q, k, v, mask, mask), pattern, before)
         columns = (cache.length - before.length)[:, None] + torch.arange(inputs.shape[1], device=x.device)
-        newest = take(torch.cat((inputs[:, None], x), dim=2), columns)[:, 0].to(before.inputs.dtype)
+        newest = take(torch.cat((inputs, x), dim=1), columns).to(before.inputs.dtype)
         after = ConvolutionCache(cache.length, cache.keys, cache.values, cache.segments, newest)
-        return (out if order is None else put_back(out, order)), after
+        return packing.unpack(out), after
 
     def _convolve_behind(
         self, inputs: Tensor, projection: nn.Module, shares: Tensor, segments: Tensor, start: Tensor

@@ -27,7 +27,7 @@ from subquad.interface import Dims, Mixed, MixerConfig, TokenMixer, Traits
 from subquad.layers.heads import initialise_projection
 from subquad.layers.projection import Projection
 from subquad.mask import Mask
-from subquad.ops.packing import in_order, packing_order, put_back, take
+from subquad.ops.packing import Packing
 from subquad.ops.projection import project
 from subquad.registry import register
 from subquad.state import State
@@ -108,12 +108,9 @@ class MlpMixer(TokenMixer):
     ) -> Mixed:
         """Put the valid tokens first, so that they stand where they count; mix along tokens, then along channels."""
         facts = mask or Mask()
-        order = packing_order(facts.valid)
-        tokens = x
-        if order is not None:
-            tokens, facts = take(x[:, None], order)[:, 0], in_order(facts, order)
-        mixed = self._mix_tokens(self.token_norm(tokens), facts.valid)
-        u = x + self.dropout(mixed if order is None else put_back(mixed[:, None], order)[:, 0])
+        packing = Packing(facts.valid)
+        mixed = self._mix_tokens(self.token_norm(packing.pack(x)), packing.valid)
+        u = x + self.dropout(packing.unpack(mixed))
         return Mixed(u + self.dropout(self.contract(F.gelu(self.expand(self.channel_norm(u))))))
 
     def _mix_tokens(self, x: Tensor, valid: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ from subquad.costs import Cost, visible_pairs
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask, continue_segments
-from subquad.ops.packing import in_order, packing_order, put_back, take
+from subquad.ops.packing import Packing, take
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Ngram as NgramPattern
 from subquad.registry import register
@@ -102,18 +102,14 @@ class Ngram(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Attend to the last tokens; padding is taken out first, so that it takes no position."""
-        q, k, v, mask = heads.q, heads.k, heads.v, Mask(heads.mask.valid, heads.mask.segments)
-        assert k is not None
-        assert v is not None
-        order = packing_order(mask.valid)
-        if order is not None:
-            q, k, v = (take(tensor, order) for tensor in (q, k, v))
-            mask = in_order(mask, order)
+        packing = Packing(heads.mask.valid)
+        q, k, v = (packing.pack(tensor) for tensor in (heads.q, *heads.keys_and_values()))
+        mask = packing.pack_mask(Mask(heads.mask.valid, heads.mask.segments))
         if isinstance(state, NgramState):
             out, after = self._continue(q, k, v, mask, state)
         else:
             out, after = self._look_back(q, k, v, mask), None
-        return (out if order is None else put_back(out, order)), after
+        return packing.unpack(out), after
 
     def _look_back(
         self,

@@ -30,7 +30,7 @@ from subquad.interface import Comparison, Dims, MixerConfig, Traits
 from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.ops.convolution import convolve_heads
 from subquad.ops.landmarks import landmark_attention
-from subquad.ops.packing import packing_order, put_back, take
+from subquad.ops.packing import Packing
 from subquad.registry import register
 from subquad.state import State
 
@@ -125,13 +125,9 @@ class Nystromformer(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Attend with the padding behind the tokens."""
-        k, v = heads.keys_and_values()
-        q, valid = heads.q, heads.mask.valid
-        order = packing_order(valid)
-        if valid is None or order is None:
-            return self._attend(q, k, v, valid), None
-        q, k, v = (take(x, order) for x in (q, k, v))
-        return put_back(self._attend(q, k, v, take(valid, order)), order), None
+        packing = Packing(heads.mask.valid)
+        q, k, v = (packing.pack(x) for x in (heads.q, *heads.keys_and_values()))
+        return packing.unpack(self._attend(q, k, v, packing.valid)), None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         landmarks, iterations = self.config.landmarks, self.config.iterations

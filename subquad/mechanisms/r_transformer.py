@@ -33,7 +33,7 @@ from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.local_recurrence.network import GATES, CellName, local_recurrence
-from subquad.ops.packing import in_order, packing_order, put_back, take
+from subquad.ops.packing import Packing, take
 from subquad.patterns.bands import Causal
 from subquad.registry import register
 from subquad.state import State, state_dataclass
@@ -192,15 +192,14 @@ class RTransformer(TokenMixer):
     ) -> Mixed:
         """Put the valid tokens first, so that none reads an invalid one, and run the parts."""
         facts = mask or Mask()
-        order = packing_order(facts.valid)
-        if order is not None:
-            x, facts = take(x[:, None], order)[:, 0], in_order(facts, order)
+        packing = Packing(facts.valid)
+        x, facts = packing.pack(x), packing.pack_mask(facts)
         old = state if isinstance(state, RTransformerState) else None
         x, recent = self._run_windows(x, facts.valid, old)
         attended, cache = self._attend(self.attention_norm(x), facts, old)
         x = x + self.dropout(attended)
         y = x + self.dropout(self.contract(F.relu(self.expand(self.feedforward_norm(x)))))
-        y = y if order is None else put_back(y[:, None], order)[:, 0]
+        y = packing.unpack(y)
         if cache is None:
             return Mixed(y)
         return Mixed(y, RTransformerState(cache.length, cache.keys, cache.values, cache.segments, recent))
@@ -214,7 +213,7 @@ class RTransformer(TokenMixer):
             out, tokens = network(x, None if state is None else state.recent[:, index])
             x = x + self.dropout(out)
             if state is not None:
-                recent.append(take(tokens[:, None], last)[:, 0].to(state.recent.dtype))
+                recent.append(take(tokens, last).to(state.recent.dtype))
         if state is None or not recent:
             return x, x[:, None, :0] if state is None else state.recent
         return x, torch.stack(recent, dim=1)

@@ -41,7 +41,7 @@ from subquad.ops.clusters.causal_window import cluster_window_attention
 from subquad.ops.clusters.kmeans import Centroids, commitment, members, moved, nearest, standardise
 from subquad.ops.clusters.member_attention import member_attention
 from subquad.ops.clusters.rings import RingOrder, Rings
-from subquad.ops.packing import packing_order, put_back, take, token_counts
+from subquad.ops.packing import Packing, token_counts
 from subquad.ops.precision import full_precision
 from subquad.ops.projection import project
 from subquad.ops.rotary import rotate
@@ -196,12 +196,10 @@ class Routing(WideBuffers, HeadMixer):
         """Attend inside the clusters, and in training let the centroids move; padding is taken out first."""
         before = state if isinstance(state, RoutingState) else None
         k, v = heads.keys_and_values()
-        q, valid = heads.q, heads.mask.valid
-        order = packing_order(valid)
-        if valid is not None and order is not None:
-            v, valid = take(v, order), take(valid, order)
-            q, k = (take(q, order),) * 2 if k is q else (take(q, order), take(k, order))
-        sets, lengths = [q] if k is q else [q, k], token_counts(q, valid)
+        packing = Packing(heads.mask.valid)
+        sets = [packing.pack(x) for x in ([k] if k is heads.q else [heads.q, k])]
+        q, v, valid = sets[0], packing.pack(v), packing.valid
+        lengths = token_counts(q, valid)
         means, after = self._means_found(), None
         with full_precision(q.device):
             if before is not None:
@@ -211,7 +209,7 @@ class Routing(WideBuffers, HeadMixer):
             else:
                 out, labels = self._attend_members(sets, v, means, lengths)
             loss = self._learn(sets, labels, means, lengths) if self.training else None
-        return Attended(out if order is None else put_back(out, order), after, loss)
+        return Attended(packing.unpack(out), after, loss)
 
     def _means_found(self) -> Tensor:
         """The centroids as this call found them, also where it is run again and they were not put back since."""

@@ -42,7 +42,7 @@ from subquad.layers.heads import HeadMixer, Heads, initialise_projection, projec
 from subquad.layers.projection import Projection
 from subquad.layers.sinkhorn_stream import Known, SinkhornState, empty_stream
 from subquad.mask import Mask
-from subquad.ops.packing import packing_order, put_back, take
+from subquad.ops.packing import Packing
 from subquad.ops.precision import full_precision
 from subquad.ops.sorted_blocks.attention import NullKey, SortedBlocks, sorted_block_attention, sorted_cut_attention
 from subquad.ops.sorted_blocks.sorting import BlockScores, Sorting, block_descriptors, later_rows, sorting_logits
@@ -177,19 +177,16 @@ class Sinkhorn(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Sort and attend, never narrowed by autocast; padding is taken out first, so that it takes no position."""
-        k, v = heads.keys_and_values()
-        x, q, valid = heads.x, heads.q, heads.mask.valid
-        order = packing_order(valid)
-        if valid is not None and order is not None:
-            q, k, v, valid = (take(tensor, order) for tensor in (q, k, v, valid))
-            x = take(x[:, None], order)[:, 0]
+        packing = Packing(heads.mask.valid)
+        x, q, k, v = (packing.pack(tensor) for tensor in (heads.x, heads.q, *heads.keys_and_values()))
+        valid = packing.valid
         form = self._form()
         with full_precision(q.device):
             if isinstance(state, SinkhornState):
                 out, state = self._continue(Heads(x, q, k, v, Mask(valid), Mask(valid)), form, state)
             else:
                 out = self._attend_sorted(x, q, k, v, form, valid)
-        return (out if order is None else put_back(out, order)), state
+        return packing.unpack(out), state
 
     def _attend_sorted(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, form: SortedBlocks, valid: Tensor | None

@@ -38,7 +38,7 @@ from subquad.layers.heads import initialise_projection
 from subquad.layers.projection import Projection
 from subquad.layers.routed_experts import RoutedExperts, Routing, routed_cost
 from subquad.mask import Mask
-from subquad.ops.packing import in_order, packing_order, put_back, take
+from subquad.ops.packing import Packing
 from subquad.ops.projection import project
 from subquad.registry import register
 from subquad.state import State
@@ -215,15 +215,12 @@ class SparseMlp(TokenMixer):
     ) -> Mixed:
         """Put the valid tokens first, so that they stand where they count; mix along tokens, then along channels."""
         facts = mask or Mask()
-        order = packing_order(facts.valid)
-        tokens = x
-        if order is not None:
-            tokens, facts = take(x[:, None], order)[:, 0], in_order(facts, order)
+        packing = Packing(facts.valid)
         mixed = self._around_block if self.config.represent == "block" else self._around_tokens
-        y, losses = mixed(tokens, facts.valid)
+        y, losses = mixed(packing.pack(x), packing.valid)
         added = [loss for loss in losses if loss is not None]
         loss = torch.stack(added).sum().float() if added else None
-        return Mixed(y if order is None else put_back(y[:, None], order)[:, 0], None, loss)
+        return Mixed(packing.unpack(y), None, loss)
 
     def _around_tokens(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
         """Represent the tokens for MoE_S alone, if at all."""

@@ -32,7 +32,7 @@ from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.cache import KeyValueCache, attend_cached, empty_cache
 from subquad.layers.heads import HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask
-from subquad.ops.packing import in_order, packing_order, put_back, take
+from subquad.ops.packing import Packing
 from subquad.ops.pattern.attention import pattern_attention
 from subquad.patterns.bands import Causal, Strided, Window
 from subquad.patterns.blocks import Block
@@ -181,13 +181,10 @@ class SparseTransformer(HeadMixer):
         pattern = self.config.pattern(self.dims)
         if isinstance(state, KeyValueCache):
             return attend_cached("sparse_transformer", heads, pattern, state)
-        k, v = heads.keys_and_values()
-        q, facts = heads.q, Mask(heads.mask.valid, heads.mask.segments)
-        order = packing_order(facts.valid)
-        if order is None:
-            return pattern_attention(q, k, v, pattern, mask=facts), None
-        q, k, v = (take(tensor, order) for tensor in (q, k, v))
-        return put_back(pattern_attention(q, k, v, pattern, mask=in_order(facts, order)), order), None
+        packing = Packing(heads.mask.valid)
+        q, k, v = (packing.pack(tensor) for tensor in (heads.q, *heads.keys_and_values()))
+        facts = packing.pack_mask(Mask(heads.mask.valid, heads.mask.segments))
+        return packing.unpack(pattern_attention(q, k, v, pattern, mask=facts)), None
 
 
 def _strided_pairs(length: int, stride: int, reach: int, *, causal: bool) -> Pairs:

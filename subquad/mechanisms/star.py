@@ -35,7 +35,7 @@ from subquad.layers.heads import initialise_projection
 from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
-from subquad.ops.packing import packing_order, put_back, take
+from subquad.ops.packing import Packing, take
 from subquad.ops.precision import full_precision
 from subquad.registry import register
 from subquad.state import State
@@ -189,8 +189,8 @@ class Star(TokenMixer):
     ) -> Mixed:
         """Put relay and satellites in order, run the steps, and put them back."""
         valid = None if mask is None else mask.valid
-        order = packing_order(valid)
-        tokens = x if order is None else take(x[:, None], order)[:, 0]
+        packing = Packing(valid)
+        tokens = packing.pack(x)
         embeddings = tokens[:, 1:].clone()  # for the projections, which copy what isn't contiguous, each anew
         count = torch.full_like(x[:, 0, 0], x.shape[1], dtype=torch.int64) if valid is None else valid.sum(dim=1)
         count = (count - 1).clamp_min(0)
@@ -200,8 +200,7 @@ class Star(TokenMixer):
             step = self.steps[index % len(self.steps)]
             satellites, relay = step(satellites, relay, embeddings, links)
         y = torch.cat((relay, satellites), dim=1)
-        y = y if order is None else put_back(y[:, None], order)[:, 0]
-        return Mixed(self.dropout(y))
+        return Mixed(self.dropout(packing.unpack(y)))
 
     def _start(self, tokens: Tensor, embeddings: Tensor, count: Tensor) -> Tensor:
         """The first relay, (B, 1, D)."""

@@ -29,7 +29,7 @@ from subquad.costs import Cost, visible_pairs
 from subquad.interface import Dims, MixerConfig, Traits
 from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, attention_cost, projection_cost
 from subquad.mask import Mask
-from subquad.ops.packing import append, packing_order, put_back, take
+from subquad.ops.packing import Packing, append, take
 from subquad.ops.pattern.attention import pattern_attention_with_lse
 from subquad.ops.rotary import rotate
 from subquad.patterns.bands import Causal, Window
@@ -154,12 +154,9 @@ class Streaming(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Attend to window and sinks; padding is taken out first, so that it takes no position."""
-        q, k, v, valid = heads.q, heads.k, heads.v, heads.mask.valid
-        assert k is not None
-        assert v is not None
-        order = packing_order(valid)
-        if valid is not None and order is not None:
-            q, k, v, valid = (take(tensor, order) for tensor in (q, k, v, valid))
+        packing = Packing(heads.mask.valid)
+        q, k, v = (packing.pack(tensor) for tensor in (heads.q, *heads.keys_and_values()))
+        valid = packing.valid
         positions, after = torch.arange(q.shape[2], device=q.device)[None], None
         if isinstance(state, StreamingState):
             parts, after = self._continue(q, k, v, valid, positions + state.length[:, None], state)
@@ -170,7 +167,7 @@ class Streaming(HeadMixer):
             pattern = Causal() & (Window(self.config.window - 1, 0) | Sink(self.config.sinks))
             parts = [Part(*pattern_attention_with_lse(q, k, v, pattern, key_valid=valid))]
         out = self._merge(parts)
-        return (out if order is None else put_back(out, order)), after
+        return packing.unpack(out), after
 
     def _continue(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, positions: Tensor, before: StreamingState

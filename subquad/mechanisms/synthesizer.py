@@ -39,7 +39,7 @@ from subquad.layers.projection import Projection
 from subquad.layers.synthesis import COMPONENTS, Component, attend_slice
 from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
-from subquad.ops.packing import in_order, packing_order, put_back, take
+from subquad.ops.packing import Packing
 from subquad.ops.precision import full_precision
 from subquad.registry import register
 from subquad.state import State
@@ -152,9 +152,8 @@ class Synthesizer(TokenMixer):
     ) -> Mixed:
         """Put the valid tokens first, so that they stand where they count, and attend."""
         facts = mask or Mask()
-        order = packing_order(facts.valid)
-        if order is not None:
-            x, facts = take(x[:, None], order)[:, 0], in_order(facts, order)
+        packing = Packing(facts.valid)
+        x, facts = packing.pack(x), packing.pack_mask(facts)
         k, v, valid = self._keys(x), split_heads(self.project_value(x), self.dims.num_heads), facts.valid
         starts, after = (0,), None
         if isinstance(state, KeyValueCache):
@@ -164,7 +163,7 @@ class Synthesizer(TokenMixer):
             starts = tuple(state.length.tolist())
         places = Places(starts if len(set(starts)) > 1 else (*starts, 0)[:1], x.shape[1])
         out = self._attend(x, k, v, valid, places).to(x.dtype)
-        out = out if order is None else put_back(out, order)
+        out = packing.unpack(out)
         return Mixed(self.dropout(self.project_out(merge_heads(out))), after)
 
     def _attend(self, x: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, places: Places) -> Tensor:

@@ -35,7 +35,6 @@ from subquad.layers.heads import Heads, projection_cost
 from subquad.layers.memory_mixer import MemoryMixer, Packed, recent_inputs, recent_rows
 from subquad.layers.segment_sight import SegmentRule, segment_pairs
 from subquad.ops.memory.attention import Distances, Memory, VisibleColumns, memory_attention
-from subquad.ops.packing import put_back
 from subquad.registry import register
 from subquad.state import State, state_dataclass
 
@@ -201,7 +200,7 @@ class TransformerXL(MemoryMixer):
         after = None
         if before is not None:
             after = self._next_state(before, call, (k, v), valid)
-        return (out if call.order is None else put_back(out, call.order)), after
+        return call.packing.unpack(out), after
 
     def _stored(self, before: RecentTokens | None) -> int:
         """Stored tokens before those of a call, at least those that any of it sees."""

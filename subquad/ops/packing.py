@@ -27,31 +27,44 @@ def valid_first(valid: Tensor) -> Tensor:
     return torch.argsort(~valid, dim=1, stable=True)
 
 
-def packing_order(valid: Tensor | None) -> Tensor | None:
-    """The order of `valid_first`; None where the valid tokens stand first already, or all are (valid None)."""
-    return None if valid is None or not has_gaps(valid) else valid_first(valid)
+class Packing:
+    """The way of a call's valid tokens to the front and back; tensors themselves where they stand there already.
+
+    Attributes:
+        valid: what was given, bool (B, L), with the valid tokens first; None for all.
+    """
+
+    def __init__(self, valid: Tensor | None) -> None:
+        self._order = None if valid is None or not has_gaps(valid) else valid_first(valid)
+        self.valid = valid if valid is None else self.pack(valid)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The tokens of x, (B, L), (B, L, D) or (B, H, L, E), the valid ones first."""
+        return x if self._order is None else take(x, self._order)
+
+    def pack_mask(self, mask: Mask) -> Mask:
+        """The facts likewise.
+
+        The segments of the invalid tokens behind them follow the last valid one, since segments must not decrease.
+        """
+        if self._order is None:
+            return mask
+        segments = None if mask.segments is None else self.pack(mask.segments).cummax(dim=1).values
+        return Mask(None if mask.valid is None else self.pack(mask.valid), segments)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Inverse of `pack`."""
+        return x if self._order is None else take(x, torch.argsort(self._order, dim=1))
 
 
 def take(x: Tensor, order: Tensor) -> Tensor:
-    """The tokens of x (B, H, L, E) or (B, L) at the places `order`, int64 (B, ...): (B, H, ..., E) or (B, ...)."""
+    """The tokens of x, (B, L), (B, L, D) or (B, H, L, E), at the places `order`, int64 (B, ...), for their L."""
     if x.ndim == 2:
         return x.gather(1, order.flatten(1)).view(order.shape)
+    if x.ndim == 3:
+        return take(x[:, None], order)[:, 0]
     index = order.flatten(1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
     return x.gather(2, index).unflatten(2, order.shape[1:])
-
-
-def in_order(mask: Mask, order: Tensor) -> Mask:
-    """The facts of `mask` with the valid tokens first, by an order (int64 (B, L)) of `valid_first`.
-
-    The segments of the invalid tokens behind them follow the last valid one, since segments must not decrease.
-    """
-    valid, segments = (None if fact is None else take(fact, order) for fact in (mask.valid, mask.segments))
-    return Mask(valid, None if segments is None else segments.cummax(dim=1).values)
-
-
-def put_back(x: Tensor, order: Tensor) -> Tensor:
-    """Inverse of `take` for a permutation: x (B, H, L, E), order (B, L)."""
-    return take(x, torch.argsort(order, dim=1))
 
 
 def append(stored: Tensor, new: Tensor, columns: Tensor, length: int) -> Tensor:

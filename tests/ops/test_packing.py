@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subquad.ops.packing import append, has_gaps, put_back, take, valid_first
+from subquad.mask import Mask
+from subquad.ops.packing import Packing, append, has_gaps, take, valid_first
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3))
@@ -17,8 +18,31 @@ def test_valid_tokens_come_first_in_their_order_and_go_back(rows: list[list[bool
     places = torch.arange(6).expand_as(valid)
     for row, taken, count in zip(valid, take(places, order), valid.sum(dim=1).tolist(), strict=True):
         assert taken[:count].tolist() == row.nonzero()[:, 0].tolist()
-    x = torch.randn(len(rows), 2, 6, 3)
-    assert torch.equal(put_back(take(x, order), order), x)
+    packing = Packing(valid)
+    assert packing.valid is not None
+    assert torch.equal(packing.valid, take(valid, order))
+    for shape in ((6,), (6, 3), (2, 6, 3)):
+        x = torch.randn(len(rows), *shape)
+        assert torch.equal(packing.pack(x), take(x, order))
+        assert torch.equal(packing.unpack(packing.pack(x)), x)
+
+
+def test_segments_of_tokens_at_the_end_follow_the_last_valid_one() -> None:
+    valid, segments = torch.tensor([[False, True, False, True]]), torch.tensor([[0, 1, 1, 2]])
+    packed = Packing(valid).pack_mask(Mask(valid, segments))
+    assert packed.valid is not None
+    assert packed.segments is not None
+    assert packed.valid.tolist() == [[True, True, False, False]]
+    assert packed.segments.tolist() == [[1, 2, 2, 2]]
+
+
+def test_nothing_moves_where_the_valid_tokens_are_first_already() -> None:
+    x = torch.randn(1, 3, 2)
+    for valid in (None, torch.tensor([[True, True, False]])):
+        packing, mask = Packing(valid), Mask(valid)
+        assert packing.pack(x) is packing.unpack(x) is x
+        assert packing.pack_mask(mask) is mask
+        assert packing.valid is valid
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=3))
