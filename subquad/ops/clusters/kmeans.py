@@ -74,7 +74,7 @@ def nearest(x: Tensor, means: Tensor) -> Tensor:
     """The centroid (H, C, E) with the largest product with each vector of x (B, H, L, E): int64 (B, H, L)."""
     wide = means.to(torch.promote_types(x.dtype, torch.float32))
     rows = max(1, SLICE_ELEMENTS // max(1, x.shape[0] * means.shape[0] * means.shape[1]))
-    parts = [(part.to(wide.dtype) @ wide.mT).argmax(dim=-1) for part in x.split(rows, dim=2)]
+    parts = [(part.to(wide.dtype) @ wide.mT).max(dim=-1).indices for part in x.split(rows, dim=2)]
     return torch.cat(parts, dim=2)
 
 
