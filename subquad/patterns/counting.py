@@ -1,4 +1,4 @@
-"""Counts the keys that each query sees, without writing out L x L.
+"""Counts the keys that each query sees, or says whether there are any, without writing out L x L.
 
 What depends on the distance i - j alone is counted by running sums over the distances. The rest is counted in tiles:
 those that are visible as a whole by their size, others key by key, and pair by pair where that isn't certain either.
@@ -20,6 +20,8 @@ from subquad.patterns.terms import Indices, Tile, check_integer
 
 TILE = 256
 """Tokens of a tile's side, where the pattern doesn't suggest its own."""
+FEW = 16
+"""Queries that are looked at together for any visible key: mostly the first ones see some."""
 CHUNK_TILES = 2**20
 """Tiles that are classified at a time."""
 
@@ -32,6 +34,26 @@ def keys_per_query(pattern: Pattern, length: int) -> Tensor:
     heads = [pattern.of_head(head) for head in range(pattern.num_heads)]
     counts = {head: torch.from_numpy(_count(head, length)) for head in dict.fromkeys(heads)}
     return torch.stack([counts[head] for head in heads])
+
+
+def shows_anything(pattern: Pattern, queries: range, length: int) -> bool:
+    """Whether any of some consecutive queries sees any of `length` keys; for resolved patterns of one head.
+
+    Exact, unlike `Pattern.tiles`; it looks at tiles in order and stops at the first pair that is visible.
+    """
+    side, (low, high) = _side(pattern), pattern.offsets()
+    for start in range(queries.start, queries.stop, FEW):
+        rows = range(start, min(start + FEW, queries.stop))
+        j0 = np.arange(max(0, rows[0] - high), min(length, rows[-1] - low + 1), side)
+        j1 = np.minimum(j0 + side, length) - 1
+        classes = np.broadcast_to(pattern.tiles(np.array([rows[0]]), np.array([rows[-1]]), j0, j1), j0.shape)
+        if (classes == Tile.FULL).any():
+            return True
+        i = torch.arange(rows.start, rows.stop)[:, None]
+        for place in np.flatnonzero(classes == Tile.PARTIAL):
+            if bool(pattern.visible(i, torch.arange(int(j0[place]), int(j1[place]) + 1)).any()):
+                return True
+    return False
 
 
 def _count(pattern: Pattern, length: int) -> Indices:

@@ -138,7 +138,7 @@ def _plan_examples(q: Tensor, k: Tensor, request: Request) -> list[Example]:
         columns, restricting = _seen_columns(facts), ExampleFacts.of(facts)
         of_pattern = restricting if columns is None else restricting.without_keys(columns)
         plan = plan_pattern(request.pattern, shape, sliced=of_pattern.anything)
-        if plan.empty_heads and length == key_length:
+        if plan.empty_heads and columns is None and length == key_length:
             _leave_word_of_nothing(request.pattern, plan.empty_heads, length)
         parts = [(part, of_pattern) for part in plan.parts]
         if columns is not None:

@@ -28,6 +28,7 @@ from subquad.ops.pattern.strip_piece import StripPiece
 from subquad.ops.pattern.strips import Numbering, Shape, Strips, make_strips
 from subquad.ops.pattern.tile_piece import compile_tiles
 from subquad.patterns.bands import pattern_of
+from subquad.patterns.counting import shows_anything
 from subquad.patterns.pattern import And, Classes, Indices, Not, Or, Pattern, Term, Tile
 
 Maker = Callable[[Term, Shape, bool], list[Piece]]
@@ -51,13 +52,16 @@ class HeadPlan:
 
 
 def compile_pattern(pattern: Pattern, shape: Shape, *, sliced: bool) -> HeadPlan:
-    """The plan that costs least; to prepare pieces costs as much as a call.
+    """The plan that costs least, without pieces where no query sees a key; to prepare pieces costs as much as a call.
 
     Args:
         pattern: resolved, of one head.
         shape: of the problem.
         sliced: whether masks may be added when it runs, so that strips must stay small.
     """
+    queries = range(shape.offset, shape.offset + shape.queries)
+    if shape.queries == shape.keys and not shows_anything(pattern, queries, shape.keys):
+        return HeadPlan((), dense=False)  # to be told of; tiles that may show something would hide it
     slices = _in_slices(pattern, shape)
     plans = [slices, _by_terms(pattern, shape, sliced=sliced)]
     if pattern.block is not None:

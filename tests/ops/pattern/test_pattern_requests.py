@@ -10,7 +10,8 @@ from long_patterns import heads, triple
 
 from subquad import Mask, receipts
 from subquad.ops import pattern_attention, pattern_attention_with_lse
-from subquad.patterns import Causal, Columns, Documents, Global, Ngram, Pattern, Sink, Window
+from subquad.patterns import Block, Causal, Columns, Documents, Global, Ngram, Pattern, Sink, Window
+from subquad.patterns.expression import write_pattern
 
 SORTED = Mask(segments=torch.arange(20, dtype=torch.uint8)[None] // 10)
 UNSORTED = Mask(segments=SORTED.segments.flip(1))  # pyright: ignore[reportOptionalMemberAccess]
@@ -101,12 +102,24 @@ def test_heads_that_run_densely_say_so() -> None:
     assert receipt.ran == "dense attention in slices of queries in head 1"
 
 
-def test_a_pattern_that_is_empty_at_this_length_says_so() -> None:
+@pytest.mark.parametrize(
+    "pattern", [Columns(30, 1), Window(0, 0) & ~Block(3), Block(4) & ~Window(3, 3), ~Documents([0] * 20)]
+)
+def test_a_pattern_that_is_empty_at_this_length_says_so(pattern: Pattern) -> None:
     q, k, v = triple(20)
     with receipts() as collected:
-        out = pattern_attention(q, k, v, Columns(30, 1))
+        out = pattern_attention(q, k, v, pattern)
     assert not out.any()
-    assert [(one.asked, one.ran) for one in collected.entries] == [("Columns(30, 1)", "no attention: the result is 0")]
+    (receipt,) = collected.entries
+    assert (receipt.asked, receipt.ran) == (write_pattern(pattern), "no attention: the result is 0")
+
+
+def test_an_empty_pattern_that_global_tokens_of_the_mask_fill_says_nothing_of_zeros() -> None:
+    q, k, v = triple(20)
+    with receipts() as collected:
+        out = pattern_attention(q, k, v, Columns(30, 1), mask=Mask(global_tokens=torch.arange(20)[None] == 3))
+    torch.testing.assert_close(out, v[:, :, 3:4].expand_as(out))
+    assert not [receipt.ran for receipt in collected.entries if "result is 0" in receipt.ran]
 
 
 def test_a_head_that_is_empty_at_this_length_says_so() -> None:
