@@ -38,24 +38,22 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.costs import Cost
 from subquad.interface import Comparison, Dims, MixerConfig, Traits
-from subquad.layers.combiner_stream import CombinerState, empty_stream, extend, known, next_state
+from subquad.layers.combiner_stream import CombinerState, advance, empty_stream
 from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, projection_cost
-from subquad.layers.row_summary import RowSummary
+from subquad.layers.row_summary import RowAverage, RowSummary, row_summary_cost
 from subquad.mask import Mask
-from subquad.ops.combiner.attention import Summarize, combiner_attention, combiner_attention_with_summaries
+from subquad.ops.combiner.attention import combiner_attention, combiner_attention_with_summaries
 from subquad.ops.combiner.grid import Horizontal, Rowmajor, Vertical
 from subquad.ops.combiner.joint_mixture import JointMixture
 from subquad.ops.combiner.levels import Logsparse
 from subquad.ops.combiner.plans import Fixed, Plan
-from subquad.ops.combiner.stream import Members, Sights, pooled_summaries
-from subquad.ops.packing import Packing, take
-from subquad.ops.pattern.attention import pattern_attention
-from subquad.patterns.blocks import Block
+from subquad.ops.combiner.stream import Members, Sights
+from subquad.ops.combiner.summarize import Summarize
+from subquad.ops.packing import Packing
 from subquad.registry import register
 from subquad.state import State
 
@@ -119,6 +117,11 @@ class CombinerConfig(MixerConfig):
         """Whether regions get their keys by projections."""
         return self.row_summary in ("proj", "wsum_proj")
 
+    @property
+    def row_average(self) -> RowAverage:
+        """Which averages are projected to keys, where these are."""
+        return "keys" if self.row_summary == "wsum_proj" else "values"
+
     def comparison(self, dims: Dims, length: int) -> Comparison:
         """Nothing is left out, but what is learned is random."""
         del dims, length
@@ -151,13 +154,13 @@ class CombinerConfig(MixerConfig):
         """Projections, and the pairs of queries with tokens and regions and of regions with their tokens.
 
         A length counts as filled up to whole segments or rows. Autograd keeps, where a plan merges parts, the result
-        and its log-sum-exp; what projects the keys of rows keeps the averages, both sides of the norm, and the keys.
+        and its log-sum-exp.
         """
         plans, total = self.plans(), projection_cost(dims, length, dtype_bytes)
         inner, heads = dims.inner_dim, dims.num_heads
         sums = max(4, dtype_bytes) * heads * length
         results = dtype_bytes * length * inner * len(plans) if len(plans) > 1 else 0
-        kept = sum(plan.merged for plan in plans) * sums + results
+        kept = sum(plan.merges_parts for plan in plans) * sums + results
         weights = 2 * dims.head_dim**2 if self.activation == "deepset" else 0
         products = 3 if self.row_summary == "wsum" else 0 if self.projects_rows else 2  # scores, averages
         flops = 0
@@ -168,7 +171,9 @@ class CombinerConfig(MixerConfig):
             flops += 2 * inner * (2 * attended + products * summarised - own) + 2 * filled * heads * weights
         state_bytes = self._state_bytes(dims, length, max(4, dtype_bytes)) if dims.causal else 0
         total += Cost(flops=flops, activation_bytes=kept, state_bytes=state_bytes, parameters=weights)
-        return total + self._row_projection_cost(dims, length, dtype_bytes) if self.projects_rows else total
+        if not self.projects_rows:
+            return total
+        return total + row_summary_cost(dims, length, dtype_bytes, self.block, self.row_average)
 
     def _state_bytes(self, dims: Dims, length: int, width: int) -> int:
         sights, lengths = self.sights, torch.tensor([length])
@@ -180,16 +185,6 @@ class CombinerConfig(MixerConfig):
     def sights(self) -> Sights:
         """The plans, token by token."""
         return Sights([plan.stream for plan in self.plans()])
-
-    def _row_projection_cost(self, dims: Dims, length: int, dtype_bytes: int) -> Cost:
-        inner, width, averages = dims.inner_dim, dims.embed_dim, 2 if self.row_summary == "wsum_proj" else 1
-        full, rest = divmod(length, self.block)
-        sums = max(4, dtype_bytes) * length * (averages * dims.num_heads + 2)
-        return Cost(
-            flops=2 * 2 * inner * averages * (full * self.block**2 + rest**2) + 2 * 2 * length * inner * width,
-            activation_bytes=sums + dtype_bytes * length * ((1 + averages) * inner + 2 * width),
-            parameters=2 * inner * width + 2 * width + (inner + width if dims.bias else 0),
-        )
 
 
 class Combiner(HeadMixer):
@@ -203,7 +198,7 @@ class Combiner(HeadMixer):
         deepset, shape = config.activation == "deepset", (dims.head_dim, dims.head_dim)
         self.query_features = nn.Parameter(torch.empty(shape)) if deepset else None
         self.key_features = nn.Parameter(torch.empty(shape)) if deepset else None
-        self.row_summary = RowSummary(dims) if config.projects_rows else None
+        self.row_summary = RowSummary(dims, config.block, config.row_average) if config.projects_rows else None
         self.initialise()
 
     def initialise(self) -> None:
@@ -233,31 +228,18 @@ class Combiner(HeadMixer):
 
     def _continue(self, heads: Heads, before: CombinerState) -> tuple[Tensor, CombinerState]:
         """Attend to what is stored too, and store; a stream begins with all its tokens at once."""
-        k, v = heads.keys_and_values()
-        q, valid, sights, begins = heads.q, heads.mask.valid, self.config.sights, not bool(before.length.any())
-        added = torch.full_like(before.length, q.shape[2]) if valid is None else valid.sum(dim=1)
         x = heads.x if self.config.projects_rows else heads.x[..., :0]
-        kept = extend(before, q, k, v, x, added, sights)
-        wanted = sights.needed(kept.end) if begins else sights.closed(before.length, kept.end)
-        pooled, rows = partial(pooled_summaries, self._summarize), partial(self._summarize_rows, x.dtype)
-        made = sights.summarise(kept, wanted, rows if self.config.plans()[0].asks_tokens else pooled)
-        summaries = known(before, sights, kept.k.dtype).join(made)
-        after = next_state(before, kept, summaries, sights)
-        if begins:
-            return self._attend_whole(heads), after
-        positions = before.length[:, None] + torch.arange(q.shape[2], device=q.device)
-        return sights.attend(q.to(kept.k.dtype), positions, kept, summaries, self.config.log_size_bias), after
+        seen = advance(before, heads, x, self.config.sights, partial(self._summarise_members, x.dtype))
+        after = seen.next_state()
+        if before.begun:
+            return seen.attend(heads.q, self.config.log_size_bias), after
+        return self._attend_whole(heads), after
 
-    def _summarize_rows(self, dtype: torch.dtype, members: Members) -> tuple[Tensor, Tensor]:
-        """Average rows by the queries of their tokens, and make keys as `_by_rows` does."""
-        kept, asking = members.kept, members.asking
-        keys, values = members.averages(take(kept.q, asking))
-        if self.row_summary is None:
-            return (keys if self.config.grid.weighted_keys else take(kept.k, asking)), values
-        average = values if self.config.row_summary == "proj" else keys
-        x = take(kept.x, asking)
-        made = self.row_summary(x.to(dtype), average.to(dtype).transpose(1, 2).flatten(2))
-        return self.split(made).to(keys.dtype), values
+    def _summarise_members(self, dtype: torch.dtype, members: Members) -> tuple[Tensor, Tensor]:
+        """Keys and values of regions; two plans whose mean is taken make them alike."""
+        if self.row_summary is not None:
+            return self.row_summary.summarise_members(members, dtype)
+        return self.config.plans()[0].region_summary.summarise_members(members, self._summarize)
 
     @property
     def _summarize(self) -> Summarize:
@@ -276,20 +258,9 @@ class Combiner(HeadMixer):
         return found[0] if len(found) == 1 else torch.stack(found).mean(dim=0)
 
     def _by_rows(self, heads: Heads, row_summary: RowSummary) -> Tensor:
-        """Average rows by the queries of their tokens, and make keys of the averages."""
-        own_k, own_v = heads.keys_and_values()
-        x, q, k, v, valid = heads.x, heads.q, own_k, own_v, heads.mask.valid
-        plan, length, kept = self.config.grid, q.shape[2], valid
-        missing = 0 if self.dims.causal or not length else -length % plan.unit(length)
-        if missing:
-            kept = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
-            kept = F.pad(kept, (0, missing))
-            x, q, k, v = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (x, q, k, v))
-        if kept is not None:
-            q = q.masked_fill(~kept[:, None, :, None], 0.0)
-        rows = Block(self.config.block)
-        value = pattern_attention(q, k, v, rows, key_valid=kept)
-        average = value if self.config.row_summary == "proj" else pattern_attention(q, k, k, rows, key_valid=kept)
-        key = self.split(row_summary(x, average.to(x.dtype).transpose(1, 2).flatten(2)))
-        args, log_size = (heads.q, own_k, own_v, key, value, plan), self.config.log_size_bias
+        """Attend to rows through the keys that are made of their averages."""
+        k, v = heads.keys_and_values()
+        keys, values = row_summary.summarise(heads.x, heads.q, k, v, heads.mask.valid)
+        args, valid = (heads.q, k, v, keys, values, self.config.grid), heads.mask.valid
+        log_size = self.config.log_size_bias
         return combiner_attention_with_summaries(*args, causal=self.dims.causal, valid=valid, log_size=log_size)

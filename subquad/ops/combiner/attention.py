@@ -12,37 +12,16 @@ may see. A region weighs as much as one token with its key, whatever its size.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from subquad.ops.combiner.example import Options, prepare_examples
 from subquad.ops.combiner.grid import Rowmajor
 from subquad.ops.combiner.plans import Plan, Region
+from subquad.ops.combiner.prepare import prepare_examples
 from subquad.ops.combiner.run import Inputs, combine
+from subquad.ops.combiner.summarize import Options, Summarize
 from subquad.ops.precision import full_precision
-
-
-@dataclass(frozen=True)
-class Summarize:
-    """How the query and the key that summarise a region are made of its tokens'.
-
-    Attributes:
-        reduce: over the tokens of the region, elementwise.
-        activation: applied before: nothing, max(x, 0), or max(x Wᵀ, 0), which makes it a DeepSets function.
-        query_weight: W of the queries, (E, E), shared by all heads; for "deepset" alone.
-        key_weight: W of the keys, (E, E).
-        log_size: add the logarithm of the number of its tokens to the score of a region. With equal keys in every
-            region the result is then softmax attention.
-    """
-
-    reduce: Literal["max", "mean", "sum"] = "max"
-    activation: Literal["identity", "relu", "deepset"] = "identity"
-    query_weight: Tensor | None = None
-    key_weight: Tensor | None = None
-    log_size: bool = False
 
 
 def combiner_attention_by_regions(
@@ -99,8 +78,7 @@ class _OneExample:
             key = self.pooled(self.k, region, self.summarize.key_weight)
             scores = (self.k[members] * query).sum(dim=-1) / math.sqrt(query.shape[-1])
             weights = scores.softmax(dim=0)[..., None]
-            if self.plan.weighted_keys:
-                key = (weights * self.k[members]).sum(dim=0)
+            key = self.plan.region_summary.key_of_region(key, weights, self.k[members])
             self.known[region] = key, (weights * self.v[members]).sum(dim=0)
         return self.known[region]
 
@@ -147,9 +125,8 @@ def combiner_attention(
     """
     summarize = Summarize() if summarize is None else summarize
     _check(q, k, v, plan, causal, valid, summarize)
-    options = Options(summarize.reduce, summarize.activation != "identity", summarize.log_size)
     inputs = Inputs(q, k, v, summarize.query_weight, summarize.key_weight)
-    return _combine(inputs, plan, causal, valid, options)
+    return _combine(inputs, plan, causal, valid, summarize.options)
 
 
 def combiner_attention_with_summaries(
@@ -191,7 +168,7 @@ def combiner_attention_with_summaries(
         shapes = f"{tuple(summary_keys.shape)} and {tuple(summary_values.shape)}"
         raise ValueError(f"combiner_attention_with_summaries: expected two of {needed} summaries or more, got {shapes}")
     inputs = Inputs(q, k, v, None, None, summary_keys, summary_values)
-    return _combine(inputs, plan, causal, valid, Options(reduce="max", rectified=False, log_size=log_size))
+    return _combine(inputs, plan, causal, valid, Summarize(log_size=log_size).options)
 
 
 def _combine(inputs: Inputs, plan: Plan, causal: bool, valid: Tensor | None, options: Options) -> Tensor:
@@ -203,7 +180,7 @@ def _combine(inputs: Inputs, plan: Plan, causal: bool, valid: Tensor | None, opt
         q, k, v = (x.masked_fill(~valid[:, None, :, None], 0.0) for x in inputs[:3])
         inputs = inputs._replace(q=q, k=k, v=v)
     with full_precision(inputs.q.device):
-        out = combine(inputs, examples, options)
+        out = combine(inputs, examples, plan.region_summary, options)
     return out if valid is None else out.masked_fill(~valid[:, None, :, None], 0.0)
 
 
@@ -218,9 +195,8 @@ def _check(
         raise ValueError(f"combiner_attention: valid must be bool {expected}, got {valid.dtype} {tuple(valid.shape)}")
     if not causal and not plan.bidirectional:
         raise ValueError(f"combiner_attention: {plan} is causal alone; pass causal=True or choose another plan")
-    weights, pooled = (summarize.query_weight, summarize.key_weight), (summarize.reduce, summarize.activation)
-    if plan.asks_tokens and pooled != ("max", "identity"):
-        raise ValueError(f"combiner_attention: {plan} pools nothing; leave reduce and activation as they are")
+    plan.check_summarize(summarize)
+    weights = summarize.query_weight, summarize.key_weight
     deepset, square = summarize.activation == "deepset", (q.shape[3], q.shape[3])
     if any((None if weight is None else weight.shape) != (square if deepset else None) for weight in weights):
         raise ValueError(

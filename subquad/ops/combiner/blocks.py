@@ -156,12 +156,12 @@ class Blocks:
         return found
 
     def own_scores_backward(
-        self, of_scores: Tensor, q: Tensor, k: Tensor, grad_q: Tensor, grad_k: Tensor, scale: float
+        self, grad_scores: Tensor, q: Tensor, k: Tensor, grad_q: Tensor, grad_k: Tensor, scale: float
     ) -> None:
         """Add the gradients of queries and keys from those of `own_scores`."""
         queries, keys, of_q, of_k = (in_blocks(x, 0, self.count, self.size) for x in (q, k, grad_q, grad_k))
-        multiply(of_q, of_scores, keys, scale, add=True)
-        multiply(of_k, of_scores.mT, queries, scale, add=True)
+        multiply(of_q, grad_scores, keys, scale, add=True)
+        multiply(of_k, grad_scores.mT, queries, scale, add=True)
 
     def forward(self, q: Tensor, sources: Sources, out: Tensor, scale: float, scores: Tensor | None) -> None:
         """Write what the queries (G, L, E) find; `scores` are `own_scores`, where these are there already."""
@@ -183,6 +183,7 @@ class Blocks:
         grads: Sources,
         scale: float,
         scores: Tensor | None,
+        grad_scores: Tensor | None,
     ) -> None:
         """Write the gradients of queries and tokens, and add those of summaries.
 
@@ -193,7 +194,9 @@ class Blocks:
             grad_q: (G, L, E).
             grads: of the sources.
             scale: factor of the scores.
-            scores: `own_scores`, where these are there already; their gradients are written there then, and no further.
+            scores: `own_scores`, where these are there already.
+            grad_scores: where their gradients are written then, and no further; may be the memory of `scores`, of which
+                each part is read before it is written.
         """
         rows = self.sight.queries
         for part in self._parts(q):
@@ -208,13 +211,13 @@ class Blocks:
             multiply(of_own.v, weights[..., : self.size].mT, upstream)
             multiply(of_others.v, rows(weights[..., self.size :]).mT, rows(upstream), add=True)
             multiply(of_others.k, by_summaries.mT, rows(of_queries), scale, add=True)
-            if scores is None:
+            if grad_scores is None:
                 multiply(of_own.k, by_tokens.mT, of_queries, scale)
                 multiply(of_q, by_tokens, own.k, scale)
             else:
-                part.of_table(scores).copy_(by_tokens)
+                part.of_table(grad_scores).copy_(by_tokens)
                 of_own.k.zero_()
-            multiply(rows(of_q), by_summaries, others.k, scale, add=scores is None)
+            multiply(rows(of_q), by_summaries, others.k, scale, add=grad_scores is None)
 
     def _parts(self, like: Tensor) -> Iterator[_Part]:
         """Blocks whose tables stay in the cache, with the summaries that some of them see."""

@@ -14,19 +14,12 @@ import torch
 from torch import Tensor
 
 from subquad.ops.combiner.blocks import Blocks, ByPlace
-from subquad.ops.combiner.plans import (
-    Layout,
-    Pairs,
-    Partition,
-    Plan,
-    Region,
-    require_positive,
-    sizes_by,
-    summaries,
-    tokens,
-)
+from subquad.ops.combiner.layout import Layout, sizes_by, summaries, tokens
+from subquad.ops.combiner.plans import Pairs, Partition, Plan, Region, require_positive
 from subquad.ops.combiner.region_pooling import Reduction, others
+from subquad.ops.combiner.region_summary import AverageKeySummary, OwnKeySummary, RegionSummary
 from subquad.ops.combiner.stream_regions import ColumnsAbove, RowParts, StreamPlan
+from subquad.ops.combiner.summarize import Summarize
 from subquad.ops.rectangles import Part, View
 
 
@@ -230,8 +223,16 @@ class Rowmajor(GridPlan):
     """
 
     weighted_keys: bool = True
-    asks_tokens = True
-    merged = False
+
+    @property
+    def region_summary(self) -> RegionSummary:
+        """Asked by tokens."""
+        return AverageKeySummary() if self.weighted_keys else OwnKeySummary()
+
+    def check_summarize(self, summarize: Summarize) -> None:
+        """Nothing is pooled."""
+        if (summarize.reduce, summarize.activation) != ("max", "identity"):
+            raise ValueError(f"combiner_attention: {self} pools nothing; leave reduce and activation as they are")
 
     def partition(self, i: int, length: int, *, causal: bool) -> Partition:
         """By rows."""
@@ -244,15 +245,12 @@ class Rowmajor(GridPlan):
         """One summary for every token, of its whole row."""
         width, used = grid.width, grid.used
 
-        def pool(x: Tensor, reduction: Reduction) -> Tensor:
-            return x[:, : used * width]
-
         def sizes(kept: Tensor) -> Tensor:
             return grid.cells(kept, used).sum(dim=2, keepdim=True).expand(-1, -1, width, -1).flatten()
 
         rows = grid.rows.cut(0, used)
         made = [Part(rows, (tokens(rows),))] if used else []
-        return Layout(used * width, pool, sizes, made, [], Blocks(grid.height, width, grid.causal, ByPlace()))
+        return Layout(used * width, _nothing, sizes, made, [], Blocks(grid.height, width, grid.causal, ByPlace()))
 
     def pairs_on_grid(self, grid: Grid) -> Pairs:
         """The own row, and a summary of every other row, for which its tokens ask as they do for themselves."""

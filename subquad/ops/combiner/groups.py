@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops.combiner.example import Example
+from subquad.ops.combiner.layout import Example
 from subquad.ops.partial_softmax import CALL_BYTES
 
 GROUP_BYTES = 2**21

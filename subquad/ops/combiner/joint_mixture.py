@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from subquad.ops.combiner.grid import Grid, GridPlan, Vertical, as_regions
-from subquad.ops.combiner.plans import Layout, Pairs, Partition, sizes_by, tokens
+from subquad.ops.combiner.layout import Layout, sizes_by, tokens
+from subquad.ops.combiner.plans import Pairs, Partition
 from subquad.ops.combiner.region_pooling import Reduction, after, before
 from subquad.ops.combiner.stream_regions import ColumnsAbove, RowParts, StreamPlan
 from subquad.ops.rectangles import Part

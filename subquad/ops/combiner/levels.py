@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.ops.combiner.plans import Layout, Pairs, Partition, Plan, Region, sizes_by, summaries, tokens
+from subquad.ops.combiner.layout import Layout, sizes_by, summaries, tokens
+from subquad.ops.combiner.plans import Pairs, Partition, Plan, Region
 from subquad.ops.combiner.region_pooling import Reduction, halve
 from subquad.ops.combiner.stream_regions import DoublingBlocks, StreamPlan
 from subquad.ops.rectangles import Gather, Part, View

@@ -6,16 +6,18 @@ A plan states the partition of each token, which is its definition, and lays all
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from subquad.ops.combiner.blocks import Blocks, Shared
-from subquad.ops.combiner.region_pooling import SUM, Pool, Reduction
+from subquad.ops.combiner.layout import Layout, sizes_by, tokens
+from subquad.ops.combiner.region_pooling import Reduction
+from subquad.ops.combiner.region_summary import PooledSummary, RegionSummary
 from subquad.ops.combiner.stream_regions import Segments, StreamPlan
-from subquad.ops.rectangles import SUMMARIES, TOKENS, Gather, Keys, Part, View
+from subquad.ops.combiner.summarize import Summarize
+from subquad.ops.rectangles import Part, View
 
 
 class Region(NamedTuple):
@@ -56,40 +58,31 @@ class Pairs(NamedTuple):
     shared: int = 0
 
 
-class Layout(NamedTuple):
-    """A plan for a length, which is a multiple of its unit.
-
-    Attributes:
-        regions: R, different regions.
-        pool: queries or keys of tokens to those of regions.
-        sizes: how many of the tokens that are marked 1 (1, L, 1) are in each region, (R,).
-        summaries: parts with regions for rows and tokens for keys.
-        parts: parts with tokens for rows; the first has all of them.
-        blocks: what attends in place of parts; None for nothing.
-    """
-
-    regions: int
-    pool: Pool
-    sizes: Callable[[Tensor], Tensor]
-    summaries: list[Part]
-    parts: list[Part]
-    blocks: Blocks | None = None
-
-
 class Plan(ABC):
     """A factorisation plan.
 
     Attributes:
         bidirectional: whether everything may be split, and not only the past.
-        asks_tokens: whether regions are summarised by the queries of single tokens, so that nothing is pooled.
-        weighted_keys: whether the key of a region is the average of its keys, as its value is of its values.
-        merged: whether results of several parts are merged, for which autograd keeps the result and its log-sum-exp.
     """
 
     bidirectional = True
-    asks_tokens = False
-    weighted_keys = False
-    merged = True
+
+    @property
+    def region_summary(self) -> RegionSummary:
+        """How regions get their queries and keys."""
+        return PooledSummary()
+
+    def check_summarize(self, summarize: Summarize) -> None:
+        """Raise ValueError for what this plan can't do with its regions; where they are pooled, there is nothing."""
+        del summarize
+
+    @property
+    def merges_parts(self) -> bool:
+        """Whether results of parts are merged, for which autograd keeps the result and its log-sum-exp.
+
+        The layout of one token tells: a plan has parts at every length, or at none.
+        """
+        return bool(self.layout(1, causal=True).parts)
 
     @abstractmethod
     def unit(self, length: int) -> int:
@@ -113,21 +106,6 @@ class Plan(ABC):
         """The causal partitions, token by token."""
 
 
-def tokens(view: View) -> Keys:
-    """Token columns."""
-    return Keys(TOKENS, view)
-
-
-def summaries(rows: View | Gather) -> Keys:
-    """Summary columns."""
-    return Keys(SUMMARIES, rows)
-
-
-def sizes_by(pool: Pool) -> Callable[[Tensor], Tensor]:
-    """Sizes where a region is what is pooled."""
-    return lambda kept: pool(kept, SUM)[0, :, 0]
-
-
 @dataclass(frozen=True)
 class Fixed(Plan):
     """Segments: the own one directly, every other one as a region; causal: those before.
@@ -137,7 +115,6 @@ class Fixed(Plan):
     """
 
     size: int
-    merged = False
 
     def __post_init__(self) -> None:
         """Check the size."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from subquad.ops.combiner.example import Example, Options
 from subquad.ops.combiner.groups import Group, WriteTarget, groups_of
-from subquad.ops.combiner.pooled_tokens import Pooled, Selected
-from subquad.ops.combiner.region_pooling import MAXIMUM, SUM
+from subquad.ops.combiner.layout import Example
+from subquad.ops.combiner.region_rows import RegionRows
+from subquad.ops.combiner.region_summary import RegionSummary
+from subquad.ops.combiner.summarize import Options
 from subquad.ops.combiner.weighted_rows import Averages, average_blocks, average_blocks_backward
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Queries, Source
 
@@ -39,18 +40,14 @@ class _Summaries(NamedTuple):
     lse: Tensor
     averages: Averages | None = None
 
-    @property
-    def scores(self) -> Tensor | None:
-        """Of all tokens in their blocks, where these make its summaries."""
-        return None if self.averages is None else self.averages.scores
-
 
 class _Run(NamedTuple):
     """Some heads of an example.
 
     Attributes:
         example: what is run.
-        options: how regions are summarised.
+        summary: how regions are summarised.
+        options: likewise, what the caller chose.
         q: (G, padded, E).
         k: likewise.
         v: likewise.
@@ -60,6 +57,7 @@ class _Run(NamedTuple):
     """
 
     example: Example
+    summary: RegionSummary
     options: Options
     q: Tensor
     k: Tensor
@@ -74,34 +72,26 @@ class _Run(NamedTuple):
         return 1 / math.sqrt(self.q.shape[-1])
 
     @property
-    def weighted(self) -> bool:
-        """Whether keys of regions are averages, made as the values are."""
-        return self.example.plan.weighted_keys
+    def queries(self) -> RegionRows:
+        """Those of all regions, (G, R, E)."""
+        return self.summary.queries(self.q, self.query_weight, self.example, self.options)
 
-    def pool(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """Tokens (G, padded, E) to regions (G, R, E); differentiable."""
-        example, layout = self.example, self.example.layout
-        if example.plan.asks_tokens:
-            return layout.pool(x, SUM)
-        if self.options.rectified:
-            x = (x if weight is None else x @ weight.T).relu()
-        reduction = MAXIMUM if self.options.reduce == "max" else SUM
-        if example.kept is not None:
-            x = x.masked_fill(~example.kept[:, None], reduction.neutral)
-        pooled = layout.pool(x, reduction)
-        if example.sizes is None:
-            return pooled if reduction is SUM else pooled.masked_fill(pooled == -torch.inf, 0.0)
-        if self.options.reduce == "mean":
-            pooled = pooled / example.sizes.clamp_min(1)[:, None]
-        return pooled.masked_fill((example.sizes == 0)[:, None], 0.0)
+    @property
+    def keys(self) -> RegionRows | None:
+        """Likewise; None where they are averages."""
+        return self.summary.keys(self.k, self.key_weight, self.example, self.options)
 
-    def summarise(self, query: Tensor, key: Tensor | None) -> _Summaries:
-        """The summaries of all regions, with their queries and, unless these are averages, keys."""
+    def own_scores(self) -> Tensor | None:
+        """Of all tokens in their blocks, (G, n, m, m), where these make the summaries; None else."""
+        return self.summary.own_scores(self.example.layout.blocks, self.q, self.k, self.scale)
+
+    def summarise(self, query: Tensor, key: Tensor | None, scores: Tensor | None) -> _Summaries:
+        """The summaries of all regions, with their queries, `own_scores` and, unless these are averages, keys."""
         tokens, layout = Source(self.k, self.v), self.example.layout
-        made, size = layout.summaries, self.example.plan.unit(self.example.padded)
+        made = layout.summaries
         if layout.blocks is not None:
-            sizes, bias = (layout.blocks.sight.summaries_of_block(size), size), made[0].bias if made else None
-            scores = layout.blocks.own_scores(self.q, self.k, self.scale) if self.example.plan.asks_tokens else None
+            size, bias = layout.blocks.size, made[0].bias if made else None
+            sizes = layout.blocks.sight.summaries_of_block(size), size
             averages = average_blocks(query, tokens, sizes, bias, self.scale, keys=key is None, scores=scores)
             key = averages.key if key is None else key
             assert key is not None
@@ -117,9 +107,9 @@ class _Run(NamedTuple):
         """Fill out (G, padded, E) and, where the plan has it, lse (G, padded)."""
         scores = None
         if self.given is None:
-            key = None if self.weighted else self.pool(self.k, self.key_weight)
-            made = self.summarise(self.pool(self.q, self.query_weight), key)
-            summaries, scores = Source(made.key, made.value), made.scores
+            keys, scores = self.keys, self.own_scores()
+            made = self.summarise(self.queries.value(), None if keys is None else keys.value(), scores)
+            summaries = Source(made.key, made.value)
         else:
             summaries = self.given
         sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
@@ -140,30 +130,27 @@ class _Run(NamedTuple):
             of_given = Source(grads.summary_keys[:, :regions], grads.summary_values[:, :regions])
             self._attend_backward(grad, queries, self.given, grads, of_given)
             return
-        pooled_q = self._pooled(self.q, self.query_weight)
-        pooled_k = None if self.weighted else self._pooled(self.k, self.key_weight)
-        made = self.summarise(pooled_q.value, None if pooled_k is None else pooled_k.value)
+        keys, scores = self.keys, self.own_scores()
+        query, add_to_queries = self.queries.vjp()
+        key, add_to_keys = (None, None) if keys is None else keys.vjp()
+        made = self.summarise(query, key, scores)
         of_summaries = Source(torch.zeros_like(made.key), torch.zeros_like(made.value))
-        self._attend_backward(grad, queries, Source(made.key, made.value), grads, of_summaries, made.scores)
+        grad_scores = scores  # the same memory: scores are read for the last time where their gradients are written
+        self._attend_backward(grad, queries, Source(made.key, made.value), grads, of_summaries, scores, grad_scores)
         of_query, tokens, of_tokens = torch.zeros_like(made.query), Source(self.k, self.v), Source(grads.k, grads.v)
         if made.averages is not None:
-            average_blocks_backward(of_summaries, made.averages, made.query, tokens, of_query, of_tokens, self.scale)
+            args = (of_summaries, made.averages, made.query, tokens, of_query, of_tokens, self.scale, grad_scores)
+            average_blocks_backward(*args)
         else:
             asking = Queries(made.query, made.value, made.lse)
             for part in self.example.layout.summaries:
                 part.backward(of_summaries.v, asking, {TOKENS: tokens}, of_query, {TOKENS: of_tokens}, self.scale)
-        if made.scores is None:
-            pooled_q.backward(of_query, grads.q, grads.query_weight)
+        if grad_scores is None:
+            add_to_queries(of_query, grads.q, grads.query_weight)
         elif self.example.layout.blocks is not None:
-            self.example.layout.blocks.own_scores_backward(made.scores, self.q, self.k, grads.q, grads.k, self.scale)
-        if pooled_k is not None:
-            pooled_k.backward(of_summaries.k, grads.k, grads.key_weight)
-
-    def _pooled(self, x: Tensor, weight: Tensor | None) -> Pooled | Selected:
-        example, options = self.example, self.options
-        largest = options.reduce == "max" and not options.rectified and example.kept is None and example.sizes is None
-        selected = example.layout.blocks is not None and (example.plan.asks_tokens or largest)
-        return Selected(example, x) if selected else Pooled(self.pool, x, weight)
+            self.example.layout.blocks.own_scores_backward(grad_scores, self.q, self.k, grads.q, grads.k, self.scale)
+        if add_to_keys is not None:
+            add_to_keys(of_summaries.k, grads.k, grads.key_weight)
 
     def _attend_backward(
         self,
@@ -173,11 +160,13 @@ class _Run(NamedTuple):
         grads: Inputs,
         of_summaries: Source,
         scores: Tensor | None = None,
+        grad_scores: Tensor | None = None,
     ) -> None:
         sources = {TOKENS: Source(self.k, self.v), SUMMARIES: summaries}
         added = {TOKENS: Source(grads.k, grads.v), SUMMARIES: of_summaries}
         if self.example.layout.blocks is not None:
-            self.example.layout.blocks.backward(grad, self.q, sources, grads.q, added, self.scale, scores)
+            args = (grad, self.q, sources, grads.q, added, self.scale, scores, grad_scores)
+            self.example.layout.blocks.backward(*args)
         if queries is not None:
             for index, part in enumerate(self.example.layout.parts):
                 part.backward(grad, queries, sources, grads.q, added, self.scale, fresh=index == 0)
@@ -204,7 +193,7 @@ class Inputs(NamedTuple):
     summary_keys: Tensor | None = None
     summary_values: Tensor | None = None
 
-    def run(self, some: Group, options: Options) -> _Run:
+    def run(self, some: Group, summary: RegionSummary, options: Options) -> _Run:
         """Some heads, float32 or wider."""
         example = some.example
         q, k, v = (some.fill_up(x) for x in (self.q, self.k, self.v))
@@ -213,27 +202,29 @@ class Inputs(NamedTuple):
         if self.summary_keys is not None and self.summary_values is not None:
             regions = example.layout.regions
             given = Source(*(some.rows(x, regions).to(q.dtype) for x in (self.summary_keys, self.summary_values)))
-        return _Run(example, options, q, k, v, query_weight, key_weight, given)
+        return _Run(example, summary, options, q, k, v, query_weight, key_weight, given)
 
 
 class _Combine(torch.autograd.Function):
     """One node of the graph for everything."""
 
     @staticmethod
-    def forward(ctx: Any, examples: list[Example | None], options: Options, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, examples: list[Example | None], summary: RegionSummary, options: Options, *tensors: Tensor | None
+    ) -> Tensor:
         inputs = Inputs(*tensors)  # pyright: ignore[reportArgumentType] - the first three are no None
         q = inputs.q
         out = torch.zeros_like(q) if _incomplete(examples, q) else torch.empty_like(q)
         wide, lse = torch.promote_types(q.dtype, torch.float32), None
-        if any(example is not None and example.plan.merged for example in examples):
+        if any(example is not None and example.layout.parts for example in examples):
             lse = torch.zeros(q.shape[:3], dtype=wide, device=q.device)
         for some in groups_of(q, examples):
-            run = inputs.run(some, options)
+            run = inputs.run(some, summary, options)
             with ExitStack() as targets:
                 found = targets.enter_context(WriteTarget(out, some))
                 run.forward(found, None if lse is None else targets.enter_context(WriteTarget(lse, some)))
         ctx.save_for_backward(*inputs, *((None, None) if lse is None else (out, lse)))
-        ctx.examples, ctx.options = examples, options
+        ctx.examples, ctx.summary, ctx.options = examples, summary, options
         return out
 
     @staticmethod
@@ -249,7 +240,7 @@ class _Combine(torch.autograd.Function):
         )
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         for some in groups_of(inputs.q, ctx.examples):
-            run, queries = inputs.run(some, ctx.options), None
+            run, queries = inputs.run(some, ctx.summary, ctx.options), None
             if lse is not None:
                 queries = Queries(run.q, some.fill_up(out), some.fill_up(lse[..., None])[..., 0])
             with ExitStack() as targets:
@@ -257,14 +248,15 @@ class _Combine(torch.autograd.Function):
                 regions = some.example.layout.regions
                 added = [None if x is None else targets.enter_context(WriteTarget(x, some, regions)) for x in grads[5:]]
                 run.backward(some.fill_up(grad), queries, Inputs(q, k, v, *grads[3:5], *added))
-        return None, None, *grads
+        return None, None, None, *grads
 
 
-def combine(inputs: Inputs, examples: list[Example | None], options: Options) -> Tensor:
+def combine(inputs: Inputs, examples: list[Example | None], summary: RegionSummary, options: Options) -> Tensor:
     """The result (B, H, L, E) for prepared examples."""
     q, k, v, *others = inputs
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    return _Combine.apply(examples, options, q, k, v, *others)  # pyright: ignore[reportReturnType] - apply has no types
+    tensors = q, k, v, *others
+    return _Combine.apply(examples, summary, options, *tensors)  # pyright: ignore[reportReturnType] - apply has no types
 
 
 def _incomplete(examples: list[Example | None], q: Tensor) -> bool:

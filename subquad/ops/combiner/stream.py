@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from subquad.ops.combiner.attention import Summarize
 from subquad.ops.combiner.stream_regions import NO_REGION, StreamPlan, StreamRegions
 from subquad.ops.packing import take
 from subquad.ops.precision import full_precision
@@ -74,26 +73,13 @@ class Members(NamedTuple):
         weights = scores.masked_fill(~self.there, torch.finfo(scores.dtype).min).softmax(dim=-2)
         return (weights * self.k).sum(dim=-2), (weights * self.v).sum(dim=-2)
 
+    def of_asking(self, x: Tensor) -> Tensor:
+        """Rows of all tokens (B, H, T, ...) or (B, T, D) to those of the asking ones."""
+        return take(x, self.asking)
+
 
 Summarizer = Callable[[Members], tuple[Tensor, Tensor]]
 """Keys and values (B, H, R, E) of regions."""
-
-
-def pooled_summaries(summarize: Summarize, members: Members) -> tuple[Tensor, Tensor]:
-    """Average the values by the pooled queries, and pool the keys."""
-
-    def pool(x: Tensor, weight: Tensor | None) -> Tensor:
-        if summarize.activation != "identity":
-            x = (x if weight is None else x @ weight.to(x.dtype).T).relu()
-        if summarize.reduce == "max":
-            largest = x.masked_fill(~members.there, -torch.inf).max(dim=-2).values
-            return largest.masked_fill(~members.there.any(dim=-2), 0.0)
-        total = x.masked_fill(~members.there, 0.0).sum(dim=-2)
-        return total if summarize.reduce == "sum" else total / members.there.sum(dim=-2).clamp_min(1)
-
-    with full_precision(members.k.device):
-        _, values = members.averages(pool(members.q, summarize.query_weight))
-        return pool(members.k, summarize.key_weight), values
 
 
 class Summaries(NamedTuple):

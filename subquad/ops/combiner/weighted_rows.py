@@ -24,13 +24,11 @@ class Averages(NamedTuple):
         value: averages of values (G, R, E).
         key: averages of keys; None where nothing wants them.
         weights: (G, n, r, m).
-        scores: those that were given; None else.
     """
 
     value: Tensor
     key: Tensor | None
     weights: Tensor
-    scores: Tensor | None
 
 
 def average_blocks(
@@ -71,15 +69,22 @@ def average_blocks(
         multiply(in_blocks(value, start, stop, rows), some, v)
         if key is not None:
             multiply(in_blocks(key, start, stop, rows), some, k)
-    return Averages(value, key, weights, scores)
+    return Averages(value, key, weights)
 
 
 def average_blocks_backward(
-    grad: Source, made: Averages, q: Tensor, tokens: Source, grad_q: Tensor, grads: Source, scale: float
+    grad: Source,
+    made: Averages,
+    q: Tensor,
+    tokens: Source,
+    grad_q: Tensor,
+    grads: Source,
+    scale: float,
+    grad_scores: Tensor | None,
 ) -> None:
     """Add the gradients of queries, keys and values from those of the averages (G, n r, E).
 
-    Where scores were given, gradients of theirs stand in their place: to these is added, and the scores' share in the
+    Where scores were given, theirs are added to `grad_scores` (G, n or more, r, m), and the share of the scores in the
     gradients of queries and keys is the caller's to make.
     """
     rows, size = made.weights.shape[-2:]
@@ -94,8 +99,8 @@ def average_blocks_backward(
             multiply(of_weights, of_key, k.mT, add=True)
             multiply(of_k, some.mT, of_key, add=True)
         found = torch.ops.aten._softmax_backward_data(of_weights, some, -1, of_weights.dtype)
-        if made.scores is not None:
-            made.scores[:, start:stop] += found
+        if grad_scores is not None:
+            grad_scores[:, start:stop] += found
         else:
             multiply(of_q, found, k, scale, add=True)
             multiply(of_k, found.mT, queries, scale, add=True)

@@ -251,6 +251,13 @@ def test_pairs_are_counted_without_a_layout(plan: Plan, units: int, causal: bool
     assert plan.pairs(length, causal=causal) == (*counted, len(direct & asked))
 
 
+@given(plan=PLANS, units=st.integers(1, 9), causal=st.booleans())
+def test_whether_parts_are_merged_is_the_same_at_every_length(plan: Plan, units: int, causal: bool) -> None:
+    layout = plan.layout(units * plan.unit(200), causal=causal or not plan.bidirectional)
+    assert plan.merges_parts == bool(layout.parts)
+    assert plan.merges_parts == (layout.blocks is None)
+
+
 def test_bad_arguments_are_refused() -> None:
     q, k, v = qkv(6)
     with pytest.raises(ValueError, match=r"q, k and v must be \(B, H, L, E\), all of one shape; got \(2, 2, 6, 3\), "):

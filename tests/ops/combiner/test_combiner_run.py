@@ -59,7 +59,7 @@ def test_only_inputs_and_what_merging_needs_are_kept(plan: Plan) -> None:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         combiner_attention(q, k, v, plan, causal=True)
-    result_and_sums = 8 + 1 if plan.merged else 0
+    result_and_sums = 8 + 1 if plan.merges_parts else 0
     assert sum(kept.values()) == 4 * 256 * 2 * (3 * 8 + result_and_sums)
 
 

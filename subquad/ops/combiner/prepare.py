@@ -1,52 +1,17 @@
-"""What one example of a batch runs: a plan laid out for its length, with masks for what is not real."""
+"""Preparing the examples of a batch: the plan laid out for the length of each, with masks for what is not real."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops.combiner.plans import Layout, Plan
+from subquad.ops.combiner.layout import Example
+from subquad.ops.combiner.plans import Plan
+from subquad.ops.combiner.summarize import Options
 from subquad.ops.rectangles import SUMMARIES, TOKENS
-
-
-class Options(NamedTuple):
-    """How regions are summarised, but for the weights.
-
-    Attributes:
-        reduce: "max", "mean" or "sum".
-        rectified: whether negative features count as 0.
-        log_size: whether a region's score grows by the logarithm of its size.
-    """
-
-    reduce: str
-    rectified: bool
-    log_size: bool
-
-
-class Example(NamedTuple):
-    """What one example runs.
-
-    Attributes:
-        length: tokens up to the last real one.
-        padded: the multiple of the plan's unit to which they are filled up.
-        layout: of that length, its parts with the masks of this example.
-        plan: the plan.
-        kept: bool (padded,), the real ones where others may be seen; None where none can be.
-        sizes: (R,), real tokens in each region, where that matters.
-        gaps: whether tokens before the last real one are not real.
-    """
-
-    length: int
-    padded: int
-    layout: Layout
-    plan: Plan
-    kept: Tensor | None
-    sizes: Tensor | None
-    gaps: bool
 
 
 def prepare_examples(
@@ -100,4 +65,4 @@ def _prepare(plan: Plan, kept: Tensor, causal: bool, options: Options, dtype: to
         parts=[part.restrict(added, dtype) for part in layout.parts],
         blocks=None if layout.blocks is None else layout.blocks.restrict(added, dtype),
     )
-    return Example(length, padded, layout, plan, kept if hiding else None, sizes, gaps)
+    return Example(length, padded, layout, kept if hiding else None, sizes, gaps)
