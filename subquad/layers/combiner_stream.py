@@ -54,6 +54,13 @@ def empty_stream(
     return CombinerState(length, nothing, nothing.clone(), nothing.clone(), inputs, nothing.clone(), nothing.clone())
 
 
+def stream_bytes(dims: Dims, inputs_width: int, sights: Sights, length: int, dtype_bytes: int) -> int:
+    """Bytes of one example's state after so many tokens, but for the length."""
+    lengths = torch.tensor([length])
+    tokens, regions = length - int(sights.first(lengths)), sights.kept(lengths).shape[1]
+    return dtype_bytes * ((3 * tokens + 2 * regions) * dims.inner_dim + tokens * inputs_width)
+
+
 class Seen(NamedTuple):
     """A stream after a call, in the call.
 

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from subquad.costs import Cost
 from subquad.interface import Comparison, Dims, MixerConfig, Traits
-from subquad.layers.combiner_stream import CombinerState, advance, empty_stream
+from subquad.layers.combiner_stream import CombinerState, advance, empty_stream, stream_bytes
 from subquad.layers.heads import BY_HEADS, HeadMixer, Heads, projection_cost
 from subquad.layers.row_summary import RowAverage, RowSummary, row_summary_cost
 from subquad.mask import Mask
@@ -169,17 +169,12 @@ class CombinerConfig(MixerConfig):
             attended, summarised, shared = plan.pairs(filled, causal=dims.causal)
             own = 0 if self.projects_rows else shared
             flops += 2 * inner * (2 * attended + products * summarised - own) + 2 * filled * heads * weights
-        state_bytes = self._state_bytes(dims, length, max(4, dtype_bytes)) if dims.causal else 0
+        inputs = dims.embed_dim if self.projects_rows else 0
+        state_bytes = stream_bytes(dims, inputs, self.sights, length, max(4, dtype_bytes)) if dims.causal else 0
         total += Cost(flops=flops, activation_bytes=kept, state_bytes=state_bytes, parameters=weights)
         if not self.projects_rows:
             return total
         return total + row_summary_cost(dims, length, dtype_bytes, self.block, self.row_average)
-
-    def _state_bytes(self, dims: Dims, length: int, width: int) -> int:
-        sights, lengths = self.sights, torch.tensor([length])
-        tokens, regions = length - int(sights.first(lengths)), sights.kept(lengths).shape[1]
-        inputs = dims.embed_dim if self.projects_rows else 0
-        return width * ((3 * tokens + 2 * regions) * dims.inner_dim + tokens * inputs)
 
     @property
     def sights(self) -> Sights:
