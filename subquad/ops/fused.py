@@ -1,7 +1,8 @@
 """The fused attention operator of the CPU with its log-sum-exp, forward and backward.
 
 `scaled_dot_product_attention` hides the log-sum-exp, without which partial results can't be merged. The operator below
-it is private to torch; this module alone names it.
+it is private to torch; this module alone names it. It reads the channels of a token as neighbours in memory, whatever
+their stride, which the public function checks and the operator doesn't: here channels that lie apart are copied.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ def fused_forward(
     """Softmax attention of many independent rectangles.
 
     Args:
-        q: (N, H, L, E), the last stride 1, otherwise any; float32 or float64.
+        q: (N, H, L, E), any strides; float32 or float64.
         k: (N, H, S, E), S at least 1.
         v: (N, H, S, E).
         scale: factor of the scores.
@@ -26,6 +27,7 @@ def fused_forward(
     Returns:
         out (N, H, L, E), laid out as (N, L, H, E); lse (N, H, L), 0 and not -inf in rows without any key.
     """
+    q, k, v = (_beside(x) for x in (q, k, v))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
 
 
@@ -59,6 +61,7 @@ def fused_backward(
     Returns:
         Gradients of q, k and v, laid out as (N, L, H, E).
     """
+    grad, q, k, v, out = (_beside(x) for x in (grad, q, k, v, out))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
     )
@@ -84,3 +87,8 @@ def lse_backward(
     grad[..., 0] = grad_lse
     grad_q, grad_k, _ = fused_backward(grad, q, k, values, torch.zeros_like(q), lse, scale, bias, causal=causal)
     return grad_q, grad_k
+
+
+def _beside(x: Tensor) -> Tensor:
+    """The same numbers with the channels of a token beside each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()

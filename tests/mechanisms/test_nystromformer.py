@@ -24,6 +24,7 @@ from subquad.build import build_mixer
 from subquad.layers.heads import HeadMixer
 from subquad.mechanisms.nystromformer import Nystromformer
 from subquad.ops.landmarks import pseudo_inverse
+from subquad.ops.rotary import rotate
 
 
 def nystromformer(**options: Any) -> Nystromformer:
@@ -76,6 +77,16 @@ def test_it_equals_the_definition(options: dict[str, Any], length: int, data: st
     mixer, mask = nystromformer(**options), data.draw(masks(2, length, segments=False))
     x = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
     assert_same_values_and_gradients(mixer, lambda: mixer(x, mask=mask).y, lambda: definition(mixer, x, mask), [x])
+
+
+def test_rotated_heads_of_two_channels_are_read_as_they_lie_in_memory() -> None:
+    """Rotation lays such heads out with tokens, not channels, as neighbours."""
+    mixer, x = nystromformer(positions="rotary", kernel=0), torch.randn(1, 11, 4, dtype=torch.float64)
+    q, k, v = (part.transpose(1, 2) for part in qkv(mixer, x))
+    q, k = (rotate(part, torch.arange(11)[None]).transpose(1, 2)[0] for part in (q, k))
+    segments = [part.tolist() for part in torch.arange(11).tensor_split(3)]
+    expected = through_landmarks(q, k, v.transpose(1, 2)[0], segments, mixer.config.iterations)
+    torch.testing.assert_close(mixer(x).y, finish(mixer, expected[None], None), rtol=1e-10, atol=1e-10)
 
 
 def beside_dense(length: int, **options: Any) -> tuple[Tensor, Tensor]:

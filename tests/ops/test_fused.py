@@ -1,0 +1,35 @@
+"""The fused operator reads its arguments by their strides, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad.ops.fused import fused_backward, fused_forward
+
+SCALE = 0.3
+
+
+def tokens_inside(x: Tensor) -> Tensor:
+    """The same numbers with tokens, not channels, as neighbours in memory."""
+    return x.mT.contiguous().mT
+
+
+def every_other(x: Tensor) -> Tensor:
+    """The same numbers with others between them."""
+    return torch.stack((x, torch.full_like(x, 7.0)), dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("lay_out", [tokens_inside, every_other])
+@pytest.mark.parametrize("width", [2, 5])
+def test_strides_change_nothing(lay_out: Callable[[Tensor], Tensor], width: int) -> None:
+    q, k, v, grad = (torch.randn(2, 3, 7, width, dtype=torch.float64) for _ in range(4))
+    out, lse = fused_forward(q, k, v, SCALE)
+    found = fused_forward(lay_out(q), lay_out(k), lay_out(v), SCALE)
+    torch.testing.assert_close(found, (out, lse), rtol=0, atol=0)
+    gradients = fused_backward(grad, q, k, v, out, lse, SCALE)
+    found = fused_backward(lay_out(grad), lay_out(q), lay_out(k), lay_out(v), lay_out(out), lse, SCALE)
+    torch.testing.assert_close(found, gradients, rtol=0, atol=0)
