@@ -27,7 +27,9 @@ from subquad.patterns.pattern import UNBOUNDED, Indices, Pattern, Tile
 SLICE_PAIRS = 2**21
 """Largest mask of a slice, in pairs of all examples and heads that differ; at least one query runs at a time."""
 REMEMBERED_PAIRS = 2**19
-"""Largest masks that are kept for the next call."""
+"""Largest masks that are kept for the next call as they are."""
+NARROWED_PAIRS = 2**21
+"""Largest masks that are kept in bfloat16, which has 0 and -inf: to make them takes longer than attention."""
 MOST_KEPT = 0.6
 """Largest mask that autograd may keep, in multiples of q: a seventh of what it keeps anyway, q, k, v and the result."""
 BLOCK = 64
@@ -40,6 +42,10 @@ class Slice(NamedTuple):
     rows: slice
     columns: slice
     bias: Bias | None
+
+    def widened(self, dtype: torch.dtype) -> Slice:
+        """The same with a bias of this dtype."""
+        return self if self.bias is None else self._replace(bias=self.bias._replace(values=self.bias.values.to(dtype)))
 
 
 def attend_sliced(
@@ -67,7 +73,7 @@ def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, request: Request, shape: Sh
     slices = _remembered(q, k, request, shape)
     if slices is None or len(slices) != 1 or q.dtype != _wide(q):
         return None
-    ((rows, columns, bias),) = slices
+    rows, columns, bias = slices[0].widened(q.dtype)
     if rows != slice(0, shape.queries) or columns != slice(0, shape.keys):
         return None
     if bias is not None and bias.values.numel() > MOST_KEPT * q.numel():
@@ -78,17 +84,21 @@ def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, request: Request, shape: Sh
 def _slices(q: Tensor, k: Tensor, request: Request, shape: Shape) -> Iterator[Slice]:
     """All slices; made anew where masks are large or depend on the examples."""
     remembered = _remembered(q, k, request, shape)
-    yield from _make_slices(request, shape, len(q), q.shape[1], _wide(q)) if remembered is None else remembered
+    if remembered is None:
+        yield from _make_slices(request, shape, len(q), q.shape[1], _wide(q))
+    else:
+        yield from (part.widened(_wide(q)) for part in remembered)
 
 
 def _remembered(q: Tensor, k: Tensor, request: Request, shape: Shape) -> tuple[Slice, ...] | None:
-    """All slices, where their masks are small and don't depend on the examples."""
+    """All slices, where their masks are small and don't depend on the examples; perhaps narrowed."""
     if request.facts.anything or len(request.offsets) > 1:
         return None
-    masks = q.shape[1] if request.pattern.num_heads else 1
-    if masks * q.shape[2] * k.shape[2] > REMEMBERED_PAIRS and not _shows_everything(request.pattern, shape):
+    pairs = (q.shape[1] if request.pattern.num_heads else 1) * q.shape[2] * k.shape[2]
+    if pairs > NARROWED_PAIRS and not _shows_everything(request.pattern, shape):
         return None
-    return _remembered_slices(request.pattern, shape, q.shape[1], _wide(q))
+    dtype = torch.bfloat16 if pairs > REMEMBERED_PAIRS else _wide(q)
+    return _remembered_slices(request.pattern, shape, q.shape[1], dtype)
 
 
 @lru_cache(maxsize=64)

@@ -59,6 +59,13 @@ def test_blocked_equals_the_definition_where_strips_and_tiles_run(name: str, len
     assert length < 1000 or not collected.entries
 
 
+@pytest.mark.parametrize("length", [720, 760, 1500], ids=["as they are", "narrowed", "made anew"])
+def test_dense_slices_equal_the_definition_however_their_masks_are_remembered(length: int) -> None:
+    q, k, v = triple(length)
+    for _ in range(2):
+        assert_backends_agree(q, k, v, ~Strided(2))
+
+
 @pytest.mark.parametrize("length", [1088, 1100])
 @pytest.mark.parametrize("name", LONG)
 @pytest.mark.parametrize("padded", [False, True])
