@@ -27,7 +27,7 @@ class Bias(NamedTuple):
 def make_bias(visible: Tensor, dtype: torch.dtype, clear: int = 0) -> Bias:
     """The bias of a bool mask (n, heads, rows, columns), behind `clear` columns that all rows see."""
     *batch, rows, columns = visible.shape
-    values = torch.zeros(*batch, rows, clear + columns, dtype=dtype)
+    values = visible.new_zeros(*batch, rows, clear + columns, dtype=dtype)
     values[..., clear:].masked_fill_(~visible, -torch.inf)
     hidden = ~visible.any(dim=-1)
     return Bias(values, None if clear or not bool(hidden.any()) else hidden)
