@@ -54,6 +54,20 @@ class _WrittenConfig:
     def __post_init__(self) -> None:
         coerce_fields(self, self.name)
 
+    def check_least(self, least: Mapping[str, float]) -> None:
+        """Check that options are not too small.
+
+        Args:
+            least: option to the smallest value that it may have; None, where it may be that, counts as large enough.
+
+        Raises:
+            ValueError: one is smaller.
+        """
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"{self.name}: {name} must be at least {smallest}, got {value}")
+
     def to_dict(self) -> dict[str, Any]:
         """Written form: the name first, then every option, JSON-ready."""
         return {"name": self.name, **config_fields(self)}

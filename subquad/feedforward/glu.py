@@ -42,8 +42,7 @@ class GluConfig(FeedforwardConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        if self.hidden_dim is not None and self.hidden_dim < 1:
-            raise ValueError(f"glu: hidden_dim must be at least 1, got {self.hidden_dim}")
+        self.check_least({"hidden_dim": 1})
         if not 0 <= self.dropout < 1:
             raise ValueError(f"glu: dropout must be in [0, 1), got {self.dropout}")
 

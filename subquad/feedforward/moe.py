@@ -45,8 +45,7 @@ class MoeConfig(ExpertMixerConfig):
         super().__post_init__()
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"moe: top_k must be at least 1 and at most experts={self.experts}, got {self.top_k}")
-        if self.z_weight < 0:
-            raise ValueError(f"moe: z_weight must not be negative, got {self.z_weight}")
+        self.check_least({"z_weight": 0})
         if self.top_k == 1 and self.renormalise and self.experts > 1:
             raise ValueError(
                 "moe: with top_k=1 a renormalised gate is always 1, so that the router learns nothing from it; use "

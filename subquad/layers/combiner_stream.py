@@ -12,6 +12,7 @@ from subquad.layers.heads import Heads
 from subquad.ops.combiner.stream import Kept, Sights, Summaries, Summarizer
 from subquad.ops.combiner.stream_regions import NO_REGION
 from subquad.ops.packing import append, take
+from subquad.ops.precision import wide_dtype
 from subquad.state import State, state_dataclass
 
 
@@ -119,7 +120,7 @@ def _extend(state: CombinerState, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ad
     first = sights.first(state.length)
     places = (state.length - first)[:, None] + torch.arange(q.shape[2], device=q.device)
     capacity = state.keys.shape[2] + q.shape[2]
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
 
     def join(old: Tensor, new: Tensor) -> Tensor:
         return append(old.to(wide), new.to(wide), places, capacity)

@@ -14,6 +14,7 @@ from subquad.ops.memory.compressed import VisibleRows
 from subquad.ops.memory.evictions import Eviction, Stand
 from subquad.ops.memory.stream_layout import Example, Layout
 from subquad.ops.packing import take
+from subquad.ops.precision import wide_dtype
 from subquad.receipt import leave_receipt
 from subquad.state import State, state_dataclass
 
@@ -109,7 +110,7 @@ def begin(x: Tensor, valid: Tensor | None, sizes: Sizes, eviction: Eviction, bef
         if sizes.compressed and not layout.made:
             _note_nothing_compressed(eviction)
         hidden, rows = (x.new_zeros(batch, count, width) for count in (layout.stored, layout.stored_rows))
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x)
         return Stream(layout, hidden, rows, x.new_zeros(batch, layout.stored, dtype=wide))
     hidden = before.hidden[:, before.hidden.shape[1] - layout.stored :].to(x.dtype)
     rows = before.compressed[:, before.compressed.shape[1] - layout.stored_rows :].to(x.dtype)

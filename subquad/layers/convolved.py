@@ -21,6 +21,7 @@ from subquad.interface import Dims, MixerConfig
 from subquad.layers.recurrent import RecurrentHeads, RecurrentMixer, RecurrentState
 from subquad.mask import Mask
 from subquad.ops.packing import Packing, take
+from subquad.ops.precision import wide_dtype
 from subquad.ops.recurrence.short_convolution import short_convolution
 from subquad.state import State, state_dataclass
 
@@ -129,7 +130,7 @@ class ConvolvedMixer(RecurrentMixer):
 
 def activate(x: Tensor, taps: Tensor | None, past: Tensor | None) -> Tensor:
     """Silu of x (B, L, C), convolved behind its past where there are taps, float32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     x, past = x.to(wide), None if past is None else past.to(wide)
     return F.silu(x if taps is None else short_convolution(x, taps.to(wide), past))
 

@@ -49,10 +49,7 @@ class ExpertMixerConfig(FeedforwardConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        for option, least in (("experts", 1), ("hidden_dim", 1), ("min_capacity", 0)):
-            value = getattr(self, option)
-            if value is not None and value < least:
-                raise ValueError(f"{self.name}: {option} must be at least {least}, got {value}")
+        self.check_least({"experts": 1, "hidden_dim": 1, "min_capacity": 0, "balance_weight": 0})
         for option in ("capacity_factor", "evaluation_capacity_factor", "init_scale"):
             value = getattr(self, option)
             if value is not None and value <= 0:
@@ -61,8 +58,6 @@ class ExpertMixerConfig(FeedforwardConfig):
             value = getattr(self, option)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{self.name}: {option} must be in [0, 1), got {value}")
-        if self.balance_weight < 0:
-            raise ValueError(f"{self.name}: balance_weight must not be negative, got {self.balance_weight}")
         if self.capacity_factor is None and self.evaluation_capacity_factor is not None:
             raise ValueError(
                 f"{self.name}: evaluation_capacity_factor={self.evaluation_capacity_factor} goes with a "

@@ -19,6 +19,7 @@ from subquad.layers.heads import HeadMixer, Heads, projection_cost
 from subquad.ops.features.causal import Settings, causal_sums, segments
 from subquad.ops.features.maps import FeatureMap
 from subquad.ops.features.sums import Sums, lowest, read_sums, sum_keys
+from subquad.ops.precision import wide_dtype
 from subquad.state import State, state_dataclass
 
 
@@ -69,7 +70,7 @@ class FeatureSumMixer(HeadMixer):
 
     def attend(self, heads: Heads, state: State | None) -> tuple[Tensor, State | None]:
         """Sum keys and values, read with the queries."""
-        dtype = torch.promote_types(heads.q.dtype, torch.float32)
+        dtype = wide_dtype(heads.q)
         feature_map, epsilon = self.feature_map(dtype), self.denominator_epsilon(dtype)
         before = None
         if isinstance(state, FeatureSums):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from subquad.ops.means.position_bias import FactorisedBias, KernelBias, PositionBias
+from subquad.ops.precision import wide_dtype
 from subquad.ops.recomputed import recomputed
 
 KERNEL_EPSILON = 1e-5
@@ -78,7 +79,7 @@ class KernelPositions(LearnedPositions):
 
 
 def _normed(kernels: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    wide = torch.promote_types(kernels.dtype, torch.float32)
+    wide = wide_dtype(kernels)
     kernels, gain, shift = kernels.to(wide), gain.to(wide), shift.to(wide)
     centred = kernels - kernels.mean(dim=1, keepdim=True)
     return gain * centred * (centred.square().mean(dim=1, keepdim=True) + KERNEL_EPSILON).rsqrt() + shift

@@ -22,6 +22,7 @@ from subquad.layers.heads import initialise_projection
 from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.head_split import split_heads
+from subquad.ops.precision import wide_dtype
 from subquad.ops.recomputed import recomputed
 from subquad.ops.recurrence.chunks import chunk_size, segment_chunks
 from subquad.ops.recurrence.linear import recurrence
@@ -144,7 +145,7 @@ class RecurrentMixer(TokenMixer):
 
     def split(self, x: Tensor) -> Tensor:
         """(B, L, H * E) -> (B, H, L, E), float32 or wider."""
-        return split_heads(x.to(torch.promote_types(x.dtype, torch.float32)), self.dims.num_heads)
+        return split_heads(x.to(wide_dtype(x)), self.dims.num_heads)
 
     def _norm_and_gate(self, out: Tensor, x: Tensor) -> Tensor:
         """(B, L, H, Ev) -> (B, L, H * Ev)."""

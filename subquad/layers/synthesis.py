@@ -24,6 +24,7 @@ from subquad.layers.position_scores import (
     head_projections_cost,
 )
 from subquad.ops.head_split import split_heads
+from subquad.ops.precision import wide_dtype
 from subquad.ops.softmax import masked_softmax
 
 
@@ -228,7 +229,7 @@ def attend_slice(
     Returns:
         (B, H, R, E), float32 or wider; 0 for a query that sees no key.
     """
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = wide_dtype(v)
     k, v = k.to(wide), v.to(wide)
     scores = [part.scores(made.to(wide), k) for part, made in zip(components, made_of, strict=True)]
     if weights is not None:

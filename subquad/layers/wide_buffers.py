@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Self
 
-import torch
 from torch import Tensor, nn
+
+from subquad.ops.precision import wide_dtype
 
 
 class WideBuffers(nn.Module):
@@ -22,6 +23,6 @@ class WideBuffers(nn.Module):
         for name, buffer in before.items():
             after = self._buffers[name]
             if after is not None and after.is_floating_point():
-                wide = torch.promote_types(after.dtype, torch.float32)
+                wide = wide_dtype(after)
                 self._buffers[name] = after if after.dtype == wide else buffer.to(after.device, wide)
         return self

@@ -40,6 +40,7 @@ from subquad.ops.means.biased_means import biased_means
 from subquad.ops.means.running_means import LOG_ZERO
 from subquad.ops.means.strip_geometry import BiasReach, count_pairs
 from subquad.ops.packing import Packing
+from subquad.ops.precision import wide_dtype
 from subquad.registry import register
 from subquad.state import State
 
@@ -69,9 +70,7 @@ class AftConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        for option in ("window", "rank", "kernel"):
-            if getattr(self, option) < 1:
-                raise ValueError(f"aft: {option} must be at least 1, got {getattr(self, option)}")
+        self.check_least({"window": 1, "rank": 1, "kernel": 1})
         if self.columns is not None and (self.columns < 1 or self.kind != "conv"):
             raise ValueError(
                 f"aft: columns counts the tokens in a row of a grid, for kind='conv' alone; got {self.columns} with "
@@ -193,7 +192,7 @@ class Aft(TokenMixer):
         valid = None if mask is None else mask.valid
         q, k, v = (self._split(layer(x)) for layer in (self.project_query, self.project_key, self.project_value))
         if valid is not None:
-            wide = torch.promote_types(k.dtype, torch.float32)
+            wide = wide_dtype(k)
             k = k.to(wide).masked_fill(~valid[:, None, :, None], LOG_ZERO)
             v = v.masked_fill(~valid[:, None, :, None], 0.0)
         packing = Packing(valid if self.config.columns is None else None)  # a pixel keeps its place

@@ -84,10 +84,7 @@ class BigBirdConfig(MixerConfig):
             for name, default in _ETC_DEFAULTS.items():
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, default)
-        for name, lowest in _LOWEST.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"bigbird: {name} must be at least {lowest}, got {value}")
+        self.check_least(_LOWEST)
         for name in ("window", "window_blocks"):
             value = getattr(self, name)
             if value is not None and value % 2 == 0:

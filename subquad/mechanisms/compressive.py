@@ -96,12 +96,9 @@ class CompressiveConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        least = {"rate": 1, "overlap": 0, "memory_length": 0, "compressed_length": 0, "segment_length": 1}
-        least |= {"eval_memory_length": 0, "eval_compressed_length": 0, "loss_weight": 0}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"compressive: {name} must be at least {smallest}, got {value}")
+        self.check_least({"rate": 1, "overlap": 0, "segment_length": 1, "loss_weight": 0})
+        self.check_least({"memory_length": 0, "eval_memory_length": 0})
+        self.check_least({"compressed_length": 0, "eval_compressed_length": 0})
         if any(dilation < 1 for dilation in self.dilations):
             raise ValueError(f"compressive: dilations must be at least 1, got {list(self.dilations)}")
         if self.compression == "most_used" and self.overlap:

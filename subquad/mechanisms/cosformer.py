@@ -32,7 +32,7 @@ from subquad.mask import Mask, token_positions
 from subquad.ops.features.attention import DENOMINATOR_EPSILON
 from subquad.ops.features.causal import CHUNK
 from subquad.ops.features.maps import FeatureMap, Ready
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 from subquad.registry import register
 from subquad.state import State
 
@@ -129,7 +129,7 @@ class Cosformer(FeatureSumMixer):
         """Of the positions of the tokens of x (B, H, L, E); angles are computed in float64."""
         positions = token_positions(mask, x.shape[0], x.shape[2], device=x.device, start=start)
         angles = positions[:, None, :, None].double() * (math.pi / (2 * self.dims.longest_input))
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x)
         return Cosines(angles.cos().to(wide), angles.sin().to(wide))
 
 

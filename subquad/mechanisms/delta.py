@@ -43,6 +43,7 @@ from subquad.layers.recurrent import (
     scaled_width,
 )
 from subquad.mask import Mask
+from subquad.ops.precision import wide_dtype
 from subquad.ops.recomputed import recomputed
 from subquad.ops.recurrence.short_convolution import unit_vectors
 from subquad.registry import register
@@ -164,7 +165,7 @@ class Delta(ConvolvedMixer):
     def _beta(self, x: Tensor) -> Tensor:
         """β, (B, H, L)."""
         beta = self.project_beta(x)
-        beta = beta.to(torch.promote_types(beta.dtype, torch.float32)).sigmoid().transpose(1, 2)
+        beta = beta.to(wide_dtype(beta)).sigmoid().transpose(1, 2)
         return 2 * beta if self.config.negative_eigenvalues else beta
 
     def _log_decays(self, x: Tensor) -> Tensor | None:
@@ -181,5 +182,5 @@ def _activate_to_units(x: Tensor, taps: Tensor | None, past: Tensor | None, *, h
 
 def _log_decays(x: Tensor, log_rate: Tensor, bias: Tensor) -> Tensor:
     """-exp(A) softplus(x + b), x: (B, L, H), float32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     return -log_rate.to(wide).exp() * F.softplus(x.to(wide) + bias.to(wide))

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,6 +42,7 @@ from subquad.layers.recurrent import (
     scaled_width,
 )
 from subquad.mask import Mask
+from subquad.ops.precision import wide_dtype
 from subquad.ops.projection import project
 from subquad.ops.recomputed import recomputed
 from subquad.registry import register
@@ -77,8 +77,7 @@ class GatedLinearConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"gated_linear: rank must be at least 1, got {self.rank}")
+        self.check_least({"rank": 1})
         if self.temperature <= 0:
             raise ValueError(f"gated_linear: temperature must be above 0, got {self.temperature}")
         check_kernel("gated_linear", self.kernel)
@@ -156,5 +155,5 @@ class GatedLinear(ConvolvedMixer):
 
 def _log_gates(x: Tensor, weight: Tensor, bias: Tensor, *, temperature: float) -> Tensor:
     """Log σ(x W + b) / τ, float32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     return F.logsigmoid(project(x.to(wide), weight.to(wide), bias.to(wide))) / temperature

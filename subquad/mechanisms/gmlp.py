@@ -63,8 +63,7 @@ class GmlpConfig(MixerConfig):
             raise ValueError(
                 f"gmlp: hidden_dim is split into two halves, so it must be even and at least 2, got {self.hidden_dim}"
             )
-        if self.attention_dim < 0:
-            raise ValueError(f"gmlp: attention_dim must not be negative, got {self.attention_dim}")
+        self.check_least({"attention_dim": 0})
 
     @property
     def traits(self) -> Traits:

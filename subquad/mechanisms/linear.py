@@ -40,8 +40,7 @@ class LinearConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        if self.chunk < 1:
-            raise ValueError(f"linear: chunk must be at least 1, got {self.chunk}")
+        self.check_least({"chunk": 1})
 
     @property
     def traits(self) -> Traits:

@@ -81,8 +81,7 @@ class LinformerConfig(MixerConfig):
                 f"linformer: compression={self.compression!r} learns nothing that could be fixed; leave out trainable, "
                 "or choose compression='linear' or 'convolution'"
             )
-        if self.seed < 0:
-            raise ValueError(f"linformer: seed must not be negative, got {self.seed}")
+        self.check_least({"seed": 0})
 
     @property
     def _ranks(self) -> tuple[int, ...]:

@@ -50,10 +50,7 @@ class MlpMixerConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        for name in ("token_hidden_dim", "hidden_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"mlp_mixer: {name} must be at least 1, got {value}")
+        self.check_least({"token_hidden_dim": 1, "hidden_dim": 1})
 
     @property
     def traits(self) -> Traits:

@@ -52,10 +52,7 @@ class NystromformerConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        if self.landmarks < 1:
-            raise ValueError(f"nystromformer: landmarks must be at least 1, got {self.landmarks}")
-        if self.iterations < 1:
-            raise ValueError(f"nystromformer: iterations must be at least 1, got {self.iterations}")
+        self.check_least({"landmarks": 1, "iterations": 1})
         if self.kernel < 0 or (self.kernel and self.kernel % 2 == 0):
             raise ValueError(
                 "nystromformer: kernel counts a token and equally many on both sides, so it must be odd, or 0 for no "

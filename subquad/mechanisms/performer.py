@@ -82,11 +82,7 @@ class PerformerConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        for name, least in (("features", 1), ("redraw", 0), ("chunk", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"performer: {name} must be at least {least}, got {getattr(self, name)}")
-        if self.epsilon < 0:
-            raise ValueError(f"performer: epsilon must not be negative, got {self.epsilon}")
+        self.check_least({"features": 1, "redraw": 0, "chunk": 1, "seed": 0, "epsilon": 0})
         if self.kernel in _PAIRED and self.features % 2:
             raise ValueError(
                 f"performer: kernel={self.kernel!r} has two features for each direction, so features must be even; "

@@ -60,10 +60,7 @@ class RTransformerConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        for name, least in (("window", 1), ("local_layers", 0), ("hidden_dim", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"r_transformer: {name} must be at least {least}, got {value}")
+        self.check_least({"window": 1, "local_layers": 0, "hidden_dim": 1})
 
     @property
     def traits(self) -> Traits:

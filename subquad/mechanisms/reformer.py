@@ -51,7 +51,7 @@ from subquad.ops.lsh.hash import (
 from subquad.ops.lsh.lists import ListRule
 from subquad.ops.lsh.tiles import attend_in_buckets
 from subquad.ops.packing import append
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 from subquad.ops.projection import project
 from subquad.registry import register
 from subquad.state import State, state_dataclass
@@ -100,8 +100,7 @@ class ReformerConfig(MixerConfig):
         for name, rounds in (("rounds", self.rounds), ("eval_rounds", self.eval_rounds)):
             if rounds is not None and rounds < 1:
                 raise ValueError(f"reformer: {name} counts the hashes and must be at least 1, got {rounds}")
-        if self.seed < 0:
-            raise ValueError(f"reformer: seed must not be negative, got {self.seed}")
+        self.check_least({"seed": 0})
         self.rule(causal=False)
         check_buckets("reformer", self.factors(0))
 
@@ -217,7 +216,7 @@ class Reformer(HeadMixer):
 
     def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Queries and keys in one, never narrowed, and values."""
-        wide, layer = torch.promote_types(x.dtype, torch.float32), self.project_query
+        wide, layer = wide_dtype(x), self.project_query
         with full_precision(x.device):
             bias = None if layer.bias is None else layer.bias.to(wide)
             shared = self.split(project(x.to(wide), layer.weight.to(wide), bias))

@@ -69,8 +69,7 @@ class RetentionConfig(MixerConfig):
         super().__post_init__()
         if self.decays is not None and not all(0 < decay <= 1 for decay in self.decays):
             raise ValueError(f"retention: decays must lie above 0 and at most at 1, got {list(self.decays)}")
-        if self.value_expansion < 1:
-            raise ValueError(f"retention: value_expansion must be at least 1, got {self.value_expansion}")
+        self.check_least({"value_expansion": 1})
         check_chunk("retention", self.chunk)
 
     @property

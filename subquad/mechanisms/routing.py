@@ -42,7 +42,7 @@ from subquad.ops.clusters.kmeans import Centroids, commitment, members, moved, n
 from subquad.ops.clusters.member_attention import member_attention
 from subquad.ops.clusters.rings import RingOrder, Rings
 from subquad.ops.packing import Packing, token_counts
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 from subquad.ops.projection import project
 from subquad.ops.rotary import rotate
 from subquad.registry import register
@@ -76,12 +76,7 @@ class RoutingConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        for name in ("clusters", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"routing: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("epsilon", "commitment", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"routing: {name} must not be negative, got {getattr(self, name)}")
+        self.check_least({"clusters": 1, "window": 1, "epsilon": 0, "commitment": 0, "seed": 0})
         if not 0 <= self.decay <= 1:
             raise ValueError(f"routing: decay must be in [0, 1], got {self.decay}")
 
@@ -160,7 +155,7 @@ class Routing(WideBuffers, HeadMixer):
             del self.project_key
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + dims.layer)
         means = torch.randn(dims.num_heads, config.clusters, dims.head_dim, generator=generator, device="cpu")
-        means = standardise(means.to(torch.promote_types(self.project_query.weight.dtype, torch.float32)))
+        means = standardise(means.to(wide_dtype(self.project_query.weight)))
         self.register_buffer("means", means)
         self.register_buffer("counts", torch.ones_like(means[..., 0]))
         self.register_buffer("sums", means.clone())
@@ -179,7 +174,7 @@ class Routing(WideBuffers, HeadMixer):
 
         A rounded vector may fall to another cluster: queries and keys are float32 or wider, autocast or not.
         """
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.to(wide_dtype(x))
         with full_precision(x.device):
             q = standardise(self.split(_linear(wide, self.project_query)))
             k = q if self.config.shares(self.dims) else standardise(self.split(_linear(wide, self.project_key)))

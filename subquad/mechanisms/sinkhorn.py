@@ -43,7 +43,7 @@ from subquad.layers.projection import Projection
 from subquad.layers.sinkhorn_stream import Known, SinkhornState, empty_stream
 from subquad.mask import Mask
 from subquad.ops.packing import Packing
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 from subquad.ops.sorted_blocks.attention import NullKey, SortedBlocks, sorted_block_attention, sorted_cut_attention
 from subquad.ops.sorted_blocks.sorting import BlockScores, Sorting, block_descriptors, later_rows, sorting_logits
 from subquad.ops.sorted_blocks.stream import Arrivals, attend_arrivals
@@ -220,12 +220,12 @@ class Sinkhorn(HeadMixer):
         added = torch.full_like(before.length, x.shape[1]) if valid is None else valid.sum(dim=1)
         arrivals = Arrivals(before.length, before.length + added, x.shape[1], form.block)
         check_stream_length("sinkhorn", arrivals.end, self.dims.max_length)
-        x = x.to(torch.promote_types(self.score.weight.dtype, torch.float32))
+        x = x.to(wide_dtype(self.score.weight))
         earlier, numbers = before.input_sum.to(x.dtype), arrivals.new_blocks()
         blocks = self._scores(arrivals.descriptors(earlier, x).to(self.score.weight.dtype))
         logits = sorting_logits(blocks, form.sorting, min(arrivals.capacity, self.config.most_blocks(self.dims)))
         rows, sums = later_rows(logits, numbers, arrivals.opened, before.column_sums)
-        wide = torch.promote_types(k.dtype, torch.float32)
+        wide = wide_dtype(k)
         own = arrivals.join(before.keys, k.to(wide)), arrivals.join(before.values, v.to(wide))
         return Known(arrivals, earlier + x.sum(dim=1), numbers, rows, sums, own)
 

@@ -85,19 +85,14 @@ class SparseMlpConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        widths = ("token_hidden_dim", "hidden_dim", "represented_length", "represented_dim")
-        for name in (*widths, "token_experts", "experts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"sparse_mlp: {name} must be at least 1, got {value}")
+        self.check_least({"token_experts": 1, "experts": 1, "token_hidden_dim": 1, "hidden_dim": 1})
+        self.check_least({"represented_length": 1, "represented_dim": 1, "balance_weight": 0})
         for name, count in (("token_top_k", "token_experts"), ("top_k", "experts")):
             value, most = getattr(self, name), getattr(self, count)
             if not 1 <= value <= most:
                 raise ValueError(f"sparse_mlp: {name} must be at least 1 and at most {count}={most}, got {value}")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise ValueError(f"sparse_mlp: capacity_factor must be above 0, got {self.capacity_factor}")
-        if self.balance_weight < 0:
-            raise ValueError(f"sparse_mlp: balance_weight must not be negative, got {self.balance_weight}")
 
     @property
     def traits(self) -> Traits:

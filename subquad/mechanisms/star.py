@@ -36,7 +36,7 @@ from subquad.layers.projection import Projection
 from subquad.mask import Mask
 from subquad.ops.head_split import merge_heads, split_heads
 from subquad.ops.packing import Packing, take
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 from subquad.registry import register
 from subquad.state import State
 
@@ -67,8 +67,7 @@ class StarConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"star: steps must be at least 1, got {self.steps}")
+        self.check_least({"steps": 1})
 
     @property
     def traits(self) -> Traits:
@@ -243,7 +242,7 @@ def _attend_near(
 ) -> Tensor:
     """Each satellite's softmax over its five keys, (B, H, N, E); the gathered keys are made again for the backward."""
     with full_precision(q.device):
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         keys, values = (
             torch.stack((ring, take(ring, links.left), take(ring, links.right), own, relay.expand_as(own)), dim=3)
             for ring, own, relay in ((k, own_k, relay_k), (v, own_v, relay_v))

@@ -76,12 +76,7 @@ class SynthesizerConfig(MixerConfig):
         super().__post_init__()
         if not self.components or len(set(self.components)) < len(self.components):
             raise ValueError(f"synthesizer: components must be one or several different ones, got {self.components}")
-        if self.rank < 1:
-            raise ValueError(f"synthesizer: rank must be at least 1, got {self.rank}")
-        if self.factor is not None and self.factor < 1:
-            raise ValueError(f"synthesizer: factor must be at least 1, got {self.factor}")
-        if self.seed < 0:
-            raise ValueError(f"synthesizer: seed must not be negative, got {self.seed}")
+        self.check_least({"rank": 1, "factor": 1, "seed": 0})
 
     @property
     def traits(self) -> Traits:

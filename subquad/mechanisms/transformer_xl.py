@@ -73,17 +73,8 @@ class TransformerXLConfig(MixerConfig):
     def __post_init__(self) -> None:
         """Check ranges."""
         super().__post_init__()
-        least = 1 if self.same_length else 0
-        for name, smallest in (
-            ("memory_length", least),
-            ("eval_memory_length", 0),
-            ("segment_length", 1),
-            ("clamp_length", 0),
-            ("eval_clamp_length", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"transformer_xl: {name} must be at least {smallest}, got {value}")
+        self.check_least({"memory_length": 1 if self.same_length else 0, "eval_memory_length": 0})
+        self.check_least({"segment_length": 1, "clamp_length": 0, "eval_clamp_length": 0})
         evaluation = self.rule(training=False)
         if evaluation.same_length and evaluation.memory_length < 1:
             raise ValueError(

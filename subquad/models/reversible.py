@@ -34,6 +34,7 @@ from subquad.interface import Mixed
 from subquad.models.block import Block, LayerStates, add_losses
 from subquad.models.replay import Replay
 from subquad.models.stack import StackInputs, StackOutput
+from subquad.ops.precision import wide_dtype
 from subquad.registry import MIXERS
 from subquad.state import State
 
@@ -120,7 +121,7 @@ def run_reversibly(blocks: nn.ModuleList, x: Tensor, given: StackInputs, *, join
     def joined(streams: Streams) -> Tensor:
         return join(streams.first, streams.second).to(x.dtype)
 
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(wide_dtype(x))
     streams = Streams(wide, wide)
     if torch.is_grad_enabled() and given.states is None:
         sublayers = [sublayer for block in blocks for sublayer in sublayers_of(block, given)]

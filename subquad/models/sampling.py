@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subquad.ops.precision import wide_dtype
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -38,7 +40,7 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Of logits (B, V), float32 or wider (B, V)."""
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+        scores = logits.to(wide_dtype(logits)) / self.temperature
         if self.top_k is not None:
             smallest = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1).values[:, -1:]
             scores = scores.masked_fill(scores < smallest, -torch.inf)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 
 BLOCK = 64
 """Tokens whose products with their neighbours give the gradient of the kernel in one matrix product."""
@@ -63,7 +63,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def _convolve(x: Tensor, kernels: Tensor) -> Tensor:
-    wide, (_, heads, _, width), size = torch.promote_types(x.dtype, torch.float32), x.shape, kernels.shape[1]
+    wide, (_, heads, _, width), size = wide_dtype(x), x.shape, kernels.shape[1]
     channels_last = x.to(wide).transpose(1, 2).flatten(2).mT[:, :, None]  # (B, H * E, 1, L)
     weights = kernels.to(wide).repeat_interleave(width, dim=0)[:, None, None]
     y = F.conv2d(channels_last, weights, padding=(0, size // 2), groups=heads * width)
@@ -72,7 +72,7 @@ def _convolve(x: Tensor, kernels: Tensor) -> Tensor:
 
 def _kernel_gradients(grad: Tensor, x: Tensor, kernels: Tensor) -> Tensor:
     """Σ over examples, tokens and channels of grad_i x_(i + t - ⌊K / 2⌋): diagonals of products of blocks."""
-    wide, size = torch.promote_types(x.dtype, torch.float32), kernels.shape[1]
+    wide, size = wide_dtype(x), kernels.shape[1]
     block = min(BLOCK, x.shape[2])
     missing, reach = -x.shape[2] % block, block + size - 1
     together = max(1, SMALL_HEAD // (x.shape[2] * x.shape[3]))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 from subquad.ops.softmax import masked_softmax
 
 SCORE_ELEMENTS = 2**22
@@ -180,7 +180,7 @@ def _attend_blocks(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, vectors: Tensor, biases: Tensor, ids: Tensor, visible: Tensor) -> Tensor:
     """`relative_attention_by_ids` by the fused operator, the relative scores gathered from one product per query."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide_dtype(q)
     q_wide, k, v, vectors, biases = (tensor.to(dtype) for tensor in (q, k, v, vectors, biases))
     by_id = (q_wide @ vectors.mT + biases[:, None]) / math.sqrt(q.shape[-1])
     added = by_id.gather(-1, ids.expand(*q.shape[:2], -1, -1)).masked_fill(~visible, -math.inf)

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.fused import fused_backward, fused_forward
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 
 
 def landmark_attention_by_matrices(
     q: Tensor, k: Tensor, v: Tensor, *, landmarks: int, iterations: int, valid: Tensor | None = None
 ) -> Tensor:
     """The definition; arguments and result as in `landmark_attention`."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     wide_q, wide_k, wide_v = (_zero_invalid(x.to(wide), valid) for x in (q, k, v))
     segments, scale = _segments(q.shape[2], landmarks, valid, wide_q), 1 / math.sqrt(q.shape[3])
     with full_precision(q.device):
@@ -145,7 +145,7 @@ class _LandmarkAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, landmarks: int, iterations: int, valid: Tensor | None
     ) -> Tensor:
-        wide, scale = torch.promote_types(q.dtype, torch.float32), 1 / math.sqrt(q.shape[3])
+        wide, scale = wide_dtype(q), 1 / math.sqrt(q.shape[3])
         wide_q, wide_k, wide_v = (x.to(wide) for x in (q, k, v))
         segments = _segments(q.shape[2], landmarks, valid, wide_q)
         with full_precision(q.device):

@@ -7,6 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
+def wide_dtype(x: torch.Tensor) -> torch.dtype:
+    """What sums, exponentials and normalisers of x run in: its dtype, but float32 where that is narrower."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A block in which autocast is off, so that matrix products keep the dtype of their arguments."""
     if not torch.amp.is_autocast_available(device.type):

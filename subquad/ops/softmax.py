@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
+
+from subquad.ops.precision import wide_dtype
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -32,10 +33,10 @@ def softmax_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, visible: Tensor,
         out (B, H, L, Ev), the dtype of q, and the log-sum-exp (B, H, L) of the visible scores, -inf where there are
         none; scores and softmax in float32 or wider.
     """
-    working_dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = scale * (q.to(working_dtype) @ k.to(working_dtype).mT)
+    wide = wide_dtype(q)
+    scores = scale * (q.to(wide) @ k.to(wide).mT)
     weights, lse = masked_softmax_with_lse(scores, visible)
-    return (weights @ v.to(working_dtype)).to(q.dtype), lse
+    return (weights @ v.to(wide)).to(q.dtype), lse
 
 
 def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:

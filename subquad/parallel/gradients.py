@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from subquad.ops.precision import wide_dtype
+
 
 def local_part(tensor: Tensor) -> Tensor:
     """What of a tensor lies on this process."""
@@ -36,7 +38,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     for parameter in parameters:
         if parameter.grad is not None:
             part = local_part(parameter.grad)
-            wide = part.to(torch.promote_types(part.dtype, torch.float32))
+            wide = part.to(wide_dtype(part))
             squares.append(wide.square().sum() / copies(parameter.grad, world_size))
     total = torch.stack([square.double() for square in squares]).sum() if squares else torch.zeros(())
     dist.all_reduce(total)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from subquad.labels import IGNORED
+from subquad.ops.precision import wide_dtype
 from subquad.records.metrics import Bits, Estimate, MetricKind, Share, estimate
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -30,7 +31,7 @@ def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
 
 def bits(logits: Tensor, labels: Tensor) -> Tensor:
     """-log2 of the probability of each label."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(wide_dtype(logits))
     nats = functional.cross_entropy(wide.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     return nats.double() / math.log(2)
 

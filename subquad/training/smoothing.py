@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from subquad.ops.precision import wide_dtype
 from subquad.tasks.splits import IGNORED
 from subquad.training.objectives.base import Objective
 from subquad.training.presets import TrainingSettings
@@ -41,7 +41,7 @@ def smoothing_term(logits: Tensor, labels: Tensor, smoothing: float, asked: Tens
         asked: how many labels the mean is over; None for those here.
     """
     real = labels != IGNORED
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(wide_dtype(logits))
     of_label = wide.gather(2, labels.clamp_min(0)[..., None])[..., 0]
     lacking = (of_label - wide.mean(dim=2)).masked_fill(~real, 0.0).sum()
     return smoothing * lacking / (real.sum() if asked is None else asked)

@@ -124,7 +124,7 @@ def test_tokens_meet_in_capacity_and_losses() -> None:
         ({"top_k": 0}, "moe: top_k must be at least 1 and at most experts=4, got 0"),
         ({"top_k": 5}, "moe: top_k must be at least 1 and at most experts=4, got 5"),
         ({"top_k": 1}, "moe: with top_k=1 a renormalised gate is always 1"),
-        ({"z_weight": -1}, "moe: z_weight must not be negative, got -1"),
+        ({"z_weight": -1}, "moe: z_weight must be at least 0, got -1"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -263,7 +263,7 @@ def test_bfloat16_is_routed_in_float32() -> None:
         ({"min_capacity": -1}, "switch: min_capacity must be at least 0, got -1"),
         ({"init_scale": 0}, "switch: init_scale must be above 0, got 0"),
         ({"expert_dropout": 1.0}, r"switch: expert_dropout must be in \[0, 1\), got 1.0"),
-        ({"balance_weight": -1}, "switch: balance_weight must not be negative, got -1"),
+        ({"balance_weight": -1}, "switch: balance_weight must be at least 0, got -1"),
         ({"jitter": 1.0}, r"switch: jitter must be in \[0, 1\), got 1.0"),
         ({"group": "core"}, "option 'group' must be one of 'batch', 'sequence', got 'core'"),
     ],

@@ -156,5 +156,5 @@ def test_a_hidden_layer_without_two_halves_is_refused(hidden_dim: int) -> None:
 
 
 def test_attention_of_negative_width_is_refused() -> None:
-    with pytest.raises(ValueError, match="gmlp: attention_dim must not be negative, got -1"):
+    with pytest.raises(ValueError, match="gmlp: attention_dim must be at least 0, got -1"):
         GmlpConfig(attention_dim=-1)

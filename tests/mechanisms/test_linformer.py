@@ -271,7 +271,7 @@ class TestWhatIsNotLearned:
         ("options", "message"),
         [
             ({"compression": "mean", "sharing": "headwise"}, "compression='mean' learns nothing that could be fixed"),
-            ({"seed": -1}, "linformer: seed must not be negative, got -1"),
+            ({"seed": -1}, "linformer: seed must be at least 0, got -1"),
         ],
     )
     def test_options_that_mean_nothing_are_refused(self, options: dict[str, Any], message: str) -> None:

@@ -292,7 +292,7 @@ class TestDraws:
         ({"features": 0}, "performer: features must be at least 1, got 0"),
         ({"chunk": 0}, "performer: chunk must be at least 1, got 0"),
         ({"redraw": -1}, "performer: redraw must be at least 0, got -1"),
-        ({"epsilon": -1.0}, "performer: epsilon must not be negative, got -1.0"),
+        ({"epsilon": -1.0}, "performer: epsilon must be at least 0, got -1.0"),
         ({"seed": -1}, "performer: seed must be at least 0, got -1"),
         ({"norms": "unit"}, "option 'norms' must be one of 'random', 'constant', got 'unit'"),
         (

@@ -301,7 +301,7 @@ def test_what_looks_ahead_is_not_causal() -> None:
         ({"chunk": 0}, "reformer: chunk counts the tokens of a chunk and must be at least 1, got 0"),
         ({"buckets": 7}, "reformer: buckets must be 1 or even, .* got 7"),
         ({"buckets": ()}, r"reformer: buckets must be 1 or even, .* got \(\)"),
-        ({"seed": -1}, "reformer: seed must not be negative, got -1"),
+        ({"seed": -1}, "reformer: seed must be at least 0, got -1"),
         ({"wrap": True, "same_bucket_only": True}, "reformer: wrap=True .* excludes same_bucket_only=True"),
         ({"wrap": True, "chunks": "bucket"}, "reformer: wrap=True .* excludes chunks='bucket'"),
         ({"chunks": "sorted"}, "reformer: option 'chunks' must be one of 'global', 'bucket', got 'sorted'"),

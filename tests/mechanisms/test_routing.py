@@ -288,8 +288,8 @@ def test_the_causal_form_needs_shared_queries_and_keys() -> None:
     [
         ({"clusters": 0}, "clusters must be at least 1, got 0"),
         ({"window": 0}, "window must be at least 1, got 0"),
-        ({"epsilon": -0.1}, "epsilon must not be negative, got -0.1"),
-        ({"commitment": -1.0}, "commitment must not be negative, got -1.0"),
+        ({"epsilon": -0.1}, "epsilon must be at least 0, got -0.1"),
+        ({"commitment": -1.0}, "commitment must be at least 0, got -1.0"),
         ({"decay": 1.5}, r"decay must be in \[0, 1\], got 1.5"),
     ],
 )

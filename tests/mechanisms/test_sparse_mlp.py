@@ -305,7 +305,7 @@ def test_twice_the_tokens_and_half_the_channels_are_routed() -> None:
         ({"represented_length": 0}, "sparse_mlp: represented_length must be at least 1, got 0"),
         ({"represented_dim": -1}, "sparse_mlp: represented_dim must be at least 1, got -1"),
         ({"capacity_factor": 0.0}, r"sparse_mlp: capacity_factor must be above 0, got 0\.0"),
-        ({"balance_weight": -1.0}, r"sparse_mlp: balance_weight must not be negative, got -1\.0"),
+        ({"balance_weight": -1.0}, r"sparse_mlp: balance_weight must be at least 0, got -1\.0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(given_options: dict[str, Any], message: str) -> None:

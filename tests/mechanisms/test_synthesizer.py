@@ -190,7 +190,7 @@ def test_a_stream_longer_than_max_length_is_refused() -> None:
         ({"components": ("softmax",)}, "option 'components' must be"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"factor": 0}, "factor must be at least 1, got 0"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from subquad.ops.fused import fused_backward, fused_forward
 from subquad.ops.packing import token_counts
 from subquad.ops.partial_softmax import CALL_BYTES, add_stack, stack
+from subquad.ops.precision import wide_dtype
 from subquad.ops.softmax import softmax_attention_with_lse
 from subquad.receipt import leave_receipt
 
@@ -129,7 +130,7 @@ class _ClusterWindow(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, labels: Tensor, window: int, scale: float, lengths: list[int]
     ) -> Tensor:
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         out, lse = torch.zeros_like(v), torch.zeros(q.shape[:3], dtype=wide)
         for b, h, length in _sequences(q, lengths):
             band = Band(labels[b, h, :length], window)

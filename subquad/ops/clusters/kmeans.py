@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.choice import chosen
+from subquad.ops.precision import wide_dtype
 
 SMOOTHING = 1e-5
 """ε, the value of the official Routing Transformer."""
@@ -53,7 +54,7 @@ def standardise(x: Tensor) -> Tensor:
 class _Standardise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.to(wide_dtype(x))
         centred = wide - wide.mean(dim=-1, keepdim=True)
         factor = (centred.square().mean(dim=-1, keepdim=True) + NORM_EPSILON).rsqrt()
         out = (centred * factor).to(x.dtype)
@@ -72,7 +73,7 @@ class _Standardise(torch.autograd.Function):
 @torch.no_grad()
 def nearest(x: Tensor, means: Tensor) -> Tensor:
     """The centroid (H, C, E) with the largest product with each vector of x (B, H, L, E): int64 (B, H, L)."""
-    wide = means.to(torch.promote_types(x.dtype, torch.float32))
+    wide = means.to(wide_dtype(x))
     rows = max(1, SLICE_ELEMENTS // max(1, x.shape[0] * means.shape[0] * means.shape[1]))
     parts = [(part.to(wide.dtype) @ wide.mT).max(dim=-1).indices for part in x.split(rows, dim=2)]
     return torch.cat(parts, dim=2)
@@ -90,7 +91,7 @@ def members(x: Tensor, means: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _members(x: Tensor, means: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    wide = means.to(torch.promote_types(x.dtype, torch.float32))
+    wide = means.to(wide_dtype(x))
     size = max(1, SLICE_ELEMENTS // max(1, x.shape[1]))
     found, labels = [], []
     for vectors, centroids in zip(x.to(wide.dtype), wide, strict=True):
@@ -124,7 +125,7 @@ def moved(
         decay: d.
     """
     means, counts, sums = centroids
-    wide = torch.promote_types(counts.dtype, torch.float32)
+    wide = wide_dtype(counts)
     found, found_sums = torch.zeros_like(counts, dtype=wide), torch.zeros_like(sums, dtype=wide)
     for x, nearest_of in zip(sets, labels, strict=True):
         for b, length in enumerate(lengths):
@@ -162,7 +163,7 @@ class _Commitment(torch.autograd.Function):
         ctx.save_for_backward(x, means, *labels)
         ctx.lengths = lengths
         ctx.numbers = max(1, sum(lengths) * x.shape[1] * x.shape[3])
-        total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        total = torch.zeros((), dtype=wide_dtype(x), device=x.device)
         for _, _, distance in _distances(x, means, labels, lengths):
             total += distance.square().sum()
         return (total / ctx.numbers).float()
@@ -179,7 +180,7 @@ class _Commitment(torch.autograd.Function):
 
 def _distances(x: Tensor, means: Tensor, labels: list[Tensor], lengths: list[int]) -> Iterator[tuple[int, int, Tensor]]:
     """Example, head, and what leads from their centroids to its vectors, (n, E)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     for b, length in enumerate(lengths):
         for h in range(x.shape[1]):
             yield b, h, x[b, h, :length].to(wide) - means[h, labels[b][h, :length]].to(wide)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from subquad.ops.fused import fused_backward, fused_forward
 from subquad.ops.partial_softmax import CALL_BYTES
+from subquad.ops.precision import wide_dtype
 from subquad.ops.softmax import softmax_attention_with_lse
 from subquad.receipt import leave_receipt
 
@@ -24,7 +25,7 @@ def member_attention_by_clusters(
     q: Tensor, k: Tensor, v: Tensor, queries: list[Tensor], keys: list[Tensor], *, scale: float, epsilon: float
 ) -> Tensor:
     """The definition, one cluster after the other. Arguments and result as in `member_attention`."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     examples = []
     for b, (rows_of, columns_of) in enumerate(zip(queries, keys, strict=True)):
         heads = []
@@ -117,7 +118,7 @@ def _clusters(
     qkv: tuple[Tensor, Tensor, Tensor], queries: list[Tensor], keys: list[Tensor]
 ) -> Iterator[tuple[int, int, list[Tensor], Tensor, Tensor]]:
     """Example, head, its q, k, v (L, E), and its members (C, w)."""
-    wide = torch.promote_types(qkv[0].dtype, torch.float32)
+    wide = wide_dtype(qkv[0])
     for b, (rows, columns) in enumerate(zip(queries, keys, strict=True)):
         for h in range(qkv[0].shape[1]):
             yield b, h, [x[b, h].to(wide).contiguous() for x in qkv], rows[h], columns[h]

@@ -21,7 +21,7 @@ from subquad.ops.combiner.plans import Plan, Region
 from subquad.ops.combiner.prepare import prepare_examples
 from subquad.ops.combiner.run import Inputs, combine
 from subquad.ops.combiner.summarize import Options, Summarize
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 
 
 def combiner_attention_by_regions(
@@ -35,7 +35,7 @@ def combiner_attention_by_regions(
     summarize: Summarize | None = None,
 ) -> Tensor:
     """The definition, query by query. Arguments and result as in `combiner_attention`."""
-    length, wide = q.shape[2], torch.promote_types(q.dtype, torch.float32)
+    length, wide = q.shape[2], wide_dtype(q)
     valid = torch.ones(q.shape[0], length, dtype=torch.bool) if valid is None else valid
     examples = []
     for b in range(q.shape[0]):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from subquad.ops.combiner.layout import Example
 from subquad.ops.partial_softmax import CALL_BYTES
+from subquad.ops.precision import wide_dtype
 
 GROUP_BYTES = 2**21
 """Queries of the heads that run together: few enough that they stay in the cache."""
@@ -35,7 +36,7 @@ class Group(NamedTuple):
 
     def fill_up(self, x: Tensor) -> Tensor:
         """(B, H, L, E) -> (G, padded, E), float32 or wider; a view where that is what it is."""
-        x = self.rows(x, self.example.length).to(torch.promote_types(x.dtype, torch.float32))
+        x = self.rows(x, self.example.length).to(wide_dtype(x))
         missing = self.example.padded - self.example.length
         return F.pad(x, (0, 0, 0, missing)) if missing else x
 
@@ -52,7 +53,7 @@ class WriteTarget:
     def __init__(self, target: Tensor, some: Group, number: int | None = None) -> None:
         number, padded = (some.example.length, some.example.padded) if number is None else (number, number)
         self.place = target[some.examples, some.heads, :number]
-        wide, (examples, heads, *_) = torch.promote_types(target.dtype, torch.float32), self.place.shape
+        wide, (examples, heads, *_) = wide_dtype(target), self.place.shape
         one_stride = examples == 1 or heads == 1 or self.place.stride(0) == heads * self.place.stride(1)
         self.direct = padded == number and wide == target.dtype and one_stride
         self.rows = self.place.flatten(0, 1) if self.direct else self._beside(padded, wide)
@@ -71,7 +72,7 @@ class WriteTarget:
 
 def groups_of(q: Tensor, examples: list[Example | None]) -> Iterator[Group]:
     """Heads that run together: of one example, or all heads of examples that are the same and stand side by side."""
-    wide, num_heads, start = torch.promote_types(q.dtype, torch.float32), q.shape[1], 0
+    wide, num_heads, start = wide_dtype(q), q.shape[1], 0
     while start < len(examples):
         example, stop = examples[start], start + 1
         if example is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from subquad.ops.combiner.layout import Example
 from subquad.ops.combiner.plans import Plan
 from subquad.ops.combiner.summarize import Options
+from subquad.ops.precision import wide_dtype
 from subquad.ops.rectangles import SUMMARIES, TOKENS
 
 
@@ -18,7 +19,7 @@ def prepare_examples(
     q: Tensor, plan: Plan, causal: bool, valid: Tensor | None, options: Options
 ) -> list[Example | None]:
     """The examples of a batch; None for one without real tokens."""
-    wide, length = torch.promote_types(q.dtype, torch.float32), q.shape[2]
+    wide, length = wide_dtype(q), q.shape[2]
     with torch.device(q.device):
         if valid is None:
             return [_whole_example(plan, length, causal, options, wide, q.device)] * q.shape[0]

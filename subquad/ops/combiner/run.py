@@ -20,6 +20,7 @@ from subquad.ops.combiner.region_rows import RegionRows
 from subquad.ops.combiner.region_summary import RegionSummary
 from subquad.ops.combiner.summarize import Options
 from subquad.ops.combiner.weighted_rows import Averages, average_blocks, average_blocks_backward
+from subquad.ops.precision import wide_dtype
 from subquad.ops.rectangles import SUMMARIES, TOKENS, Queries, Source
 
 
@@ -215,7 +216,7 @@ class _Combine(torch.autograd.Function):
         inputs = Inputs(*tensors)  # pyright: ignore[reportArgumentType] - the first three are no None
         q = inputs.q
         out = torch.zeros_like(q) if _incomplete(examples, q) else torch.empty_like(q)
-        wide, lse = torch.promote_types(q.dtype, torch.float32), None
+        wide, lse = wide_dtype(q), None
         if any(example is not None and example.layout.parts for example in examples):
             lse = torch.zeros(q.shape[:3], dtype=wide, device=q.device)
         for some in groups_of(q, examples):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.experts.routing import router_logits
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 
 SLICE = 2**18
 """Numbers of x that get their noise at a time: they stay in the cache."""
@@ -62,7 +62,7 @@ class _JitteredLogits(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, levels: Tensor, jitter: float) -> Tensor:
         ctx.save_for_backward(x, weight, levels)
         ctx.jitter = jitter
-        logits = x.new_empty(len(x), len(weight), dtype=_wide(x))
+        logits = x.new_empty(len(x), len(weight), dtype=wide_dtype(x))
         wide = weight.to(logits.dtype).T
         for tokens in _slices(x):
             torch.mm(jittered(x[tokens], levels[tokens], jitter), wide, out=logits[tokens])
@@ -85,11 +85,7 @@ class _JitteredLogits(torch.autograd.Function):
 
 def _factors(x: Tensor, levels: Tensor, jitter: float) -> Tensor:
     """1 + ε u."""
-    return levels.to(_wide(x)).add_(0.5).mul_(jitter / LEVELS).add_(1)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return levels.to(wide_dtype(x)).add_(0.5).mul_(jitter / LEVELS).add_(1)
 
 
 def _slices(x: Tensor) -> Iterator[slice]:

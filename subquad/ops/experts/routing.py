@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 
 
 class ExpertRows(NamedTuple):
@@ -42,7 +42,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (..., X).
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x)
     with full_precision(x.device):
         return F.linear(x.to(wide), weight.to(wide))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from subquad.ops.features.causal import CHUNK, Settings, causal_sums
 from subquad.ops.features.maps import Ready
 from subquad.ops.features.sums import read_sums, sum_keys
+from subquad.ops.precision import wide_dtype
 
 DENOMINATOR_EPSILON = 1e-6
 """Added to every denominator, so that a row without keys gives 0 (the value of the official Linear Transformer)."""
@@ -23,7 +24,7 @@ def linear_attention_by_pairs(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, normalize: bool = True, valid: Tensor | None = None
 ) -> Tensor:
     """The definition, quadratic in L. Arguments and result as in `linear_attention`."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     weights = q.to(wide) @ k.to(wide).mT
     if causal:
         weights = weights.tril()

@@ -15,6 +15,7 @@ from subquad.ops.chunk_products import multiply
 from subquad.ops.features.maps import FeatureMap
 from subquad.ops.features.slices import HeadGroup, Workspace
 from subquad.ops.features.sums import lowest
+from subquad.ops.precision import wide_dtype
 
 
 class Inputs(NamedTuple):
@@ -167,7 +168,7 @@ def make_segment(
     place: Place, inputs: Inputs, feature_map: FeatureMap, before: Tensor | None, workspace: Workspace
 ) -> Segment:
     """The segment of this place; `before` is the reference that is carried in, (B, H)."""
-    dtype = torch.promote_types(inputs.v.dtype, torch.float32)
+    dtype = wide_dtype(inputs.v)
     q_rows, k_rows, v_rows = (place.of(x).to(dtype) for x in inputs[:3])
     hidden = None if inputs.valid is None else place.hidden(inputs.valid)
     shape = *q_rows.shape[:-1], feature_map.count(q_rows.shape[-1])

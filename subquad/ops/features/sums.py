@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from subquad.ops.features.maps import FeatureMap
 from subquad.ops.features.slices import HeadGroup, Workspace, head_groups, token_slices
 from subquad.ops.onednn import outruns_mm
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 from subquad.ops.stacked_products import stacked_product
 
 
@@ -42,7 +42,7 @@ def lowest(dtype: torch.dtype) -> float:
 
 def no_sums(k: Tensor, v: Tensor, feature_map: FeatureMap) -> Sums:
     """The sums over no keys, for k (B, H, S, E) and v (B, H, S, Ev)."""
-    dtype = torch.promote_types(k.dtype, torch.float32)
+    dtype = wide_dtype(k)
     shape = (*k.shape[:2], feature_map.count(k.shape[-1]))
     reference = k.new_full(shape[:2], lowest(dtype), dtype=dtype) if feature_map.exponential else None
     return Sums(k.new_zeros(*shape, v.shape[-1], dtype=dtype), k.new_zeros(shape, dtype=dtype), reference)
@@ -153,7 +153,7 @@ def _take_keys(
 ) -> _Keys:
     """Map a slice of k, v with facts about them."""
     k, v, valid = inputs
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    dtype = wide_dtype(v)
     hidden = None if valid is None else group.hidden(valid, tokens)
     rows, part_v = (x[(*group, tokens)].to(dtype) for x in (k, v))
     if hidden is not None:

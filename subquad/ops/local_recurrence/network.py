@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from subquad.ops.local_recurrence.cells import Cell, Gru, Lstm, Rnn, States, Step
 from subquad.ops.onednn import product, product_over_rows
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 
 CellName = Literal["rnn", "gru", "lstm"]
 
@@ -118,7 +118,7 @@ class _Run(NamedTuple):
     @classmethod
     def of(cls, given: Tensor, weights: Tensor, biases: Tensor | None, cell: CellName) -> _Run:
         """The arguments of `local_recurrence`."""
-        wide = torch.promote_types(given.dtype, torch.float32)
+        wide = wide_dtype(given)
         return cls(given, weights.to(wide), None if biases is None else biases.to(wide), CELLS[cell])
 
     def steps(self, windows: slice, window: int) -> Iterator[Step]:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from subquad.ops.lsh.hash import check_buckets, hash_into_buckets, random_rotations, rotation_columns
 from subquad.ops.lsh.lists import ListRule
 from subquad.ops.lsh.tiles import attend_in_buckets, attend_in_buckets_by_pairs, unit_keys
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 
 Chunks = Literal["global", "bucket"]
 
@@ -126,7 +126,7 @@ def continue_in_buckets(
 def _attend_slice(
     qk: Tensor, buckets: Tensor, columns: Tensor, keys: Tensor, v: Tensor, key_buckets: Tensor, rule: ListRule
 ) -> Tensor:
-    wide, position = torch.promote_types(qk.dtype, torch.float32), torch.arange(keys.shape[2], device=keys.device)
+    wide, position = wide_dtype(qk), torch.arange(keys.shape[2], device=keys.device)
     column = columns[:, None, :, None]
     counts = torch.zeros_like(buckets[:, :, 0])[..., None] * position
     for own, stored in zip(buckets.unbind(dim=2), key_buckets.unbind(dim=2), strict=True):

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 
 LARGEST_FACTOR = 128
 """Buckets of one factor of a derived count; the products with the rotations stay linear in the length."""
@@ -68,7 +68,7 @@ def hash_into_buckets(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) ->
     Returns:
         int64 (B, H, rounds, L).
     """
-    wide, columns = torch.promote_types(x.dtype, torch.float32), rotation_columns(factors)
+    wide, columns = wide_dtype(x), rotation_columns(factors)
     batch, num_heads, length, _ = x.shape
     found = torch.zeros(batch, num_heads, len(rotations), length, dtype=torch.int64, device=x.device)
     if not columns:

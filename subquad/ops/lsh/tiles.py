@@ -21,6 +21,7 @@ from subquad.ops.lsh.lists import ListRule, listed_counts
 from subquad.ops.lsh.order import Order, sort_by_bucket
 from subquad.ops.lsh.rounds import Group, Round, Rounds
 from subquad.ops.partial_softmax import merge, stack
+from subquad.ops.precision import wide_dtype
 
 NORM_EPSILON = 1e-6
 """Added to the mean square of a vector before keys are made of unit length, as in the official code."""
@@ -41,7 +42,7 @@ def attend_in_buckets_by_pairs(
     Returns:
         (B, H, L, E), the dtype of v; 0 at invalid tokens.
     """
-    wide = torch.promote_types(qk.dtype, torch.float32)
+    wide = wide_dtype(qk)
     counts = listed_counts(buckets, rule, valid)
     scores = qk.to(wide) @ unit_keys(qk.to(wide)).mT + counts.to(wide).log()
     anything = (counts > 0).any(dim=-1, keepdim=True)
@@ -175,7 +176,7 @@ def _add_products(target: Tensor, weights: Tensor, x: Tensor, first: int, step: 
 class _AttentionInBuckets(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qk: Tensor, v: Tensor, order: Order, rule: ListRule) -> Tensor:
-        dtype = torch.promote_types(qk.dtype, torch.float32)
+        dtype = wide_dtype(qk)
         batch, num_heads, length, width = v.shape
         out = v.new_zeros(batch, length, num_heads, width).transpose(1, 2)
         lse = torch.full((batch, num_heads, length), -torch.inf, dtype=dtype, device=v.device)

@@ -25,7 +25,7 @@ from subquad.ops.means.running_means import LOG_ZERO, running_gradients, running
 from subquad.ops.means.strip_geometry import BiasReach, Strips, strips
 from subquad.ops.means.strip_means import Summed, Tokens, add_strip_gradients_, pair_gradients, strip_means
 from subquad.ops.means.weighted_columns import Columns, Group, column_groups
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 from subquad.ops.recomputed import recomputed
 
 
@@ -66,7 +66,7 @@ def biased_means(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, rea
 
 def _gated_mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One mean for all queries."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     return (q.to(wide).sigmoid() * (k.to(wide).softmax(dim=2) * v.to(wide)).sum(dim=2, keepdim=True)).to(q.dtype)
 
 
@@ -89,7 +89,7 @@ class _BiasedMeans(Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, reach: BiasReach, *tensors: Tensor
     ) -> Tensor:
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         wide_bias = None if bias is None else bias.of(*(tensor.to(wide) for tensor in tensors))
         with full_precision(q.device):
             kept, ctx.parts = _means(k.to(wide), v.to(wide), wide_bias, reach, q.shape[2])

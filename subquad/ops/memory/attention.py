@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 
 SLICE_PAIRS = 2**20
 """Scores that are held at a time, over the whole batch and all heads; at least one query runs at a time."""
@@ -190,7 +190,7 @@ class _MemoryAttention(torch.autograd.Function):
         memory_v: Tensor | None,
         reach: VisibleColumns,
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         batch, num_heads, length, width = q.shape
         out = q.new_empty(batch, length, num_heads, width).transpose(1, 2)
         lse = q.new_empty(batch, num_heads, length, dtype=wide)

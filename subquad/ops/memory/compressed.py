@@ -28,7 +28,7 @@ from subquad.ops.memory.attention import (
     memory_scores_by_table,
     read_by_table,
 )
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 from subquad.ops.recomputed import recomputed
 from subquad.ops.softmax import masked_softmax_with_lse
 
@@ -191,7 +191,7 @@ def read_rows(
 
 def row_scores(q: Tensor, k: Tensor, distances: Distances, part: RowSlice) -> Tensor:
     """Scores of the queries q (B, H, queries, E) and the rows k (B, H, rows, E) of a slice, also of hidden pairs."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     q, k, vectors, u, w = (tensor.to(wide) for tensor in (q, k, *distances))
     by_distance = (q + w[:, None]) @ vectors.mT
     position = by_distance.gather(-1, part.indices.expand(*by_distance.shape[:2], -1, -1))

@@ -21,7 +21,7 @@ from subquad.ops.memory.compressed import CompressedRows, RowSlice, VisibleRows,
 from subquad.ops.memory.evictions import Segment
 from subquad.ops.memory.stream_layout import Example, Layout
 from subquad.ops.packing import take
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 
 
 class Scored(NamedTuple):
@@ -60,7 +60,7 @@ def received_attention(
     Returns:
         (B, S), float32 or wider.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     received = q.new_zeros(q.shape[0], k.shape[2], dtype=wide)
     distances = Distances(*(tensor.to(wide) for tensor in distances))
     for part in slices(q, k, distances.vectors.shape[1], reach):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops.memory.stream_layout import Compressed, Layout
+from subquad.ops.precision import wide_dtype
 
 
 class Squares(NamedTuple):
@@ -29,7 +30,7 @@ class Squares(NamedTuple):
 
 def squares(found: Tensor, wanted: Tensor) -> Squares:
     """Squared differences of two tensors, of which the second is as it is."""
-    wide = torch.promote_types(found.dtype, torch.float32)
+    wide = wide_dtype(found)
     return Squares(F.mse_loss(found.to(wide), wanted.detach().to(wide), reduction="sum"), found.numel())
 
 

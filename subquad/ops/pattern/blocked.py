@@ -25,7 +25,7 @@ from subquad.ops.pattern.piece import Gradients, Piece, Work
 from subquad.ops.pattern.request import Facts, Request
 from subquad.ops.pattern.sliced import attend_sliced
 from subquad.ops.pattern.strips import Shape
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 from subquad.patterns.bands import Causal
 from subquad.patterns.expression import write_pattern
 from subquad.patterns.pattern import Pattern
@@ -229,7 +229,7 @@ class _BlockedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, examples: list[Example], scale: float
     ) -> tuple[Tensor, Tensor]:
         out = _result_like(q, examples)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=wide_dtype(q))
         for index, example in enumerate(examples):
             everything = _widened(q[index], k[index], v[index], out[index], lse[index], example, scale)
             for part, facts in example.parts:

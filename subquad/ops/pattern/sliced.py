@@ -22,6 +22,7 @@ from subquad.ops.partial_softmax import Bias, make_bias
 from subquad.ops.pattern.request import Facts, Request, visible_mask
 from subquad.ops.pattern.row_slices import row_slices
 from subquad.ops.pattern.strips import Shape
+from subquad.ops.precision import wide_dtype
 from subquad.patterns.pattern import UNBOUNDED, Indices, Pattern, Tile
 
 SLICE_PAIRS = 2**21
@@ -71,7 +72,7 @@ def attend_sliced(
 def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, request: Request, shape: Shape) -> Tensor | None:
     """One slice of everything by the operator's own node of the graph, which costs least; None for anything else."""
     slices = _remembered(q, k, request, shape)
-    if slices is None or len(slices) != 1 or q.dtype != _wide(q):
+    if slices is None or len(slices) != 1 or q.dtype != wide_dtype(q):
         return None
     rows, columns, bias = slices[0].widened(q.dtype)
     if rows != slice(0, shape.queries) or columns != slice(0, shape.keys):
@@ -85,9 +86,9 @@ def _slices(q: Tensor, k: Tensor, request: Request, shape: Shape) -> Iterator[Sl
     """All slices; made anew where masks are large or depend on the examples."""
     remembered = _remembered(q, k, request, shape)
     if remembered is None:
-        yield from _make_slices(request, shape, len(q), q.shape[1], _wide(q))
+        yield from _make_slices(request, shape, len(q), q.shape[1], wide_dtype(q))
     else:
-        yield from (part.widened(_wide(q)) for part in remembered)
+        yield from (part.widened(wide_dtype(q)) for part in remembered)
 
 
 def _remembered(q: Tensor, k: Tensor, request: Request, shape: Shape) -> tuple[Slice, ...] | None:
@@ -97,7 +98,7 @@ def _remembered(q: Tensor, k: Tensor, request: Request, shape: Shape) -> tuple[S
     pairs = (q.shape[1] if request.pattern.num_heads else 1) * q.shape[2] * k.shape[2]
     if pairs > NARROWED_PAIRS and not _shows_everything(request.pattern, shape):
         return None
-    dtype = torch.bfloat16 if pairs > REMEMBERED_PAIRS else _wide(q)
+    dtype = torch.bfloat16 if pairs > REMEMBERED_PAIRS else wide_dtype(q)
     return _remembered_slices(request.pattern, shape, q.shape[1], dtype)
 
 
@@ -162,14 +163,10 @@ def _blocks(position: Tensor, size: int) -> tuple[Indices, Indices, Indices]:
     return first_of, last_of, last_of - first_of + 1
 
 
-def _wide(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
-
-
 class _SlicedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, request: Request, shape: Shape) -> tuple[Tensor, Tensor]:
-        dtype = _wide(q)
+        dtype = wide_dtype(q)
         out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=dtype)
         wide_q, wide_k, wide_v = (tensor.to(dtype) for tensor in (q, k, v))
         for rows, columns, bias in _slices(q, k, request, shape):

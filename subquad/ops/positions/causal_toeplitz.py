@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.ops.positions.toeplitz import channel_slices, toeplitz_matrix, transform_flops
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 
 BLOCK = 64
 """N, a power of 2; a shorter sequence is a single block."""
@@ -53,7 +53,7 @@ class _CausalToeplitzProduct(torch.autograd.Function):
     def forward(ctx: Any, lags: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(lags, x)
         length, y = x.shape[1], torch.empty_like(x)
-        wide = lags.to(torch.promote_types(x.dtype, torch.float32))
+        wide = lags.to(wide_dtype(x))
         near, kernels = _near(wide), _kernels(wide)
         for some in channel_slices(x, _filled(length)):
             channels = _channels_first(x[..., some], wide.dtype)
@@ -72,7 +72,7 @@ class _CausalToeplitzProduct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         lags, x = ctx.saved_tensors
         length, of_x = x.shape[1], torch.empty_like(x)
-        wide = lags.to(torch.promote_types(x.dtype, torch.float32))
+        wide = lags.to(wide_dtype(x))
         near, kernels = _near(wide), _kernels(wide)
         of_near, of_kernels = torch.zeros_like(near), [torch.zeros_like(kernel) for kernel in kernels]
         for some in channel_slices(x, _filled(length)):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from subquad.ops.precision import wide_dtype
+
 SLICE = 2**20
 """Numbers of the channels, filled up for the transform, that run together."""
 
@@ -56,7 +58,7 @@ class _ToeplitzProduct(torch.autograd.Function):
     def forward(ctx: Any, lags: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(lags, x)
         size, length = transform_length(x.shape[1]), x.shape[1]
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x)
         kernel, y = torch.fft.rfft(lags.to(wide), size), torch.empty_like(x)
         for some in channel_slices(x, size):
             spectrum = torch.fft.rfft(x[..., some].to(wide).mT, size)
@@ -70,7 +72,7 @@ class _ToeplitzProduct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         lags, x = ctx.saved_tensors
         size, length = transform_length(x.shape[1]), x.shape[1]
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x)
         kernel, of_x = torch.fft.rfft(lags.to(wide), size).conj(), torch.empty_like(x)
         of_kernel = torch.zeros_like(kernel)
         for some in channel_slices(x, size):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 from subquad.ops.recurrence.additive import additive_recurrence
 from subquad.ops.recurrence.chunks import chunk_size
 from subquad.ops.recurrence.delta import delta_recurrence
@@ -47,7 +47,7 @@ def recurrence_by_tokens(
     valid: Tensor | None = None,
 ) -> Recurred:
     """The definition, one token after the other. Arguments and result as in `recurrence`."""
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = wide_dtype(v)
     k, log_decay, beta = _silent(k, log_decay, beta, valid)
     matrix = k.new_zeros((*k.shape[:2], k.shape[3], v.shape[3]), dtype=wide) if before is None else before.to(wide)
     out = []
@@ -91,7 +91,7 @@ def recurrence(
     _check_shapes(q, k, v, log_decay, beta, before, valid)
     if chunk < 1:
         raise ValueError(f"recurrence: chunk must be at least 1, got {chunk}")
-    wide = torch.promote_types(v.dtype, torch.float32)
+    wide = wide_dtype(v)
     chunk = chunk_size(chunk, q.shape[2])
     k, log_decay, beta = _silent(k, log_decay, beta, valid)
     if before is None:

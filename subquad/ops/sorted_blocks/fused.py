@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from subquad.ops.fused import fused_backward, fused_forward
 from subquad.ops.onednn import product
 from subquad.ops.partial_softmax import CALL_BYTES
+from subquad.ops.precision import wide_dtype
 from subquad.ops.sorted_blocks.sorting import BlockScores, Sorting, sorting_matrices
 
 Combine = Literal["joint", "sum", "logits"]
@@ -153,7 +154,7 @@ class FusedSortedBlocks(torch.autograd.Function):
         lengths: list[int],
     ) -> Tensor:
         """The result, (B, H, L, E)."""
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         out, lse = _room(q, lengths, q.dtype), _room(q[..., 0], lengths, wide)
         matrices = sorting_matrices(BlockScores(hidden, weight, bias), form.sorting, block_counts(lengths, form.block))
         for b, h, length in _heads(q, lengths):
@@ -175,7 +176,7 @@ class FusedSortedBlocks(torch.autograd.Function):
         """Gradients of all tensors."""
         q, k, v, hidden, weight, bias, null_k, null_v, out, lse = ctx.saved_tensors
         form, lengths = ctx.form, ctx.lengths
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         with torch.enable_grad():
             factors = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
             matrices = sorting_matrices(BlockScores(*factors), form.sorting, block_counts(lengths, form.block))
@@ -262,7 +263,7 @@ def _sequence(
     where: tuple[int, int, int],
 ) -> _Sequence:
     b, h, length = where
-    wide = torch.promote_types(kv[0].dtype, torch.float32)
+    wide = wide_dtype(kv[0])
     k, v = (tensor[b, h, :length].to(wide) for tensor in kv)
     null_k, null_v = nulls
     null = None if null_k is None or null_v is None else (null_k[h].to(wide), null_v[h].to(wide))

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.ops.precision import wide_dtype
+
 HIDDEN = -1e30
 """Logarithm of nothing: finite, so that a row without any entry has finite gradients."""
 
@@ -36,7 +38,7 @@ class BlockScores(NamedTuple):
 
     def scores(self, columns: int | None = None) -> Tensor:
         """All scores, (B, H, N, N), or those of the first blocks that may be chosen, (B, H, N, columns); float32 up."""
-        wide = torch.promote_types(self.hidden.dtype, torch.float32)
+        wide = wide_dtype(self.hidden)
         hidden, weight, bias = (tensor.to(wide) for tensor in self)
         count = hidden.shape[1] if columns is None else columns
         return torch.einsum("bnf,hmf->bhnm", hidden, weight[:, :count]) + bias[None, :, None, :count]
@@ -69,7 +71,7 @@ def block_descriptors(x: Tensor, block: int, *, causal: bool) -> Tensor:
     Returns:
         (B, N, D) with N = ⌈L / block⌉, summed in float32 or wider and given in the dtype of x.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(wide_dtype(x))
     if causal:
         return wide.cumsum(dim=1)[:, ::block].contiguous().to(x.dtype)  # a view would keep all the sums
     missing = -x.shape[1] % block

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from subquad.ops.choice import chosen
 from subquad.ops.onednn import product
-from subquad.ops.precision import full_precision
+from subquad.ops.precision import full_precision, wide_dtype
 from subquad.ops.softmax import softmax_attention
 from subquad.ops.topk.key_ranges import KeyRanges, hide_, key_ranges
 from subquad.ops.topk.largest import largest
@@ -66,7 +66,7 @@ def topk_attention_by_pairs(
         visible = visible & valid[:, None, None, :]
     if segments is not None and key_segments is not None:
         visible = visible & (segments[:, None, :, None] == key_segments[:, None, None, :])
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     scores = q.detach().to(wide) / math.sqrt(q.shape[3]) @ k.detach().to(wide).mT
     scores = scores.masked_fill(~visible, -torch.inf)
     smallest_kept = scores.topk(min(top_k, k.shape[2])).values[..., -1:]
@@ -134,7 +134,7 @@ def kept_slots(top_k: int, key_length: int) -> int:
 class _TopkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, top_k: int, ranges: list[KeyRanges]) -> Tensor:
-        (batch, num_heads, length, _), wide = q.shape, torch.promote_types(q.dtype, torch.float32)
+        (batch, num_heads, length, _), wide = q.shape, wide_dtype(q)
         shape = batch * num_heads, length, kept_slots(top_k, k.shape[2])
         weights = torch.full(shape, -torch.inf, dtype=wide, device=q.device)
         indices = torch.zeros(shape, dtype=torch.int32, device=q.device)
@@ -181,7 +181,7 @@ class _TopkAttention(torch.autograd.Function):
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, ranges: list[KeyRanges]) -> Iterator[Part]:
     """Heads in groups whose scores fit into a slice, or one by one; without those that have no key."""
-    wide, scale = torch.promote_types(q.dtype, torch.float32), 1 / math.sqrt(q.shape[3])
+    wide, scale = wide_dtype(q), 1 / math.sqrt(q.shape[3])
     flat_q, flat_k, flat_v = (tensor.flatten(0, 1) for tensor in (q, k, v))
     per_range = flat_q.shape[0] // max(1, len(ranges))
     for index, seen in enumerate(ranges):
