@@ -25,7 +25,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subquad.ops.pattern import flex
-from subquad.ops.pattern.request import Request
 
 DEVICE = torch.device("meta")
 HERE = torch.device("cpu")
@@ -101,15 +100,20 @@ def here(x: Any) -> Any:
 
 
 @contextmanager
-def another_device() -> Iterator[None]:
-    """A block in which `DEVICE` can be computed on."""
+def another_device(*, flex_limits: bool = False) -> Iterator[None]:
+    """A block in which `DEVICE` can be computed on.
+
+    Args:
+        flex_limits: FlexAttention refuses float64 and narrow heads, as on a GPU; else it takes them, for exact proofs.
+    """
     with ExitStack() as stack:
         for name in ("tensor", "as_tensor"):  # torch makes these behind the back of a dispatch mode
             stack.enter_context(mock.patch.object(torch, name, _maker(getattr(torch, name))))
-        stack.enter_context(mock.patch("subquad.ops.pattern.attention.attend_blocked", _attend_as_on_a_gpu))
+        stack.enter_context(mock.patch("subquad.ops.pattern.attention.ON_FLEX", DEVICE.type))
         stack.enter_context(mock.patch.object(flex, "_compiled", return_value=attention_of_blocks))
-        stack.enter_context(mock.patch.object(flex, "DTYPES", (*flex.DTYPES, torch.float64)))
-        stack.enter_context(mock.patch.object(flex, "LEAST_WIDTH", 1))
+        if not flex_limits:
+            stack.enter_context(mock.patch.object(flex, "DTYPES", (*flex.DTYPES, torch.float64)))
+            stack.enter_context(mock.patch.object(flex, "LEAST_WIDTH", 1))
         stack.enter_context(_Mode())
         yield
 
@@ -180,13 +184,6 @@ def _maker(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return data if isinstance(data, There) else There(make(data, *args, device=HERE, **kwargs))
 
     return made
-
-
-def _attend_as_on_a_gpu(
-    q: Tensor, k: Tensor, v: Tensor, request: Request, *, with_lse: bool, asked: str = ""
-) -> tuple[Tensor, Tensor | None]:
-    """What pattern attention does on a GPU."""
-    return flex.attend_flex(q, k, v, request, with_lse=with_lse)
 
 
 class _Extra(NamedTuple):

@@ -6,8 +6,6 @@ import pytest
 import torch
 from another_device import DEVICE, another_device, here, there
 
-from subquad.ops.fused import fused_forward
-
 
 def test_tensors_of_two_devices_dont_meet() -> None:
     with another_device():
@@ -25,8 +23,9 @@ def test_numbers_and_indices_may_come_from_the_cpu() -> None:
 
 
 def test_operators_of_the_cpu_alone_are_refused() -> None:
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     with another_device(), pytest.raises(RuntimeError, match="runs on the CPU alone"):
-        fused_forward(*there((torch.ones(1, 1, 2, 4),) * 3), scale=1.0)
+        operator(*there((torch.ones(1, 1, 2, 4),) * 3))
 
 
 def test_what_was_made_there_stays_there() -> None:

@@ -1,14 +1,18 @@
-"""The fused attention operator of the CPU with its log-sum-exp, forward and backward.
+"""Softmax attention of many rectangles with its log-sum-exp, forward and backward.
 
-`scaled_dot_product_attention` hides the log-sum-exp, without which partial results can't be merged. The operator below
-it is private to torch; this module alone names it. It reads the channels of a token as neighbours in memory, whatever
-their stride, which the public function checks and the operator doesn't: here channels that lie apart are copied.
+`scaled_dot_product_attention` hides the log-sum-exp, without which partial results can't be merged. The operator of the
+CPU below it is private to torch; this module alone names it. It reads the channels of a token as neighbours in memory,
+whatever their stride, which the public function checks and the operator doesn't: here channels that lie apart are
+copied. On other devices products of matrices compute the same, with weights as large as the rectangles.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+FUSED_ON = "cpu"
+"""The type of device that has the operator."""
 
 
 def fused_forward(
@@ -27,6 +31,8 @@ def fused_forward(
     Returns:
         out (N, H, L, E), laid out as (N, L, H, E); lse (N, H, L), 0 and not -inf in rows without any key.
     """
+    if q.device.type != FUSED_ON:
+        return _forward_by_products(q, k, v, scale, bias, causal)
     q, k, v = (_beside(x) for x in (q, k, v))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
 
@@ -61,6 +67,8 @@ def fused_backward(
     Returns:
         Gradients of q, k and v, laid out as (N, L, H, E).
     """
+    if q.device.type != FUSED_ON:
+        return _backward_by_products(grad, q, k, v, out, lse, scale, bias, causal)
     grad, q, k, v, out = (_beside(x) for x in (grad, q, k, v, out))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
@@ -87,6 +95,38 @@ def lse_backward(
     grad[..., 0] = grad_lse
     grad_q, grad_k, _ = fused_backward(grad, q, k, values, torch.zeros_like(q), lse, scale, bias, causal=causal)
     return grad_q, grad_k
+
+
+def _forward_by_products(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, scale, bias, causal)
+    lse = scores.logsumexp(dim=-1)
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    return (scores - lse[..., None]).exp() @ v, lse
+
+
+def _backward_by_products(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = (_scores(q, k, scale, bias, causal) - lse[..., None]).exp()
+    of_scores = scale * weights * (grad @ v.mT - (grad * out).sum(dim=-1, keepdim=True))
+    return of_scores @ k, of_scores.mT @ q, weights.mT @ grad
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, causal: bool) -> Tensor:
+    scores = scale * (q @ k.mT)
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1), -torch.inf)
+    return scores if bias is None else scores + bias
 
 
 def _beside(x: Tensor) -> Tensor:

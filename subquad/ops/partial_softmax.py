@@ -23,6 +23,11 @@ class Bias(NamedTuple):
     values: Tensor
     hidden_rows: Tensor | None
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Bias:
+        """The same for scores of this dtype, on this device."""
+        hidden = None if self.hidden_rows is None else self.hidden_rows.to(device)
+        return Bias(self.values.to(device, dtype), hidden)
+
 
 def make_bias(visible: Tensor, dtype: torch.dtype, clear: int = 0) -> Bias:
     """The bias of a bool mask (n, heads, rows, columns), behind `clear` columns that all rows see."""

@@ -20,9 +20,6 @@ from subquad.ops.partial_softmax import CALL_BYTES, merge
 
 TOKENS, SUMMARIES = "tokens", "summaries"
 
-FUSED_ON = "cpu"
-"""The type of device that has the fused operator."""
-
 
 @dataclass(frozen=True)
 class View:
@@ -184,7 +181,7 @@ class Part:
         """Merge this part into the result; write it where it is the first of its rows."""
         for part in self._cuts(queries.q):
             k, v = part._columns(sources)
-            found, lse = rectangle_forward(part.rows.of(queries.q), k, v, scale, part.bias, causal=self.causal)
+            found, lse = fused_forward(part.rows.of(queries.q), k, v, scale, part.bias, causal=self.causal)
             if part.bias is not None:
                 hidden = (part.bias == -torch.inf).all(dim=-1)
                 lse = lse.masked_fill(hidden, -torch.inf)
@@ -208,7 +205,7 @@ class Part:
         for part in self._cuts(queries.q):
             k, v = part._columns(sources)
             q, out, lse, upstream = (part.rows.of(x) for x in (*queries, grad))
-            of_q, of_k, of_v = rectangle_backward(upstream, q, k, v, out, lse, scale, part.bias, causal=self.causal)
+            of_q, of_k, of_v = fused_backward(upstream, q, k, v, out, lse, scale, part.bias, causal=self.causal)
             (part.rows.write if fresh else part.rows.add)(grad_q, of_q)
             sizes = [keys.rows.size for keys in part.keys]
             for keys, more_k, more_v in zip(part.keys, of_k.split(sizes, 2), of_v.split(sizes, 2), strict=True):
@@ -240,45 +237,6 @@ class Part:
             keys = tuple(Keys(keys.origin, keys.rows.cut(start, stop)) for keys in self.keys)
             bias = bias[start:stop] if bias is not None and bias.shape[0] > 1 else bias
             yield replace(self, rows=self.rows.cut(start, stop), keys=keys, bias=bias)
-
-
-def rectangle_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, *, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """`fused_forward`, which only the CPU has; elsewhere the same by matrix products."""
-    if q.device.type == FUSED_ON:
-        return fused_forward(q, k, v, scale, bias, causal=causal)
-    scores = _scores(q, k, scale, bias, causal)
-    lse = scores.logsumexp(dim=-1)
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)
-    return (scores - lse[..., None]).exp() @ v, lse
-
-
-def rectangle_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    *,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`fused_backward` likewise."""
-    if q.device.type == FUSED_ON:
-        return fused_backward(grad, q, k, v, out, lse, scale, bias, causal=causal)
-    weights = (_scores(q, k, scale, bias, causal) - lse[..., None]).exp()
-    of_scores = scale * weights * (grad @ v.mT - (grad * out).sum(dim=-1, keepdim=True))
-    return of_scores @ k, of_scores.mT @ q, weights.mT @ grad
-
-
-def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, causal: bool) -> Tensor:
-    scores = scale * (q @ k.mT)
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(diagonal=1), -torch.inf)
-    return scores if bias is None else scores + bias
 
 
 def _hide(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -74,6 +74,7 @@ def test_encoders_and_decoders_take_the_same_step(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUBLAYERS)
 def test_reversible_layers_take_the_same_step(name: str) -> None:
     """With dropout, whose numbers the pass back draws again."""
@@ -92,6 +93,7 @@ def test_positions_are_made_where_the_tokens_are(positions: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CAUSAL)
 def test_beams_generate_the_same_tokens(name: str) -> None:
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "num_beams": 3}

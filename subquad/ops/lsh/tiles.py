@@ -107,22 +107,13 @@ def _attend_round(
     queries, keys, values = _in_slots(q, scale, v, this)
     for call in calls:
         rows, columns = (call.row, call.rows, call.number, size), (call.column, call.columns, call.number, size)
-        part, part_lse = _attend_tiles(
-            stack(queries, *rows), stack(keys, *columns), stack(values, *columns), call.bias.values
-        )
+        tiles = stack(queries, *rows), stack(keys, *columns), stack(values, *columns)
+        part, part_lse = fused_forward(*tiles, 1.0, call.bias.values)
         if call.bias.hidden_rows is not None:
             part_lse = part_lse.masked_fill(call.bias.hidden_rows, -torch.inf)
         stack(out, *rows).copy_(part)
         stack(lse, *rows).copy_(part_lse)
     return out.flatten(0, 1).index_select(0, this.place), lse.flatten().index_select(0, this.place)
-
-
-def _attend_tiles(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax attention of tiles, as `fused_forward`, which is for the CPU; 0 in rows that see nothing."""
-    if q.device.type == "cpu":
-        return fused_forward(q, k, v, 1.0, bias)
-    scores = q @ k.mT + bias
-    return scores.softmax(dim=-1).nan_to_num(0.0) @ v, scores.logsumexp(dim=-1)
 
 
 def _round_gradients(

@@ -16,11 +16,15 @@ from torch import Tensor
 
 from subquad.mask import Mask
 from subquad.ops.pattern.blocked import attend_blocked
-from subquad.ops.pattern.flex import attend_flex
+from subquad.ops.pattern.flex import attend_flex, why_not
 from subquad.ops.pattern.request import Request, check_request, visible_mask
 from subquad.ops.precision import full_precision
 from subquad.ops.softmax import softmax_attention_with_lse
 from subquad.patterns.pattern import Pattern
+from subquad.receipt import leave_receipt
+
+ON_FLEX = "cuda"
+"""The type of device on which FlexAttention is the default."""
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
@@ -88,7 +92,8 @@ def pattern_attention_with_lse(
         key_segments: int (B, S), compared with `mask.segments`; needed where S differs from L.
         scale: factor of the scores; 1 / √E by default.
         query_offset: position of the first query, an int or int64 (B,).
-        backend: "dense", "blocked" or "flex"; by default "blocked" on the CPU and "flex" on CUDA.
+        backend: "dense", "blocked" or "flex"; by default "flex" on CUDA, but "blocked", with a receipt, for what
+            FlexAttention doesn't do there, and "blocked" on every other device.
 
     Returns:
         out (B, H, L, E), the dtype of q; lse (B, H, L), float32 or wider. Both are differentiable.
@@ -115,7 +120,7 @@ def pattern_attention_with_lse(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, request: Request, backend: str | None, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    attend = _backend(backend, q, with_lse=with_lse)
+    attend = _default(q, k, v, with_lse=with_lse) if backend is None else _named(backend, with_lse=with_lse)
     with full_precision(q.device):
         return attend(q, k, v, request)
 
@@ -123,16 +128,26 @@ def _attend(
 Backend = Callable[[Tensor, Tensor, Tensor, Request], tuple[Tensor, Tensor | None]]
 
 
-def _backend(name: str | None, q: Tensor, *, with_lse: bool) -> Backend:
+def _default(q: Tensor, k: Tensor, v: Tensor, *, with_lse: bool) -> Backend:
+    """FlexAttention on CUDA, where it can, and pieces everywhere else."""
+    blocked = partial(attend_blocked, with_lse=with_lse, asked="the default, blocked")
+    if q.device.type != ON_FLEX:
+        return blocked
+    refusal = why_not(q, k, v, with_lse=with_lse)
+    if not refusal:
+        return partial(attend_flex, with_lse=with_lse)
+    leave_receipt(
+        "pattern_attention", asked="the default, flex", ran="blocked", reason=f"FlexAttention {refusal.split(';')[0]}"
+    )
+    return blocked
+
+
+def _named(name: str, *, with_lse: bool) -> Backend:
     backends: dict[str, Backend] = {
         "dense": attend_dense,
         "blocked": partial(attend_blocked, with_lse=with_lse),
         "flex": partial(attend_flex, with_lse=with_lse),
     }
-    if name is None:
-        if q.device.type != "cuda":
-            return partial(attend_blocked, with_lse=with_lse, asked="the default, blocked")
-        name = "flex"
     if name not in backends:
         raise ValueError(f"pattern_attention: unknown backend {name!r}; known: {', '.join(sorted(backends))}")
     return backends[name]

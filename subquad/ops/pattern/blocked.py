@@ -87,20 +87,17 @@ def attend_blocked(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend; arguments and result as in `pattern_attention_with_lse`, and `asked` for the receipts.
 
-    Without `with_lse` the log-sum-exp may be None.
-
-    Raises:
-        ValueError: tensors that aren't on the CPU.
+    Without `with_lse` the log-sum-exp may be None. Plans and masks are made on the CPU.
     """
+    valid = request.facts.query_valid
     if q.device.type != "cpu":
-        raise ValueError(f"pattern_attention: backend 'blocked' runs on the CPU, got {q.device}; use 'flex' or 'dense'")
+        request = replace(request, facts=request.facts.to(torch.device("cpu")))
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     shape = replace(_shape(q, k, request.offset(0)), examples=len(q))
     if _saves_nothing(request, shape, asked):
         return attend_sliced(q, k, v, request, shape, with_lse=with_lse)
     examples = _plan_examples(q, k, request)
     out, lse = _BlockedAttention.apply(q, k, v, examples, request.scale)  # pyright: ignore[reportGeneralTypeIssues] - apply has no types
-    valid = request.facts.query_valid
     if valid is None:
         return out, lse
     return out.masked_fill(~valid[:, None, :, None], 0.0), lse.masked_fill(~valid[:, None], -torch.inf)
@@ -229,7 +226,7 @@ class _BlockedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, examples: list[Example], scale: float
     ) -> tuple[Tensor, Tensor]:
         out = _result_like(q, examples)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=wide_dtype(q))
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide_dtype(q))
         for index, example in enumerate(examples):
             everything = _widened(q[index], k[index], v[index], out[index], lse[index], example, scale)
             for part, facts in example.parts:
@@ -245,7 +242,7 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's stub knows no fixed number of results
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        with full_precision(torch.device("cpu")):  # autocast may be on where backward is called
+        with full_precision(ctx.saved_tensors[0].device):  # autocast may be on where backward is called
             return *_gradients(ctx, grad_out, grad_lse), None, None
 
 

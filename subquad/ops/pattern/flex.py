@@ -54,7 +54,9 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, request: Request, *, with_lse: 
     Raises:
         ValueError: what FlexAttention can't do on this device, and what can.
     """
-    check_supported(q, k, v, with_lse=with_lse)
+    refusal = why_not(q, k, v, with_lse=with_lse)
+    if refusal:
+        raise ValueError(f'backend="flex" {refusal}')
     if not q.numel() or not k.numel():
         return torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32) if with_lse else None
     if q.device.type == "cpu":
@@ -67,31 +69,24 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, request: Request, *, with_lse: 
     return out, extra.lse
 
 
-def check_supported(q: Tensor, k: Tensor, v: Tensor, *, with_lse: bool) -> None:
-    """Refuse what FlexAttention can't do.
-
-    Raises:
-        ValueError: another dtype, narrow heads on a GPU, or on the CPU gradients or the log-sum-exp.
-    """
+def why_not(q: Tensor, k: Tensor, v: Tensor, *, with_lse: bool) -> str:
+    """What FlexAttention can't do with these, as the end of a sentence with what can; "" if it can."""
     if q.dtype not in DTYPES:
         known = ", ".join(str(dtype) for dtype in DTYPES)
-        raise ValueError(
-            f'backend="flex" computes in {known}, got {q.dtype}; use backend="blocked" on the CPU, "dense" elsewhere'
-        )
+        return f'computes in {known}, got {q.dtype}; use backend="blocked"'
     if q.device.type != "cpu":
-        if q.shape[-1] < LEAST_WIDTH:
-            raise ValueError(
-                f'backend="flex" needs heads at least {LEAST_WIDTH} wide on {q.device.type}, got {q.shape[-1]}; take '
-                'fewer heads, or use backend="dense"'
-            )
-        return
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
-        raise ValueError(
-            'backend="flex" has no backward pass on the CPU, but q, k or v requires a gradient; use backend="blocked", '
-            "or call it under torch.no_grad()"
+        if q.shape[-1] >= LEAST_WIDTH:
+            return ""
+        return (
+            f"needs heads at least {LEAST_WIDTH} wide on {q.device.type}, got {q.shape[-1]}; take fewer heads, or use "
+            'backend="blocked"'
         )
-    if with_lse:
-        raise ValueError('backend="flex" gives no log-sum-exp on the CPU; use backend="blocked", or leave it out')
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
+        return (
+            'has no backward pass on the CPU, but q, k or v requires a gradient; use backend="blocked", or call it '
+            "under torch.no_grad()"
+        )
+    return 'gives no log-sum-exp on the CPU; use backend="blocked", or leave it out' if with_lse else ""
 
 
 def make_block_mask(q: Tensor, k: Tensor, request: Request) -> BlockMask:

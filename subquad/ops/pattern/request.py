@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
@@ -35,10 +35,17 @@ class Facts:
     key_segments: Tensor | None = None
     global_keys: Tensor | None = None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Facts:
+        """The same change to all facts that there are."""
+        return Facts(*(None if (fact := getattr(self, field.name)) is None else change(fact) for field in fields(self)))
+
     def example(self, index: int) -> Facts:
         """The facts of one example, without the batch dimension."""
-        names = ("query_valid", "key_valid", "query_segments", "key_segments", "global_keys")
-        return Facts(*(None if (fact := getattr(self, name)) is None else fact[index] for name in names))
+        return self.map(lambda fact: fact[index])
+
+    def to(self, device: torch.device) -> Facts:
+        """The same on another device."""
+        return self.map(lambda fact: fact.to(device))
 
     @property
     def anything(self) -> bool:

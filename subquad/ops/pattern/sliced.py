@@ -44,21 +44,21 @@ class Slice(NamedTuple):
     columns: slice
     bias: Bias | None
 
-    def widened(self, dtype: torch.dtype) -> Slice:
-        """The same with a bias of this dtype."""
-        return self if self.bias is None else self._replace(bias=self.bias._replace(values=self.bias.values.to(dtype)))
+    def to(self, like: Tensor) -> Slice:
+        """The same for scores as wide as this tensor is, or as float32, on its device."""
+        return self if self.bias is None else self._replace(bias=self.bias.to(like.device, wide_dtype(like)))
 
 
 def attend_sliced(
     q: Tensor, k: Tensor, v: Tensor, request: Request, shape: Shape, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend; arguments and result as in `pattern_attention_with_lse`, on the CPU.
+    """Attend; arguments and result as in `pattern_attention_with_lse`.
 
     Args:
         q: see there.
         k: see there.
         v: see there.
-        request: see there.
+        request: see there; its facts on the CPU.
         shape: of the problem; what a call costs decides how many slices there are.
         with_lse: whether the log-sum-exp is needed; it may be None where it isn't.
     """
@@ -74,7 +74,7 @@ def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, request: Request, shape: Sh
     slices = _remembered(q, k, request, shape)
     if slices is None or len(slices) != 1 or q.dtype != wide_dtype(q):
         return None
-    rows, columns, bias = slices[0].widened(q.dtype)
+    rows, columns, bias = slices[0].to(q)
     if rows != slice(0, shape.queries) or columns != slice(0, shape.keys):
         return None
     if bias is not None and bias.values.numel() > MOST_KEPT * q.numel():
@@ -84,11 +84,10 @@ def _attend_at_once(q: Tensor, k: Tensor, v: Tensor, request: Request, shape: Sh
 
 def _slices(q: Tensor, k: Tensor, request: Request, shape: Shape) -> Iterator[Slice]:
     """All slices; made anew where masks are large or depend on the examples."""
-    remembered = _remembered(q, k, request, shape)
-    if remembered is None:
-        yield from _make_slices(request, shape, len(q), q.shape[1], wide_dtype(q))
-    else:
-        yield from (part.widened(wide_dtype(q)) for part in remembered)
+    slices = _remembered(q, k, request, shape)
+    if slices is None:
+        slices = _make_slices(request, shape, len(q), q.shape[1], wide_dtype(q))
+    return (part.to(q) for part in slices)
 
 
 def _remembered(q: Tensor, k: Tensor, request: Request, shape: Shape) -> tuple[Slice, ...] | None:
@@ -167,7 +166,7 @@ class _SlicedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, request: Request, shape: Shape) -> tuple[Tensor, Tensor]:
         dtype = wide_dtype(q)
-        out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=dtype)
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
         wide_q, wide_k, wide_v = (tensor.to(dtype) for tensor in (q, k, v))
         for rows, columns, bias in _slices(q, k, request, shape):
             part_k, part_v = wide_k[:, :, columns], wide_v[:, :, columns]

@@ -28,6 +28,8 @@ MOST_JOINED_PAIRS = 1.4
 STRIPS_PER_THREAD = 4
 """Strips of a run from which on a call takes one sequence alone."""
 
+BiasKey = tuple[Run, torch.dtype, torch.device]
+
 
 @dataclass(frozen=True)
 class StripPiece(Piece):
@@ -49,7 +51,7 @@ class StripPiece(Piece):
     invariant: bool
     joinable: bool = False
     corner: NDArray[np.bool_] | None = None
-    _shared_biases: dict[tuple[Run, torch.dtype], Bias] = field(default_factory=dict, repr=False, compare=False)
+    _shared_biases: dict[BiasKey, Bias] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def empty(self) -> bool:
@@ -153,18 +155,19 @@ class StripPiece(Piece):
     def _shared_bias(self, run: Run, work: Work, numbering: Numbering) -> Bias:
         """The one mask of all strips of a run of distances, or of runs with the same corner; kept with the piece."""
         if self.corner is not None:
-            return self._corner_bias(self.corner, run, work.q.dtype)
-        key = run._replace(number=1, step=0), work.q.dtype
+            return self._corner_bias(self.corner, run, work.q)
+        key = run._replace(number=1, step=0), work.q.dtype, work.q.device
         if key not in self._shared_biases:
             self._shared_biases[key] = self._bias(key[0], work, numbering)
         return self._shared_biases[key]
 
-    def _corner_bias(self, corner: NDArray[np.bool_], run: Run, dtype: torch.dtype) -> Bias:
+    def _corner_bias(self, corner: NDArray[np.bool_], run: Run, like: Tensor) -> Bias:
         """Part of the mask of the widest run."""
         widest = max(self.runs, key=lambda run: run.clear)
-        key = widest._replace(number=1, step=0), dtype
+        key = widest._replace(number=1, step=0), like.dtype, like.device
         if key not in self._shared_biases:
-            self._shared_biases[key] = make_bias(torch.from_numpy(corner)[None, None], dtype, widest.clear)
+            visible = torch.from_numpy(corner)[None, None]
+            self._shared_biases[key] = make_bias(visible, like.dtype, widest.clear).to(like.device, like.dtype)
         values, first = self._shared_biases[key].values, widest.clear - run.clear
         return Bias(values[:, :, : run.rows, first : first + run.columns], None)
 
@@ -180,7 +183,8 @@ class StripPiece(Piece):
         key = _place(column, lane, numbering.first_key, numbering.step, numbering.keys)
         visible = self.predicate.visible(query + work.offset, key)
         allowed = work.facts.visible(query, key) if run.restricted else None
-        return make_bias(visible if allowed is None else visible & allowed, work.q.dtype, clear)
+        visible = visible if allowed is None else visible & allowed
+        return make_bias(visible, work.q.dtype, clear).to(work.q.device, work.q.dtype)
 
 
 def _place(index: Tensor, lane: Tensor, first: int, step: int, chosen: np.ndarray | None) -> Tensor:

@@ -69,7 +69,8 @@ def _lanes(x: Tensor, first: int, count: int, numbering: Numbering) -> Tensor:
 def _listed_unit(numbering: Numbering, work: Work, gradients: Gradients | None) -> Iterator[Unit]:
     """The listed queries or keys of all heads, copied out and, afterwards, back."""
     queries, keys = (
-        None if chosen is None else torch.from_numpy(chosen) for chosen in (numbering.queries, numbering.keys)
+        None if chosen is None else torch.from_numpy(chosen).to(work.q.device)
+        for chosen in (numbering.queries, numbering.keys)
     )
     own, grads = work, gradients
     if keys is not None:

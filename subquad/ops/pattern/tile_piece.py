@@ -57,17 +57,17 @@ class TileGroup:
 class GatherBuffer:
     """Memory for gathered tiles, used again from call to call: fresh pages cost more than the copy itself."""
 
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
+    def __init__(self, like: Tensor) -> None:
+        self._memory = like.new_empty(0)
 
     def gather(self, tiles: Tensor, chosen: Indices) -> Tensor:
         """(G, tiles, size, E) -> (N, G, C * size, E)."""
         sequences, _, size, width = tiles.shape
         elements = sequences * chosen.size * size * width
-        if self._memory.numel() < elements or self._memory.dtype != tiles.dtype:
+        if self._memory.numel() < elements:
             self._memory = tiles.new_empty(elements)
         gathered = self._memory[:elements].view(sequences, chosen.size, size, width)
-        index = torch.from_numpy(chosen.ravel())
+        index = torch.from_numpy(chosen.ravel()).to(tiles.device)
         for of_sequence, target in zip(tiles, gathered, strict=True):
             torch.index_select(of_sequence, 0, index, out=target)
         return gathered.unflatten(1, chosen.shape).flatten(2, 3).transpose(0, 1)
@@ -112,7 +112,7 @@ class TilePiece(Piece):
     def forward(self, work: Work) -> None:
         """One call for each cut of a group."""
         keys, values = _tiled(work.k, self.size), _tiled(work.v, self.size)
-        buffers = GatherBuffer(), GatherBuffer()
+        buffers = GatherBuffer(keys), GatherBuffer(values)
         for group, bias, part in self._cuts(work):
             k, v = buffers[0].gather(keys[part], group.tiles), buffers[1].gather(values[part], group.tiles)
             q, out, lse = (_take_rows(x[part], group) for x in (work.q, work.out, work.lse))
@@ -126,7 +126,7 @@ class TilePiece(Piece):
     def backward(self, work: Work, gradients: Gradients) -> None:
         """As `forward`; keys are gathered and masks made again."""
         keys, values = _tiled(work.k, self.size), _tiled(work.v, self.size)
-        buffers = GatherBuffer(), GatherBuffer()
+        buffers = GatherBuffer(keys), GatherBuffer(values)
         grad_keys, grad_values = _tiled(gradients.k, self.size), _tiled(gradients.v, self.size)
         for group, bias, part in self._cuts(work):
             k, v = buffers[0].gather(keys[part], group.tiles), buffers[1].gather(values[part], group.tiles)
@@ -177,7 +177,8 @@ class TilePiece(Piece):
         key = key.clamp(max=work.k.shape[1] - 1)
         visible = self.predicate.visible(query + work.offset, key) & inside
         allowed = work.facts.visible(query, key) if restricted else None
-        return make_bias(visible if allowed is None else visible & allowed, work.q.dtype)
+        visible = visible if allowed is None else visible & allowed
+        return make_bias(visible, work.q.dtype).to(work.q.device, work.q.dtype)
 
 
 def compile_tiles(pattern: Pattern, shape: Shape) -> list[Piece]:
@@ -260,13 +261,13 @@ def _take_rows(x: Tensor, group: TileGroup) -> Tensor:
     """(G, L, ...) -> (N, G, rows, ...): a view where the group's tiles are evenly spaced, else a copy."""
     if group.row_step is not None:
         return stack(x, int(group.row0[0]), group.rows, len(group.row0), group.row_step)
-    return x.index_select(1, _rows(group)).unflatten(1, (-1, group.rows)).transpose(0, 1)
+    return x.index_select(1, _rows(group).to(x.device)).unflatten(1, (-1, group.rows)).transpose(0, 1)
 
 
 def _put_rows(x: Tensor, group: TileGroup, taken: Tensor) -> None:
     """Write back what `_take_rows` copied."""
     if group.row_step is None:
-        x.index_copy_(1, _rows(group), taken.transpose(0, 1).flatten(1, 2))
+        x.index_copy_(1, _rows(group).to(x.device), taken.transpose(0, 1).flatten(1, 2))
 
 
 def _add_rows(x: Tensor, group: TileGroup, part: Tensor, *, fresh: bool) -> None:
@@ -290,6 +291,6 @@ def _untile(x: Tensor, tiled: Tensor) -> None:
 
 def _scatter(tiles: Tensor, group: TileGroup, gathered: Tensor) -> None:
     """Add (N, G, C * size, E) to the tiles (G, tiles, size, E) that it was gathered from."""
-    index = torch.from_numpy(group.tiles.ravel())
+    index = torch.from_numpy(group.tiles.ravel()).to(tiles.device)
     for sequence, of_sequence in enumerate(tiles):
         of_sequence.index_add_(0, index, gathered[:, sequence].reshape(-1, *of_sequence.shape[1:]))

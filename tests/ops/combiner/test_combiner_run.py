@@ -73,22 +73,6 @@ def test_narrow_numbers_stay_close_to_the_definition(dtype: torch.dtype) -> None
         assert float((out.double() - exact).norm() / exact.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
-@BOTH_FORMS
-def test_parts_without_the_fused_operator_are_the_same(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on other devices than the CPU."""
-    inputs = qkv(23)
-    for plan in (Fixed(4), Logsparse(), Vertical(4), Horizontal(4), Rowmajor(4)):
-        fused = combiner_attention(*inputs, plan, causal=causal)
-        wanted = torch.autograd.grad(fused.square().sum(), inputs)
-        with monkeypatch.context() as patch:
-            patch.setattr("subquad.ops.rectangles.FUSED_ON", "nothing")
-            plain = combiner_attention(*inputs, plan, causal=causal)
-            found = torch.autograd.grad(plain.square().sum(), inputs)
-        assert_equal(plain, fused)
-        for gradient, expected in zip(found, wanted, strict=True):
-            assert_equal(gradient, expected)
-
-
 @pytest.mark.parametrize("plan", [Fixed(4), Rowmajor(4), Rowmajor(4, weighted_keys=False), Logsparse()], ids=repr)
 @BOTH_FORMS
 def test_a_call_in_parts_is_the_same(plan: Plan, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:

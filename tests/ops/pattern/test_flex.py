@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, 
 from subquad.mask import Mask
 from subquad.ops.pattern import flex
 from subquad.ops.pattern.attention import attend_dense
-from subquad.ops.pattern.flex import attend_flex, block_classes, check_supported, make_block_mask
+from subquad.ops.pattern.flex import attend_flex, block_classes, make_block_mask
 from subquad.ops.pattern.request import Request, check_request, visible_mask
 from subquad.patterns import (
     Block,
@@ -199,14 +199,14 @@ def test_the_log_sum_exp_on_the_cpu_is_refused_with_what_to_do() -> None:
 
 def test_a_dtype_that_it_does_not_compute_in_is_refused_with_what_to_do() -> None:
     q, k, v = tensors(8, 8, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r'computes in .*float32, .*, got torch.float64; use backend="blocked" on'):
+    with pytest.raises(ValueError, match=r'computes in .*float32, .*, got torch.float64; use backend="blocked"'):
         attend_flex(q, k, v, request(q, k, v, Causal()), with_lse=False)
 
 
 def test_heads_too_narrow_for_a_gpu_are_refused_with_what_to_do() -> None:
     q = torch.zeros(1, 2, 8, 8, device="meta")
-    with pytest.raises(ValueError, match='at least 16 wide on meta, got 8; take fewer heads, or use backend="dense"'):
-        check_supported(q, q, q, with_lse=True)
+    with pytest.raises(ValueError, match='at least 16 wide on meta, got 8; take fewer heads, or use backend="blocked"'):
+        attend_flex(q, q, q, request(q, q, q, Causal()), with_lse=True)
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
