@@ -52,7 +52,7 @@ def landmark_attention(
         (B, H, L, E), the dtype of q; float32 or wider inside. What invalid queries get has no meaning.
     """
     options = {"landmarks": landmarks, "iterations": iterations}
-    if q.device.type != "cpu" or not q.numel():
+    if not q.numel():
         return landmark_attention_by_matrices(q, k, v, **options, valid=valid)
     q, k, v = (_zero_invalid(x, valid) for x in (q, k, v))
     return _LandmarkAttention.apply(q, k, v, landmarks, iterations, valid)  # pyright: ignore[reportReturnType] - apply has no types

@@ -20,7 +20,6 @@ from subquad.ops.packing import token_counts
 from subquad.ops.partial_softmax import CALL_BYTES, add_stack, stack
 from subquad.ops.precision import wide_dtype
 from subquad.ops.softmax import softmax_attention_with_lse
-from subquad.receipt import leave_receipt
 
 ROWS = 64
 """Queries of a strip of the band."""
@@ -62,9 +61,6 @@ def cluster_window_attention(
     Returns:
         (B, H, L, E), the dtype of v; 0 at invalid tokens.
     """
-    if q.device.type != "cpu":
-        leave_receipt("cluster_window_attention", asked="fused", ran="all pairs", reason=f"on {q.device}")
-        return window_attention_by_pairs(q, k, v, labels, window, scale=scale, valid=valid)
     return _ClusterWindow.apply(q, k, v, labels, window, scale, token_counts(q, valid))  # pyright: ignore[reportReturnType] - apply has no types
 
 
@@ -94,7 +90,7 @@ class Band:
         self.length = len(labels)
         self.reach = min(window, self.length) - 1
         self.order = labels.argsort(stable=True)
-        ordered, place = labels[self.order], torch.arange(self.length)
+        ordered, place = labels[self.order], torch.arange(self.length, device=labels.device)
         opens = torch.ones_like(ordered, dtype=torch.bool)
         opens[1:] = ordered[1:] != ordered[:-1]
         self.start = torch.where(opens, place, 0).cummax(dim=0).values
@@ -114,10 +110,11 @@ class Band:
 
     def bias(self, strip: Strip, dtype: torch.dtype) -> Tensor:
         """What is added to the scores: (stretches, 1, rows, rows + reach)."""
-        row, column = torch.arange(strip.rows)[:, None], torch.arange(strip.rows + self.reach)
-        band = torch.zeros(strip.rows, strip.rows + self.reach, dtype=dtype)
+        place = torch.arange(max(strip.stretches * strip.rows, strip.rows + self.reach), device=self.start.device)
+        row, column = place[: strip.rows, None], place[: strip.rows + self.reach]
+        band = torch.zeros(strip.rows, strip.rows + self.reach, dtype=dtype, device=place.device)
         band.masked_fill_((column < row) | (column > row + self.reach), -torch.inf)
-        queries = strip.first + torch.arange(strip.stretches * strip.rows).view(strip.stretches, strip.rows)
+        queries = strip.first + place[: strip.stretches * strip.rows].view(strip.stretches, strip.rows)
         keys = queries[:, :1, None] - self.reach + column
         bias = torch.where(keys < self.start[queries][..., None], FOREIGN, band)
         if strip.first < self.reach:
@@ -131,7 +128,7 @@ class _ClusterWindow(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, labels: Tensor, window: int, scale: float, lengths: list[int]
     ) -> Tensor:
         wide = wide_dtype(q)
-        out, lse = torch.zeros_like(v), torch.zeros(q.shape[:3], dtype=wide)
+        out, lse = torch.zeros_like(v), q.new_zeros(q.shape[:3], dtype=wide)
         for b, h, length in _sequences(q, lengths):
             band = Band(labels[b, h, :length], window)
             sorted_q, sorted_k, sorted_v = (x[b, h].to(wide)[band.order] for x in (q, k, v))

@@ -18,7 +18,6 @@ from subquad.ops.fused import fused_backward, fused_forward
 from subquad.ops.partial_softmax import CALL_BYTES
 from subquad.ops.precision import wide_dtype
 from subquad.ops.softmax import softmax_attention_with_lse
-from subquad.receipt import leave_receipt
 
 
 def member_attention_by_clusters(
@@ -63,9 +62,6 @@ def member_attention(
     Returns:
         (B, H, L, E), the dtype of v.
     """
-    if q.device.type != "cpu":
-        leave_receipt("member_attention", asked="fused", ran="one cluster at a time", reason=f"on {q.device}")
-        return member_attention_by_clusters(q, k, v, queries, keys, scale=scale, epsilon=epsilon)
     return _MemberAttention.apply(q, k, v, queries, keys, scale, epsilon)  # pyright: ignore[reportReturnType] - apply has no types
 
 

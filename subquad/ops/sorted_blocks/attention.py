@@ -24,7 +24,6 @@ from subquad.ops.softmax import softmax_attention
 from subquad.ops.sorted_blocks.fused import Combine, FusedSortedBlocks, block_counts
 from subquad.ops.sorted_blocks.fused import SortedBlocks as SortedBlocks
 from subquad.ops.sorted_blocks.sorting import BlockScores, sorting_matrices
-from subquad.receipt import leave_receipt
 
 
 class NullKey(NamedTuple):
@@ -126,9 +125,6 @@ def sorted_block_attention(
     Returns:
         (B, H, L, E), the dtype of q; 0 at invalid tokens.
     """
-    if q.device.type != "cpu":
-        leave_receipt("sorted_block_attention", asked="fused", ran="one block at a time", reason=f"on {q.device}")
-        return sorted_block_attention_by_blocks(q, k, v, blocks, form, null=null, valid=valid)
     nulls = (None, None) if null is None else null
     return FusedSortedBlocks.apply(q, k, v, *blocks, *nulls, form, token_counts(q, valid))  # pyright: ignore[reportReturnType] - apply has no types
 

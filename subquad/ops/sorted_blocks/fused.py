@@ -104,7 +104,7 @@ class _Sequence:
         own_k, own_v = (_cut(x, stretch, block, rows) for x in self.own)
         other_k, other_v = (_cut(x, stretch, block, places) for x in self.sorted)
         if self.form.combine == "joint":
-            bias = _causal_bias(stretch, own_k.dtype) if causal else None
+            bias = _causal_bias(stretch, own_k) if causal else None
             keys, values = torch.cat((own_k, other_k), dim=2), torch.cat((own_v, other_v), dim=2)
             return [Softmax(keys, values, rows, places, bias)]
         if self.form.combine == "sum":
@@ -129,10 +129,10 @@ class _Sequence:
         return x.view(len(self.matrix), -1)
 
 
-def _causal_bias(stretch: Stretch, dtype: torch.dtype) -> Tensor:
+def _causal_bias(stretch: Stretch, like: Tensor) -> Tensor:
     """The own block up to itself, and the sorted one altogether."""
-    bias = torch.zeros(stretch.rows, stretch.rows + stretch.places, dtype=dtype)
-    bias[:, : stretch.rows] = torch.full((stretch.rows, stretch.rows), -torch.inf, dtype=dtype).triu(1)
+    bias = like.new_zeros(stretch.rows, stretch.rows + stretch.places)
+    bias[:, : stretch.rows] = like.new_full((stretch.rows, stretch.rows), -torch.inf).triu(1)
     return bias
 
 
