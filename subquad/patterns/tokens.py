@@ -70,6 +70,14 @@ class Columns(KeySet):
         place = j % self.stride
         return (place >= self.first) & (place < self.first + self.count) & (i == i)
 
+    def terms(self) -> list[Term]:
+        """Every key, where the columns fill their stride."""
+        return [Term()] if self.count == self.stride else super().terms()
+
+    def complement(self) -> list[Term]:
+        """No key then."""
+        return [] if self.count == self.stride else super().complement()
+
     def before(self, position: Indices) -> Indices:
         """Those of whole strides, then those of the last one."""
         return position // self.stride * self.count + np.clip(position % self.stride - self.first, 0, self.count)

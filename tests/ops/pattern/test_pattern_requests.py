@@ -22,6 +22,7 @@ UNSORTED = Mask(segments=SORTED.segments.flip(1))  # pyright: ignore[reportOptio
     [
         ({"pattern": Ngram(1)}, "no query sees any key"),
         ({"pattern": Causal() & ~Causal()}, "no query sees any key"),
+        ({"pattern": ~Columns(4, 4)}, "no query sees any key"),
         ({"pattern": Causal().heads({1: Ngram(1)})}, r"no query of head 1 sees any key in Ngram\(1\)"),
         ({"pattern": Ngram(1).heads({0: Causal()})}, "no query of head 1 sees any key"),
         ({"pattern": Global(20)}, "index 20 lies past the end"),
