@@ -5,13 +5,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from subquad.ops.fused import TALL_ROWS
 from subquad.ops.pattern.strips import Numbering, Shape, Strips, make_strips
 from subquad.patterns.pattern import Indices
 
 EDGE_ROWS = 256
 """Rows up to which cut-off strips at an end of the sequence are made one."""
+LOW_ROWS = 64
+"""Queries of a strip of a band of middling width, or of one so wide that the mask of a tall strip is too large."""
+TALL_PAIRS = 2**22
+"""Largest mask of a tall strip, in pairs."""
 SLICE_PAIRS = 2**20
-"""Largest mask of one strip, in pairs."""
+"""Largest mask of a slice of all keys, in pairs."""
 
 
 def lanes_of(shape: Shape, step: int) -> list[Numbering]:
@@ -58,12 +63,12 @@ def band_strips(numbering: Numbering, low: int, high: int, offset: int, *, slice
         return make_strips(nothing, nothing, nothing, nothing)
     to_the_start = furthest >= end - 1 + ahead
     to_the_end = nearest <= first + ahead - numbering.columns + 1
-    if to_the_start and to_the_end:
+    if to_the_start and to_the_end and not sliced:
         return _one_strip(first, end, numbering.columns, causal=False)
     if to_the_start and first + ahead == nearest and end - first <= numbering.columns and not sliced:
         return _one_strip(first, end, end - first, causal=True)
     width = min(furthest, end - 1 + ahead) - max(nearest, first + ahead - numbering.columns + 1) + 1
-    rows = _rows_for(width, numbering.columns)
+    rows = _rows_for(width)
     row0 = np.arange(first, end, rows)
     row1 = np.minimum(row0 + rows, end)
     row0, row1 = _join_edges(row0, row1, row0 + ahead - furthest < 0)
@@ -79,13 +84,11 @@ def _one_strip(first: int, end: int, columns: int, *, causal: bool) -> Strips:
     return make_strips(row0, row1, column0, column1, causal=causal)
 
 
-def _rows_for(width: int, columns: int) -> int:
+def _rows_for(width: int) -> int:
     """Queries per strip: measured; narrow bands waste least in short strips, wide ones run fastest in tall ones."""
     if width < 192:
         return 32
-    if width < 1024:
-        return 64
-    return max(64, min(256, SLICE_PAIRS // columns))
+    return LOW_ROWS if width < 512 else max(LOW_ROWS, min(TALL_ROWS, TALL_PAIRS // width))
 
 
 def _join_edges(row0: Indices, row1: Indices, cut: NDArray[np.bool_]) -> tuple[Indices, Indices]:

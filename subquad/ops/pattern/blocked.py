@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from subquad.ops.large_pages import empty_like, zeros_like
 from subquad.ops.pattern.compiler import compile_pattern
-from subquad.ops.pattern.example_facts import ExampleFacts
+from subquad.ops.pattern.example_facts import ExampleFacts, documents_save
 from subquad.ops.pattern.piece import Gradients, Piece, Work
 from subquad.ops.pattern.request import Facts, Request
 from subquad.ops.pattern.sliced import attend_sliced
@@ -109,6 +109,8 @@ def _saves_nothing(request: Request, shape: Shape, asked: str) -> bool:
         return False
     plan = plan_pattern(request.pattern, shape, sliced=request.facts.anything)
     dense = plan.dense_heads
+    if dense and documents_save(request.facts, shape):
+        return False
     if dense:
         which = "" if len(dense) == shape.heads else f" in {_name_heads(dense)}"
         leave_receipt(

@@ -7,9 +7,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
+from subquad.ops.fused import TALL_ROWS
 from subquad.ops.pattern.request import Facts
-from subquad.ops.pattern.strips import Numbering, Strips
-from subquad.patterns.pattern import Indices
+from subquad.ops.pattern.strips import Numbering, Shape, Strips
+from subquad.patterns.pattern import UNBOUNDED, Indices
+
+STRIPS = 1.5
+"""What pairs cost in strips around documents, in multiples of those in slices."""
+TRIMMED_PAIRS = 2**13
+"""Pairs that a strip must lose to be worth a call of its own."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,35 @@ class ExampleFacts:
         keys = numbering.key(strips.column0), numbering.key(strips.column1 - 1) + spread
         kept, whole = self.classify(*queries, *keys)
         masked = strips.masked | (strips.causal & ~whole)
-        return replace(strips, masked=masked, causal=strips.causal & whole, restricted=~whole)[kept]
+        restricted = replace(strips, masked=masked, causal=strips.causal & whole, restricted=~whole)[kept]
+        return self._trimmed(restricted, numbering)
+
+    def _trimmed(self, strips: Strips, numbering: Numbering) -> Strips:
+        """Cut off the columns at both ends of restricted strips of which no row sees anything, where these are many."""
+        spread = numbering.lanes - 1
+        low, high = self._reach(numbering.query(strips.row0), numbering.query(strips.row1 - 1) + spread)
+        column0 = np.maximum(strips.column0, numbering.column(low - spread))
+        column1 = np.minimum(strips.column1, numbering.column(high + 1))
+        saved = (strips.row1 - strips.row0) * (strips.column1 - strips.column0 - (column1 - column0))
+        trimmed = strips.restricted & (saved >= TRIMMED_PAIRS)
+        return replace(
+            strips,
+            column0=np.where(trimmed, column0, strips.column0),
+            column1=np.where(trimmed, column1, strips.column1),
+        )
+
+    def _reach(self, query0: Indices, query1: Indices) -> tuple[Indices, Indices]:
+        """The first and the last key that ranges of queries may see, ends included; all for segments out of order."""
+        low, high = np.zeros_like(query0), np.full_like(query1, UNBOUNDED)
+        if self.key_valid is not None:
+            valid = np.flatnonzero(self.key_valid.numpy())
+            low, high = np.maximum(low, valid[:1].sum()), np.minimum(high, valid[-1:].sum())
+        if self.query_segments is not None and self.key_segments is not None:
+            query_segments, key_segments = self.query_segments.numpy(), self.key_segments.numpy()
+            if (key_segments[1:] >= key_segments[:-1]).all():
+                low = np.maximum(low, np.searchsorted(key_segments, query_segments[query0], "left"))
+                high = np.minimum(high, np.searchsorted(key_segments, query_segments[query1], "right") - 1)
+        return low, high
 
     def classify(self, query0: Indices, query1: Indices, key0: Indices, key1: Indices) -> tuple[np.ndarray, np.ndarray]:
         """Whether anything may be, and whether everything is allowed between ranges, ends included; as `tiles`."""
@@ -102,3 +136,21 @@ def _count(valid: Tensor, first: Indices, last: Indices) -> Indices:
 
 def _all_equal(query_segments: Tensor, key_segments: Tensor) -> bool:
     return bool((query_segments == query_segments[:1]).all() and (key_segments == query_segments[:1]).all())
+
+
+def documents_save(facts: Facts, shape: Shape) -> bool:
+    """Whether documents hide so much that strips cut to them cost less than slices of all pairs."""
+    if facts.query_segments is None or facts.key_segments is None:
+        return False
+    shares = [_share_inside(*ids) for ids in zip(facts.query_segments, facts.key_segments, strict=True)]
+    pairs, calls = shape.queries * shape.keys, 1 + shape.queries // TALL_ROWS
+    return bool(STRIPS * np.mean(shares) * pairs + calls * shape.call_pairs < pairs)
+
+
+def _share_inside(query_segments: Tensor, key_segments: Tensor) -> float:
+    """Of all pairs, those inside one document; all, where keys don't stand in order."""
+    queries, keys = query_segments.numpy(), key_segments.numpy()
+    if (keys[1:] < keys[:-1]).any():
+        return 1.0
+    counts = np.searchsorted(keys, queries, "right") - np.searchsorted(keys, queries, "left")
+    return float(counts.mean()) / len(keys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from subquad.ops.fused import TALL_ROWS
 from subquad.ops.pattern.strips import Shape, Strips, make_strips
 from subquad.patterns.pattern import UNBOUNDED
 
@@ -13,8 +14,8 @@ CALLS_PER_SLICE = 2.0
 """What each slice after the first costs, in calls: measured. One slice alone needs no node of autograd of our own."""
 MASK = 1.1
 """What the mask costs, in multiples of the pairs."""
-TALL_ROWS, SHORT = 192, 1.15
-"""From so many rows on the operator takes 64 at a time, not 32; what fewer rows cost, in multiples of the pairs."""
+SHORT = 1.15
+"""What rows cost that aren't tall, in multiples of the pairs."""
 
 
 def row_slices(shape: Shape, low: int, high: int, most_rows: int) -> Strips:

@@ -153,13 +153,26 @@ class StripPiece(Piece):
                 yield cut, self._bias(cut, work, numbering) if own_mask else shared
 
     def _shared_bias(self, run: Run, work: Work, numbering: Numbering) -> Bias:
-        """The one mask of all strips of a run of distances, or of runs with the same corner; kept with the piece."""
+        """The mask of all strips of a run of distances, or of runs with the same corner; kept with the piece."""
         if self.corner is not None:
             return self._corner_bias(self.corner, run, work.q)
         key = run._replace(number=1, step=0), work.q.dtype, work.q.device
         if key not in self._shared_biases:
-            self._shared_biases[key] = self._bias(key[0], work, numbering)
+            self._shared_biases[key] = self._cut_bias(run, work, numbering)
         return self._shared_biases[key]
+
+    def _cut_bias(self, run: Run, work: Work, numbering: Numbering) -> Bias:
+        """Part of the mask of all strips of so many rows, which differ in where the sequence cuts them off."""
+        first = int((self.strips.column0 - self.strips.row0).min())
+        columns = int((self.strips.column1 - self.strips.row1).max()) + run.rows - first
+        whole = Run(1, 0, first, run.rows, columns, 0, masked=True, causal=False, restricted=False, clear=0)
+        key = whole, work.q.dtype, work.q.device
+        if key not in self._shared_biases:
+            self._shared_biases[key] = self._bias(whole, work, numbering)
+        start = run.column - run.row - first
+        values = self._shared_biases[key].values[..., start : start + run.columns]
+        hidden = values.isneginf().all(dim=-1)
+        return Bias(values, hidden if bool(hidden.any()) else None)
 
     def _corner_bias(self, corner: NDArray[np.bool_], run: Run, like: Tensor) -> Bias:
         """Part of the mask of the widest run."""

@@ -73,6 +73,12 @@ class Numbering:
         """The key in a column of lane 0."""
         return self.first_key + self.step * column if self.keys is None else self.keys[column]
 
+    def column(self, key: Indices) -> Indices:
+        """The first column of lane 0 whose key isn't before this one, be it outside of the sequence."""
+        if self.keys is not None:
+            return np.searchsorted(self.keys, key)
+        return -(-(key - self.first_key) // self.step)
+
     def each_lane(self) -> Iterator[Numbering]:
         """The numbering of every lane alone."""
         for lane in range(self.lanes):

@@ -8,12 +8,16 @@ import pytest
 import torch
 from long_patterns import LONG, triple
 
+from subquad import Mask
 from subquad.benchmark.memory import allocated_peak_bytes, saved_bytes
 from subquad.ops import pattern_attention
-from subquad.ops.pattern import tile_piece
+from subquad.ops.pattern import blocked, tile_piece
 from subquad.ops.pattern.blocked import plan_pattern
+from subquad.ops.pattern.strip_piece import StripPiece
 from subquad.ops.pattern.strips import Shape
 from subquad.patterns import Causal, Pattern, Random, Sink, Strided, Window, blocks
+
+EVERYTHING = Strided(1)
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -40,6 +44,32 @@ def test_a_step_takes_memory_in_proportion_to_the_length(name: str) -> None:
 
     length = 2048 if name == "dense slices" else 4096
     assert peak(2 * length) < 2.3 * peak(length)
+
+
+@pytest.mark.parametrize("documents", [1, 2, 40])
+@pytest.mark.parametrize("pattern", [EVERYTHING, Causal()], ids=["everything", "causal"])
+def test_padding_and_documents_take_memory_in_proportion_to_the_length(pattern: Pattern, documents: int) -> None:
+    def peak(length: int) -> int:
+        q, k, v = triple(length, dtype=torch.float32, width=16)
+        place = torch.arange(length)[None]
+        mask = Mask(place < length - 100, place * documents // length)
+        return allocated_peak_bytes(lambda: pattern_attention(q, k, v, pattern, mask=mask).sum().backward())
+
+    assert peak(8192) < 2.3 * peak(4096)
+
+
+@pytest.mark.parametrize("pattern", [Causal(), Window(900, 900)], ids=["causal", "window"])
+def test_the_masks_that_a_plan_remembers_grow_as_the_length(pattern: Pattern) -> None:
+    def remembered(length: int) -> int:
+        q, k, v = triple(length, dtype=torch.float32, width=16)
+        pattern_attention(q, k, v, pattern, mask=Mask(torch.arange(length)[None] < length - 100))
+        shape = Shape(2, length, length, 0, blocked.CALL_FLOPS // 32)
+        (part,) = plan_pattern(pattern, shape, sliced=True).parts
+        assert isinstance(part.piece, StripPiece)
+        storages = [bias.values.untyped_storage() for bias in part.piece._shared_biases.values()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    assert 0 < remembered(8192) < 2.3 * remembered(4096)
 
 
 def kept_and_peak_bytes(pattern: Pattern, length: int) -> tuple[int, int]:
