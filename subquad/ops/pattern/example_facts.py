@@ -12,7 +12,7 @@ from subquad.ops.pattern.request import Facts
 from subquad.ops.pattern.strips import Numbering, Shape, Strips
 from subquad.patterns.pattern import UNBOUNDED, Indices
 
-STRIPS = 1.5
+STRIP_PRICE = 1.5
 """What pairs cost in strips around documents, in multiples of those in slices."""
 TRIMMED_PAIRS = 2**13
 """Pairs that a strip must lose to be worth a call of its own."""
@@ -144,7 +144,7 @@ def documents_save(facts: Facts, shape: Shape) -> bool:
         return False
     shares = [_share_inside(*ids) for ids in zip(facts.query_segments, facts.key_segments, strict=True)]
     pairs, calls = shape.queries * shape.keys, 1 + shape.queries // TALL_ROWS
-    return bool(STRIPS * np.mean(shares) * pairs + calls * shape.call_pairs < pairs)
+    return bool(STRIP_PRICE * np.mean(shares) * pairs + calls * shape.call_pairs < pairs)
 
 
 def _share_inside(query_segments: Tensor, key_segments: Tensor) -> float:

@@ -46,7 +46,7 @@ def test_strips_cut_to_what_is_seen_equal_the_definition(
     mask = Mask(valid, segments[None])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(example_facts, "TRIMMED_PAIRS", 1)
-        patch.setattr(example_facts, "STRIPS", 0.0)
+        patch.setattr(example_facts, "STRIP_PRICE", 0.0)
         assert_backends_agree(*triple(length), pattern, mask=mask)
 
 
