@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,17 +74,24 @@ class SpeedUp:
 
 
 def sample_by_turns(
-    functions: Mapping[str, Callable[[], object]], *, samples: int | None, warm_up: int, title: str
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    samples: int | None,
+    warm_up: int,
+    title: str,
+    keep_freed_memory: bool = True,
 ) -> dict[str, list[float]]:
-    """Seconds of each function: every one once, then every one again, while freed memory is kept.
+    """Seconds of each function: every one once, then every one again.
 
     Args:
         functions: by name.
         samples: of each function; None for 15, or for 5 where a function takes more than two seconds.
         warm_up: turns before the samples.
         title: what the bar says.
+        keep_freed_memory: whether the C library keeps freed memory meanwhile, as the protocol wants it; what this
+            process kept once it keeps for good.
     """
-    with freed_memory_kept(), Progress(progress_console()) as bars:
+    with freed_memory_kept() if keep_freed_memory else nullcontext(), Progress(progress_console()) as bars:
         bar = bars.start(title)
         slowest = 0.0
         for name in list(functions) * warm_up:
