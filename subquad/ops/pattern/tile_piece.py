@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from subquad.ops.partial_softmax import CALL_BYTES, Bias, make_bias, merge, shar
 from subquad.ops.pattern.piece import Gradients, Piece, Work
 from subquad.ops.pattern.strip_piece import StripPiece
 from subquad.ops.pattern.strips import Numbering, Shape, make_strips
+from subquad.ops.pattern.tile_views import GatherBuffer, settle, sums_of, tiled
 from subquad.patterns.pattern import Indices, Pattern, Tile
 
 TILE = 64
@@ -52,25 +52,6 @@ class TileGroup:
             return 0
         step = int(self.row0[1] - self.row0[0])
         return step if (np.diff(self.row0) == step).all() else None
-
-
-class GatherBuffer:
-    """Memory for gathered tiles, used again from call to call: fresh pages cost more than the copy itself."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._memory = like.new_empty(0)
-
-    def gather(self, tiles: Tensor, chosen: Indices) -> Tensor:
-        """(G, tiles, size, E) -> (N, G, C * size, E)."""
-        sequences, _, size, width = tiles.shape
-        elements = sequences * chosen.size * size * width
-        if self._memory.numel() < elements:
-            self._memory = tiles.new_empty(elements)
-        gathered = self._memory[:elements].view(sequences, chosen.size, size, width)
-        index = torch.from_numpy(chosen.ravel()).to(tiles.device)
-        for of_sequence, target in zip(tiles, gathered, strict=True):
-            torch.index_select(of_sequence, 0, index, out=target)
-        return gathered.unflatten(1, chosen.shape).flatten(2, 3).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -111,7 +92,7 @@ class TilePiece(Piece):
 
     def forward(self, work: Work) -> None:
         """One call for each cut of a group."""
-        keys, values = _tiled(work.k, self.size), _tiled(work.v, self.size)
+        keys, values = tiled(work.k, self.size), tiled(work.v, self.size)
         buffers = GatherBuffer(keys), GatherBuffer(values)
         for group, bias, part in self._cuts(work):
             k, v = buffers[0].gather(keys[part], group.tiles), buffers[1].gather(values[part], group.tiles)
@@ -125,9 +106,9 @@ class TilePiece(Piece):
 
     def backward(self, work: Work, gradients: Gradients) -> None:
         """As `forward`; keys are gathered and masks made again."""
-        keys, values = _tiled(work.k, self.size), _tiled(work.v, self.size)
+        keys, values = tiled(work.k, self.size), tiled(work.v, self.size)
         buffers = GatherBuffer(keys), GatherBuffer(values)
-        grad_keys, grad_values = _tiled(gradients.k, self.size), _tiled(gradients.v, self.size)
+        grad_keys, grad_values = sums_of(gradients.k, self.size), sums_of(gradients.v, self.size)
         for group, bias, part in self._cuts(work):
             k, v = buffers[0].gather(keys[part], group.tiles), buffers[1].gather(values[part], group.tiles)
             mask = None if bias is None else bias.values
@@ -140,8 +121,8 @@ class TilePiece(Piece):
             _add_rows(gradients.q[part], group, grad_q, fresh=work.fresh)
             _scatter(grad_keys[part], group, grad_k)
             _scatter(grad_values[part], group, grad_v)
-        _untile(gradients.k, grad_keys)
-        _untile(gradients.v, grad_values)
+        settle(gradients.k, grad_keys)
+        settle(gradients.v, grad_values)
 
     def _cuts(self, work: Work) -> Iterator[tuple[TileGroup, Bias | None, slice]]:
         """Groups cut so that a call's temporaries stay in the cache, each with its mask, for ranges of heads."""
@@ -275,18 +256,6 @@ def _add_rows(x: Tensor, group: TileGroup, part: Tensor, *, fresh: bool) -> None
     rows = _take_rows(x, group)
     rows.copy_(part) if fresh else rows.add_(part)
     _put_rows(x, group, rows)
-
-
-def _tiled(x: Tensor, size: int) -> Tensor:
-    """(G, S, E) -> (G, tiles, size, E): a view, or a copy with zeros behind the end where tiles stick out over it."""
-    missing = -x.shape[1] % size
-    return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(1, (-1, size))
-
-
-def _untile(x: Tensor, tiled: Tensor) -> None:
-    """Write back what `_tiled` copied."""
-    if x.shape[1] % tiled.shape[2]:
-        x.copy_(tiled.flatten(1, 2)[:, : x.shape[1]])
 
 
 def _scatter(tiles: Tensor, group: TileGroup, gathered: Tensor) -> None:
