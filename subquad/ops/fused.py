@@ -31,10 +31,13 @@ def fused_forward(
         causal: row t sees the keys 0..t.
 
     Returns:
-        out (N, H, L, E), laid out as (N, L, H, E); lse (N, H, L), 0 and not -inf in rows without any key.
+        out (N, H, L, E), by the operator laid out as (N, L, H, E); lse (N, H, L), 0, not -inf, in rows without any key.
     """
     if q.device.type != FUSED_ON:
-        return _forward_by_products(q, k, v, scale, bias, causal)
+        scores = _scores(q, k, scale, bias, causal)
+        lse = scores.logsumexp(dim=-1)
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)
+        return (scores - lse[..., None]).exp() @ v, lse
     q, k, v = (_beside(x) for x in (q, k, v))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
 
@@ -67,10 +70,12 @@ def fused_backward(
         causal: likewise.
 
     Returns:
-        Gradients of q, k and v, laid out as (N, L, H, E).
+        Gradients of q, k and v, by the operator laid out as (N, L, H, E).
     """
     if q.device.type != FUSED_ON:
-        return _backward_by_products(grad, q, k, v, out, lse, scale, bias, causal)
+        weights = (_scores(q, k, scale, bias, causal) - lse[..., None]).exp()
+        of_scores = scale * weights * (grad @ v.mT - (grad * out).sum(dim=-1, keepdim=True))
+        return of_scores @ k, of_scores.mT @ q, weights.mT @ grad
     grad, q, k, v, out = (_beside(x) for x in (grad, q, k, v, out))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
@@ -97,31 +102,6 @@ def lse_backward(
     grad[..., 0] = grad_lse
     grad_q, grad_k, _ = fused_backward(grad, q, k, values, torch.zeros_like(q), lse, scale, bias, causal=causal)
     return grad_q, grad_k
-
-
-def _forward_by_products(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, scale, bias, causal)
-    lse = scores.logsumexp(dim=-1)
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)
-    return (scores - lse[..., None]).exp() @ v, lse
-
-
-def _backward_by_products(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    weights = (_scores(q, k, scale, bias, causal) - lse[..., None]).exp()
-    of_scores = scale * weights * (grad @ v.mT - (grad * out).sum(dim=-1, keepdim=True))
-    return of_scores @ k, of_scores.mT @ q, weights.mT @ grad
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, causal: bool) -> Tensor:

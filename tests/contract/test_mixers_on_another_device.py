@@ -8,7 +8,7 @@ import pytest
 import torch
 from another_device import another_device, here, there
 from cases import WIDE_HEADS, accepted_forms, form_of, small_config, subjects
-from test_option_cost import CONFIGS
+from option_configs import CONFIGS
 from torch import Tensor, nn
 
 from subquad.benchmark.probe_subject import EQUAL, Inputs, Subject, difference

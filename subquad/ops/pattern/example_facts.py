@@ -1,4 +1,4 @@
-"""What varies by example, prepared for strips: which need a mask on its account, and which can be left out."""
+"""What varies by example, prepared for strips: which need a mask on its account, which are cut, and which left out."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class ExampleFacts:
             low, high = np.maximum(low, valid[:1].sum()), np.minimum(high, valid[-1:].sum())
         if self.query_segments is not None and self.key_segments is not None:
             query_segments, key_segments = self.query_segments.numpy(), self.key_segments.numpy()
-            if (key_segments[1:] >= key_segments[:-1]).all():
+            if _in_order(key_segments):
                 low = np.maximum(low, np.searchsorted(key_segments, query_segments[query0], "left"))
                 high = np.minimum(high, np.searchsorted(key_segments, query_segments[query1], "right") - 1)
         return low, high
@@ -121,7 +121,7 @@ class ExampleFacts:
             query_segments, key_segments = self.query_segments.numpy(), self.key_segments.numpy()
             low, high = (query_segments[position] for position in (query0, query1))
             first, last = (key_segments[position] for position in (key0, key1))
-            if (key_segments[1:] >= key_segments[:-1]).all():
+            if _in_order(key_segments):
                 kept &= (low <= last) & (first <= high)
                 whole &= (low == high) & (first == last) & (low == first)
             else:
@@ -132,6 +132,10 @@ class ExampleFacts:
 def _count(valid: Tensor, first: Indices, last: Indices) -> Indices:
     before = np.concatenate(([0], np.cumsum(valid.numpy())))
     return before[last + 1] - before[first]
+
+
+def _in_order(segments: np.ndarray) -> bool:
+    return bool((segments[1:] >= segments[:-1]).all())
 
 
 def _all_equal(query_segments: Tensor, key_segments: Tensor) -> bool:
@@ -150,7 +154,7 @@ def documents_save(facts: Facts, shape: Shape) -> bool:
 def _share_inside(query_segments: Tensor, key_segments: Tensor) -> float:
     """Of all pairs, those inside one document; all, where keys don't stand in order."""
     queries, keys = query_segments.numpy(), key_segments.numpy()
-    if (keys[1:] < keys[:-1]).any():
+    if not _in_order(keys):
         return 1.0
     counts = np.searchsorted(keys, queries, "right") - np.searchsorted(keys, queries, "left")
     return float(counts.mean()) / len(keys)

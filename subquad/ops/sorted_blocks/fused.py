@@ -1,4 +1,4 @@
-"""The fast form of attention to own and sorted blocks, on the CPU.
+"""The fast form of attention to own and sorted blocks.
 
 Blocks stand in the batch dimension of the fused operator, a few at a time, so that temporaries stay in the cache.
 Sorted keys and the sorting matrix are computed again in the backward pass: neither is kept.
